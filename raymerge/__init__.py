@@ -1,0 +1,37 @@
+"""raymerge: merge fine-tuned models, with coefficients learned from unlabeled images, on Ray.
+
+    >>> import raymerge
+    >>> result = raymerge.merge(raymerge.load_config("configs/my_merge.yaml"))
+
+Importing this package is instant: torch, open_clip and Ray are imported where they are used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Config", "MergeResult", "__version__", "evaluate", "load_config", "merge", "plan"]
+
+if TYPE_CHECKING:
+    from raymerge.config import Config, load_config
+    from raymerge.plan import make_plan as plan
+    from raymerge.session import MergeResult, evaluate, merge
+
+_HOMES = {
+    "Config": ("raymerge.config", "Config"),
+    "load_config": ("raymerge.config", "load_config"),
+    "plan": ("raymerge.plan", "make_plan"),
+    "MergeResult": ("raymerge.session", "MergeResult"),
+    "evaluate": ("raymerge.session", "evaluate"),
+    "merge": ("raymerge.session", "merge"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'raymerge' has no attribute {name!r}")
+    import importlib
+
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)

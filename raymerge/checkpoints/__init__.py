@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: lazily, safely (no code is ever run), atomically."""

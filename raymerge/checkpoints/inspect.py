@@ -1,0 +1,99 @@
+"""What is in a checkpoint, from its header: format, architecture, tensors, dtypes, activation."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raymerge.checkpoints.reader import Checkpoint, TensorSpec, open_checkpoint, read_json
+from raymerge.checkpoints.visual import PREFIXES
+
+
+def inspect_checkpoint(reference: str) -> dict[str, Any]:
+    """A JSON-ready summary. Raises :class:`~raymerge.errors.CheckpointError`."""
+    checkpoint = open_checkpoint(reference)
+    specs = checkpoint.specs
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.kind,
+        "bytes": checkpoint.path.stat().st_size,
+        "tensors": len(specs),
+        "parameters": sum(math.prod(spec.shape) for spec in specs.values()),
+        "dtypes": dict(Counter(str(s.dtype).removeprefix("torch.") for s in specs.values())),
+        "visual": _visual(specs),
+        "activation": _activation(checkpoint),
+        "keys": {
+            key: {"shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch.")}
+            for key, s in specs.items()
+        },
+    }
+
+
+def inspection_text(inspection: Mapping[str, Any], keys: int = 12) -> str:
+    """The summary for a person, with the first few tensors."""
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in inspection["dtypes"].items())
+    visual = inspection["visual"]
+    lines = [
+        f"file        {inspection['path']} ({inspection['bytes'] / 1e6:.1f} MB)",
+        f"format      {inspection['format']}",
+        f"tensors     {inspection['tensors']} ({dtypes}), {inspection['parameters']:,} numbers",
+        f"visual      {_visual_text(visual)}",
+        f"activation  {inspection['activation']}",
+    ]
+    names = list(inspection["keys"].items())
+    width = max(len(name) for name, _ in names[:keys])
+    lines += [f"  {name:<{width}}  {spec['dtype']} {spec['shape']}" for name, spec in names[:keys]]
+    if len(names) > keys:
+        lines.append(f"  … and {len(names) - keys} more (--json lists all)")
+    return "\n".join(lines)
+
+
+def _visual(specs: Mapping[str, TensorSpec]) -> dict[str, Any] | None:
+    """The visual tower, if the keys are open_clip's: prefix, tensors, and a ViT's dimensions."""
+    for prefix in PREFIXES:
+        names = {k.removeprefix(prefix): s for k, s in specs.items() if k.startswith(prefix)}
+        if "conv1.weight" in names or any(name.startswith("trunk.") for name in names):
+            parameters = sum(math.prod(spec.shape) for spec in names.values())
+            found = {"prefix": prefix, "tensors": len(names), "parameters": parameters}
+            return {**found, **_vit(names)}
+    return None
+
+
+def _vit(names: Mapping[str, TensorSpec]) -> dict[str, int]:
+    if "class_embedding" not in names:
+        return {}
+    width, _, patch, _ = names["conv1.weight"].shape
+    tokens = names["positional_embedding"].shape[0] - 1
+    blocks = {name.split(".")[2] for name in names if name.startswith("transformer.resblocks.")}
+    return {
+        "width": width,
+        "patch": patch,
+        "layers": len(blocks),
+        "image_size": patch * math.isqrt(tokens),
+    }
+
+
+def _visual_text(visual: Mapping[str, Any] | None) -> str:
+    if visual is None:
+        return "none with open_clip's names"
+    text = (
+        f"{visual['tensors']} tensors, {visual['parameters']:,} numbers, keys {visual['prefix']}*"
+    )
+    if "width" not in visual:
+        return text
+    return (
+        f"ViT, width {visual['width']}, {visual['layers']} layers, patch {visual['patch']}, "
+        f"{visual['image_size']} px; {text}"
+    )
+
+
+def _activation(checkpoint: Checkpoint) -> str:
+    """Weights do not say which GELU they were trained with; a config beside them may."""
+    config = checkpoint.path.parent / "open_clip_config.json"
+    if not config.is_file() or not Path(checkpoint.path).name.startswith("open_clip"):
+        return "not recorded in the file (OpenAI's weights need QuickGELU: arch …-quickgelu)"
+    model_cfg = read_json(config).get("model_cfg", {})
+    return "QuickGELU" if model_cfg.get("quick_gelu") else "GELU"

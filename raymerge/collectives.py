@@ -1,0 +1,74 @@
+"""The two collectives of a shard group: all-gather θ, reduce-scatter ∂ℒ/∂θ (as ZeRO and FSDP do).
+
+NCCL on GPUs, gloo on CPUs. With one shard both are no-ops on views of the same buffer, so the
+worker has one code path.
+
+Legend: P padded parameters (S · N), N columns of this shard.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from raymerge.messages import Rendezvous
+
+
+class Collective:
+    """One worker's membership in its shard group; alone until ``join``."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = 0, 1
+        self._store: TCPStore | None = None
+
+    def open_store(self, host: str, world: int) -> int:
+        """Start the rendezvous store of the group on a free port; returns the port."""
+        self._store = TCPStore(host, 0, world, is_master=True, wait_for_workers=False)
+        return int(self._store.port)
+
+    def join(self, where: Rendezvous, rank: int, world: int, device: torch.device) -> None:
+        """Build the process group with its ``world`` peers; blocks until all have joined."""
+        timeout = timedelta(seconds=where.timeout_s)
+        if where.interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = where.interface
+        store = self._store or TCPStore(
+            where.host, where.port, world, is_master=False, timeout=timeout, wait_for_workers=False
+        )
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore(where.prefix, store),
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+        )
+        self.rank, self.world = rank, world
+
+    def all_gather(self, full_P: Tensor) -> None:
+        """Fill ``full_P`` from every rank's own N columns of it."""
+        if self.world > 1:
+            dist.all_gather_into_tensor(full_P, self.mine(full_P).clone())
+
+    def reduce_scatter(self, full_P: Tensor) -> Tensor:
+        """This rank's N columns of the sum of ``full_P`` over ranks; spoils ``full_P``."""
+        mine_N = self.mine(full_P)
+        if self.world > 1:
+            out_N = torch.empty_like(mine_N)
+            dist.reduce_scatter_tensor(out_N, full_P)
+            return out_N
+        return mine_N
+
+    def mine(self, full_P: Tensor) -> Tensor:
+        width = full_P.numel() // self.world
+        return full_P[self.rank * width : (self.rank + 1) * width]
+
+    def abort(self) -> None:
+        """Free a rank that waits in a collective; the process group cannot be used afterwards."""
+        if self.world > 1 and dist.is_initialized():
+            abort = getattr(dist.group.WORLD, "abort", None)
+            if abort is not None:
+                abort()

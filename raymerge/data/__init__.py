@@ -1,0 +1,1 @@
+"""Images: where they are, which ones a step uses, and the uint8 cache that pins them."""

@@ -1,0 +1,100 @@
+"""Image folders: flat, or one folder per class."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from raymerge.errors import DataError
+
+SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Image files in a fixed order; ``labels[i]`` is the class of ``paths[i]``, −1 if unlabeled."""
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def unlabeled_images(folder: str, where: str) -> ImageList:
+    """Every image below ``folder`` in sorted order; labels, if any, are not looked at."""
+    root = _existing(folder, where)
+    paths = sorted(p for p in root.rglob("*") if _is_image(p))
+    if not paths:
+        raise DataError(f"{where}: {root}: holds no image ({', '.join(sorted(SUFFIXES))})")
+    for child in sorted(p for p in root.iterdir() if p.is_dir()):
+        if not any(child in path.parents for path in paths):
+            raise DataError(f"{where}: {child}: this folder holds no image; fill or remove it")
+    return ImageList(tuple(paths), (-1,) * len(paths))
+
+
+def labelled_images(folder: str, classnames: Sequence[str], where: str) -> ImageList:
+    """Images by class folder; the folders must be exactly the classes, in any order."""
+    root = _existing(folder, where)
+    folders = {p.name: p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    by_class = _match_folders(folders, classnames, where, root)
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classnames):
+        images = sorted(p for p in by_class[name].rglob("*") if _is_image(p))
+        if not images:
+            raise DataError(f"{where}: {by_class[name]}: this class folder holds no image")
+        paths += images
+        labels += [label] * len(images)
+    return ImageList(tuple(paths), tuple(labels))
+
+
+def _match_folders(
+    folders: dict[str, Path], classnames: Sequence[str], where: str, root: Path
+) -> dict[str, Path]:
+    """Class → folder, by the exact name, else by its letters and digits (a_b is "A b")."""
+    if len(set(classnames)) != len(classnames):
+        twice = sorted({name for name in classnames if classnames.count(name) > 1})
+        raise DataError(f"{where}: class {twice[0]!r} is listed twice, so its folder is ambiguous")
+    matched = {name: folders[name] for name in classnames if name in folders}
+    left = {_plain(f): f for f in folders if f not in matched}
+    for name in classnames:
+        if name not in matched and _plain(name) in left:
+            matched[name] = folders[left.pop(_plain(name))]
+    missing = [name for name in classnames if name not in matched]
+    unexpected = sorted(set(folders.values()) - set(matched.values()))
+    if missing or unexpected:
+        raise DataError(
+            f"{where}: {root}: {len(folders)} class folders for {len(classnames)} class names"
+            + (f"; no folder for {_quoted(missing)}" if missing else "")
+            + (
+                f"; no class for folder {_quoted([p.name for p in unexpected])}"
+                if unexpected
+                else ""
+            )
+        )
+    return matched
+
+
+def _quoted(names: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + more
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", " ", name.casefold()).strip()
+
+
+def _existing(folder: str, where: str) -> Path:
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{where}: {folder}: no such folder")
+    return root
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()

@@ -1,0 +1,62 @@
+"""Connect to Ray: an address if there is one, else a private cluster on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from raymerge.errors import RunError
+from raymerge.placement import Resources
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def connected(address: str | None, local_cpus: int) -> Iterator[Resources]:
+    """Yield what the cluster has. A cluster started here ends here; one that was there stays.
+
+    ``local_cpus``: logical CPUs that a private local cluster declares.
+    """
+    if ray.is_initialized():
+        yield _resources(elastic=False)
+        return
+    remote = address or os.environ.get("RAY_ADDRESS")
+    try:
+        _connect(remote, local_cpus)
+    except Exception as error:  # ConnectionError, ValueError, RuntimeError, by Ray's mood
+        where = f"the Ray cluster at {remote}" if remote else "a local Ray"
+        raise RunError(
+            f"cannot reach {where}: {' '.join(str(error).split())[:200]}; check cluster.address, "
+            "and RAY_AUTH_MODE and RAY_AUTH_TOKEN if the cluster asks for a token"
+        ) from error
+    try:
+        yield _resources(elastic=remote is None)
+    finally:
+        ray.shutdown()
+
+
+def _connect(remote: str | None, local_cpus: int) -> None:
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if remote:
+        ray.init(address=remote, namespace="raymerge", **quiet)
+        return
+    # A bare ray.init() turns token authentication on and writes a token to the home directory; a
+    # random one for this private cluster keeps it in this process and its children.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray.init(address="local", num_cpus=local_cpus, include_dashboard=False, **quiet)
+
+
+def _resources(*, elastic: bool) -> Resources:
+    total = ray.cluster_resources()
+    nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
+    return Resources(
+        cpus=int(total.get("CPU", 0)),
+        gpus=int(total.get("GPU", 0)),
+        nodes=max(1, nodes),
+        elastic=elastic,
+    )

@@ -1,0 +1,180 @@
+"""The loop: send λ to every worker, sum their gradients in rank order, take an Adam step.
+
+Only K·L numbers travel. One loop for one process and for a cluster: what differs is the group.
+
+Legend: K tasks, L layers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from raymerge.errors import RunError
+from raymerge.merging.optimizer import Adam, AdamState
+from raymerge.messages import (
+    ChunkScore,
+    EvaluateRequest,
+    FloatArray,
+    LoadReport,
+    LoadRequest,
+    StepRequest,
+    StepResult,
+    WorkerSpec,
+)
+from raymerge.worker import MergeWorker, Progress
+
+
+class WorkerGroup(Protocol):
+    """All workers of a run. Results come in rank order, whatever order they arrived in.
+
+    Each call returns when every worker has answered, or raises: a worker's own error as it was, or
+    :class:`~raymerge.errors.WorkerLostError` when one is dead or silent. After an error only
+    ``close`` may be called.
+    """
+
+    workers: int
+
+    def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]: ...
+
+    def step(self, request: StepRequest) -> list[StepResult]: ...
+
+    def evaluate(
+        self, request: EvaluateRequest, progress: Progress | None = None
+    ) -> list[ChunkScore]: ...
+
+    def close(self) -> None: ...
+
+
+class LocalGroup:
+    """One worker in this process, without Ray."""
+
+    workers = 1
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._worker = MergeWorker(spec)
+
+    def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]:
+        return [self._worker.load(request, progress)]
+
+    def step(self, request: StepRequest) -> list[StepResult]:
+        return [self._worker.step(request)]
+
+    def evaluate(
+        self, request: EvaluateRequest, progress: Progress | None = None
+    ) -> list[ChunkScore]:
+        return self._worker.evaluate(request, progress)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class StepTotal:
+    """All workers' shares of one step, summed: gradient (K, L), loss and entropy per task (K,)."""
+
+    gradient: FloatArray
+    loss: FloatArray
+    entropy: FloatArray
+    phases: dict[str, float]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step reports, at the λ *before* its update. ``step`` counts from 1."""
+
+    step: int
+    loss: float
+    entropy: dict[str, float]
+    lambdas: dict[str, float]
+    seconds: float
+    phases: dict[str, float]
+
+
+def sum_results(results: Sequence[StepResult], request: StepRequest, workers: int) -> StepTotal:
+    """Sum in rank order, never in arrival order, so that the same shares give the same bits.
+
+    Raises :class:`RunError` unless there is exactly one result of this step per rank.
+    """
+    ordered = sorted(results, key=lambda result: result.rank)
+    answers = [(result.rank, result.step) for result in ordered]
+    if answers != [(rank, request.step) for rank in range(workers)]:
+        raise RunError(
+            f"step {request.step + 1}: {workers} workers gave results (rank, step) {answers}; "
+            "expected one of each rank, all of this step"
+        )
+    return StepTotal(
+        gradient=_sum([r.gradient for r in ordered]),
+        loss=_sum([r.loss for r in ordered]),
+        entropy=_sum([r.entropy for r in ordered]),
+        phases=_slowest([r.seconds for r in ordered]),
+    )
+
+
+def learn(
+    group: WorkerGroup,
+    optimizer: Adam,
+    start: AdamState,
+    steps: int,
+    tasks: Sequence[str],
+    observe: Callable[[StepRecord, AdamState], None],
+) -> AdamState:
+    """Minimise the objective over λ from ``start`` (possibly a resumed state) to ``steps`` steps.
+
+    ``observe`` is called after each update with the step's record and the new state. A step whose
+    loss or gradient is not finite raises :class:`RunError` naming the task, and changes nothing.
+    """
+    state = start
+    for step in range(start.step, steps):
+        began = time.perf_counter()
+        used = optimizer.effective(state.lambdas)
+        request = StepRequest(step, used.numpy())
+        total = sum_results(group.step(request), request, group.workers)
+        _require_finite(total, step, tasks)
+        state = optimizer.update(state, torch.from_numpy(total.gradient))
+        observe(_record(step + 1, total, used.numpy(), tasks, time.perf_counter() - began), state)
+    return state
+
+
+def _record(
+    step: int, total: StepTotal, lambdas_KL: FloatArray, tasks: Sequence[str], seconds: float
+) -> StepRecord:
+    return StepRecord(
+        step=step,
+        loss=float(total.loss.sum()),
+        entropy=dict(zip(tasks, total.entropy.tolist(), strict=True)),
+        lambdas=dict(zip(tasks, lambdas_KL.mean(1).tolist(), strict=True)),
+        seconds=seconds,
+        phases=total.phases,
+    )
+
+
+def _require_finite(total: StepTotal, step: int, tasks: Sequence[str]) -> None:
+    bad = [name for name, loss in zip(tasks, total.loss, strict=True) if not np.isfinite(loss)]
+    if bad or not np.isfinite(total.gradient).all():
+        who = f"the loss of task {', '.join(bad)}" if bad else "the gradient"
+        raise RunError(
+            f"step {step + 1}: {who} is NaN or infinite; λ was left at step {step}: check that "
+            "task's checkpoint, or lower optimizer.lr"
+        )
+
+
+def _sum(parts: Sequence[FloatArray]) -> FloatArray:
+    total = np.zeros_like(parts[0])
+    for part in parts:
+        total += part
+    return total
+
+
+def _slowest(phases: Sequence[object]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for laps in phases:
+        assert isinstance(laps, dict)
+        for phase, seconds in laps.items():
+            out[phase] = max(out.get(phase, 0.0), seconds)
+    return out

@@ -1,0 +1,43 @@
+"""What raymerge raises. Every message is one line: what, where, the numbers, the remedy.
+
+All of these survive pickling (only ``args`` carry state), so an error raised in a Ray actor
+reads the same on the driver.
+"""
+
+from __future__ import annotations
+
+
+class RaymergeError(Exception):
+    """Base of everything raymerge raises on purpose; the CLI prints it without a traceback."""
+
+    exit_code = 1
+
+
+class UserError(RaymergeError):
+    """The input is wrong: nothing was written. Exit code 2."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A config file or an override does not say what raymerge understands."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, unsafe, or does not fit the pretrained model."""
+
+
+class DataError(UserError):
+    """An image folder, a class list or an image is missing, empty or unreadable."""
+
+
+class RunError(RaymergeError):
+    """The run failed after it had started. Exit code 1."""
+
+
+class WorkerLostError(RunError):
+    """A worker died, or did not answer in time; the saved state allows ``--resume``."""
+
+
+class RaymergeWarning(UserWarning):
+    """Something a user should know but that does not stop the run."""

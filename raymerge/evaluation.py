@@ -1,0 +1,189 @@
+"""Top-1, cross-entropy and entropy on labelled test images, in fixed chunks.
+
+A task's test images are cut into chunks of fixed size; chunks are dealt to workers and their sums
+are added in chunk order, so the result does not depend on how many workers there are.
+
+Legend: B images, D features, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from raymerge.checkpoints.visual import open_visual
+from raymerge.config import TaskConfig
+from raymerge.data.cache import decode_batches
+from raymerge.data.folder import ImageList, labelled_images
+from raymerge.merging.layout import ParameterLayout
+from raymerge.merging.objectives import entropy
+from raymerge.messages import ChunkScore, EvaluateRequest
+from raymerge.models import FlatEncoder
+
+CHUNK = 64
+_KEEP_BYTES = 1 << 30
+"""Decoded test images are kept for the next evaluation while a worker's share stays below this."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task's row of ``results.json``; accuracies in [0, 1], losses and entropies in nats."""
+
+    top1: float
+    loss: float
+    entropy: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """Chunks ``start:stop`` of one task's test images."""
+
+    task: int
+    start: int
+    stop: int
+
+
+def test_images(tasks: Sequence[TaskConfig]) -> dict[int, ImageList]:
+    """Labelled test images by task index, for the tasks that have any."""
+    return {
+        i: labelled_images(task.test, task.classnames, f"tasks[{i}].test")
+        for i, task in enumerate(tasks)
+        if task.test is not None
+    }
+
+
+def deal_chunks(sizes: Mapping[int, int], workers: int) -> list[list[Share]]:
+    """All tasks' chunks, contiguous, dealt evenly: ``sizes`` is images by task index."""
+    chunks = [(task, c) for task, n in sorted(sizes.items()) for c in range(-(-n // CHUNK))]
+    bounds = [len(chunks) * w // workers for w in range(workers + 1)]
+    return [_shares(chunks[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _shares(chunks: Sequence[tuple[int, int]]) -> list[Share]:
+    tasks = sorted({task for task, _ in chunks})
+    spans = {task: [c for t, c in chunks if t == task] for task in tasks}
+    return [Share(task, span[0], span[-1] + 1) for task, span in spans.items()]
+
+
+class Evaluator:
+    """One worker's share of every task's test images, and the sums over its chunks."""
+
+    def __init__(
+        self,
+        encoder: FlatEncoder,
+        layout: ParameterLayout,
+        shares: Sequence[Share],
+        images: Mapping[int, ImageList],
+    ) -> None:
+        self._encoder, self._layout = encoder, layout
+        self._shares = [(share, _cut(images[share.task], share)) for share in shares]
+        height, width = encoder.preprocess.size
+        self._keep = sum(len(i) for _, i in self._shares) * 3 * height * width <= _KEEP_BYTES
+        self._kept: dict[Share, list[Tensor]] = {}
+
+    def scores(
+        self,
+        request: EvaluateRequest,
+        names: Sequence[str],
+        head: Callable[[int], Tensor],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[ChunkScore]:
+        """Score this worker's chunks, each on the checkpoint requested for its task."""
+        out: list[ChunkScore] = []
+        loaded = None
+        for share, images in self._shares:
+            reference = request.checkpoints.get(names[share.task])
+            if reference is None:
+                continue
+            if reference != loaded:
+                load_weights(self._encoder, self._layout, reference)
+                loaded = reference
+            labels = torch.tensor(images.labels)
+            for i, pixels_B3HW in enumerate(self._chunks(share, images)):
+                target_B = labels[i * CHUNK : i * CHUNK + len(pixels_B3HW)]
+                logits_BC = self._logits(pixels_B3HW, head(share.task), request.autocast)
+                out.append(_score(share.task, share.start + i, logits_BC, target_B))
+                if progress is not None:
+                    progress(len(target_B))
+        return out
+
+    @torch.no_grad()
+    def _logits(self, pixels_B3HW: Tensor, head_DC: Tensor, autocast: bool) -> Tensor:
+        return self._encoder.features(pixels_B3HW, autocast) @ head_DC
+
+    def _chunks(self, share: Share, images: ImageList) -> Iterable[Tensor]:
+        if share in self._kept:
+            return self._kept[share]
+        batches = (
+            pixels for _, pixels in decode_batches(images.paths, self._encoder.preprocess, CHUNK)
+        )
+        if not self._keep:
+            return batches
+        return self._remember(share, batches)
+
+    def _remember(self, share: Share, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        kept = []
+        for batch in batches:
+            kept.append(batch)
+            yield batch
+        self._kept[share] = kept
+
+
+def load_weights(encoder: FlatEncoder, layout: ParameterLayout, reference: str) -> None:
+    """Fill the encoder's θ from a checkpoint that fits the layout."""
+    checkpoint = open_visual(reference, layout)
+    with torch.no_grad():
+        for t, start in enumerate(layout.offsets[:-1]):
+            encoder.theta_P[start : layout.offsets[t + 1]] = checkpoint.read(t)
+
+
+def _cut(images: ImageList, share: Share) -> ImageList:
+    here = slice(share.start * CHUNK, share.stop * CHUNK)
+    return ImageList(images.paths[here], images.labels[here])
+
+
+def _score(task: int, chunk: int, logits_BC: Tensor, target_B: Tensor) -> ChunkScore:
+    logits_BC = logits_BC.cpu()
+    loss = torch.nn.functional.cross_entropy(logits_BC, target_B, reduction="none")
+    return ChunkScore(
+        task=task,
+        chunk=chunk,
+        examples=len(target_B),
+        correct=int((logits_BC.argmax(-1) == target_B).sum()),
+        loss=float(loss.double().sum()),
+        entropy=float(entropy(logits_BC).double().sum()),
+    )
+
+
+def summarise(scores: Iterable[ChunkScore], names: Sequence[str]) -> dict[str, TaskScore]:
+    """Chunk sums → one row per task, in task order, whoever computed them in whatever order."""
+    ordered = sorted(scores, key=lambda s: (s.task, s.chunk))
+    rows = {}
+    for task in sorted({s.task for s in ordered}):
+        mine = [s for s in ordered if s.task == task]
+        n = sum(s.examples for s in mine)
+        rows[names[task]] = TaskScore(
+            top1=sum(s.correct for s in mine) / n,
+            loss=sum(s.loss for s in mine) / n,
+            entropy=sum(s.entropy for s in mine) / n,
+            examples=n,
+        )
+    return rows
+
+
+def results_json(method: str, rows: Mapping[str, TaskScore]) -> dict[str, object]:
+    """The contract's ``results.json``: unweighted means over the tasks that have test images."""
+    average = {
+        key: sum(getattr(row, key) for row in rows.values()) / len(rows)
+        for key in ("top1", "loss", "entropy")
+        if rows
+    }
+    return {
+        "method": method,
+        "average": average,
+        "tasks": {name: asdict(row) for name, row in rows.items()},
+    }

@@ -1,0 +1,1 @@
+"""Pure tensor maths of merging: no Ray, no files, no models."""

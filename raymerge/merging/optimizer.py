@@ -1,0 +1,68 @@
+"""Adam on λ, with the three clamps of the field. Pure: a state in, a new state out.
+
+Everything is float64 and tiny (K·L numbers), so the driver's arithmetic adds no noise of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Clamp = Literal["projected", "forward", "none"]
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """λ (K, L) float64 with its two moments, after ``step`` steps."""
+
+    lambdas: Tensor
+    mean: Tensor
+    square: Tensor
+    step: int = 0
+
+    @classmethod
+    def start(cls, lambdas_KL: Tensor) -> AdamState:
+        lambdas_KL = lambdas_KL.double()
+        return cls(lambdas_KL, torch.zeros_like(lambdas_KL), torch.zeros_like(lambdas_KL))
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam (Kingma & Ba, 2015) without weight decay, as ``torch.optim.Adam``.
+
+    ``clamp``: ``projected`` clamps λ itself to [0, 1] after each step; ``forward`` (the released
+    AdaMerging code) clamps only what the merge sees, so a λ that left [0, 1] gets no gradient and
+    coasts on its moments; ``none`` leaves λ free.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clamp: Clamp = "projected"
+
+    def effective(self, lambdas_KL: Tensor) -> Tensor:
+        """The coefficients that the merge uses."""
+        return lambdas_KL.clamp(0, 1) if self.clamp == "forward" else lambdas_KL
+
+    def update(self, state: AdamState, gradient_KL: Tensor) -> AdamState:
+        """One step along ``gradient_KL``, ∂ℒ/∂(effective λ)."""
+        if self.clamp == "forward":
+            gradient_KL = gradient_KL * clamp_gradient(state.lambdas)
+        beta1, beta2 = self.betas
+        step = state.step + 1
+        mean = beta1 * state.mean + (1 - beta1) * gradient_KL
+        square = beta2 * state.square + (1 - beta2) * gradient_KL.square()
+        rate = self.lr / (1 - beta1**step)
+        denominator = (square / (1 - beta2**step)).sqrt() + self.eps
+        lambdas = state.lambdas - rate * mean / denominator
+        if self.clamp == "projected":
+            lambdas = lambdas.clamp(0, 1)
+        return AdamState(lambdas, mean, square, step)
+
+
+def clamp_gradient(lambdas_KL: Tensor) -> Tensor:
+    """d clamp(λ, 0, 1)/dλ: 1 on the closed interval [0, 1], 0 outside it."""
+    return ((lambdas_KL >= 0) & (lambdas_KL <= 1)).to(lambdas_KL.dtype)

@@ -1,0 +1,89 @@
+"""TIES-Merging (Yadav et al., NeurIPS 2023): trim, elect sign, merge; and Φ of AdaMerging++.
+
+Trimming needs one number per task from the whole vector (a threshold), and electing one number
+from all of them (the majority sign); given those, everything is local to a column, so it works on
+any slice. ``TiesStatistics`` carries these numbers to whoever holds a slice.
+
+Legend: K tasks, N columns (any slice of the flat vector).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raymerge.merging.select import kth_smallest_magnitude
+
+
+@dataclass(frozen=True)
+class TiesStatistics:
+    """What a column needs to know of the whole vectors.
+
+    ``thresholds[k][t]``: keep |x| ≥ this in tensor t of task k (one value repeated over t unless
+    trimming is per tensor). ``majority``: the sign that columns with a zero sum take; 0 if none.
+    ``mean``: divide each column by the number of tasks that have an entry in it, so that the sum of
+    the K vectors is TIES's disjoint mean.
+    """
+
+    thresholds: tuple[tuple[float, ...], ...]
+    majority: float = 0.0
+    mean: bool = False
+
+    def column(self, tensor: int, like: Tensor) -> Tensor:
+        """The K thresholds of one tensor, (K,), on the device of ``like``."""
+        return like.new_tensor([row[tensor] for row in self.thresholds])
+
+    def phi(self, vectors_KN: Tensor, tensor: int) -> Tensor:
+        """Φ of any columns of tensor ``tensor``: K separate vectors, (K, N)."""
+        phi_KN = phi(vectors_KN, self.column(tensor, vectors_KN), self.majority)
+        return phi_KN / entries(phi_KN) if self.mean else phi_KN
+
+
+def trim_threshold(parts: Callable[[], Iterable[Tensor]], numel: int, density: float) -> float:
+    """Keep |x| ≥ this: the (d − ⌊density·d⌋)-th smallest magnitude of d, as the official code.
+
+    At density 1 that would be the 0-th smallest (the official code crashes): everything is kept.
+    """
+    k = numel - math.floor(density * numel)
+    return kth_smallest_magnitude(parts, k) if k > 0 else 0.0
+
+
+def trim(vectors_KN: Tensor, thresholds_K: Tensor) -> Tensor:
+    """Zero the entries below the task's threshold."""
+    return torch.where(vectors_KN.abs() >= thresholds_K[:, None], vectors_KN, 0)
+
+
+def elect_sign(trimmed_KN: Tensor, majority: float) -> Tensor:
+    """sign(Σ_k T̂_k) per column, (N,); a zero sum takes the majority sign of all columns."""
+    sign_N = trimmed_KN.sum(0).sign()
+    return torch.where(sign_N == 0, majority, sign_N)
+
+
+def disjoint(trimmed_KN: Tensor, sign_N: Tensor) -> Tensor:
+    """Φ: entries that agree with the elected sign, the rest zero.
+
+    Where no sign could be elected (the column's sum and the sum of all signs are both zero) nothing
+    agrees; the official code keeps the negative entries there.
+    """
+    return torch.where(trimmed_KN.sign() == sign_N, trimmed_KN, 0)
+
+
+def phi(vectors_KN: Tensor, thresholds_K: Tensor, majority: float) -> Tensor:
+    """Trim, elect, keep what agrees: the K separate vectors of AdaMerging++."""
+    trimmed_KN = trim(vectors_KN, thresholds_K)
+    return disjoint(trimmed_KN, elect_sign(trimmed_KN, majority))
+
+
+def entries(phi_KN: Tensor) -> Tensor:
+    """The number of tasks with an entry in each column, (N,), at least 1."""
+    return (phi_KN != 0).sum(0).clamp(min=1)
+
+
+def disjoint_merge(phi_KN: Tensor, how: Literal["sum", "mean"]) -> Tensor:
+    """Σ_k Φ_k, or its mean over the tasks that have an entry in the column, (N,)."""
+    return phi_KN.sum(0) if how == "sum" else phi_KN.sum(0) / entries(phi_KN)

@@ -1,0 +1,88 @@
+"""How many workers, and what each one gets: a pure decision, tested without a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raymerge.config import ClusterConfig
+from raymerge.errors import UserError
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What there is to place workers on: logical CPUs and GPUs, and nodes, of the whole cluster.
+
+    ``elastic``: a private local cluster, which may declare more CPUs than the machine has.
+    """
+
+    cpus: int
+    gpus: int = 0
+    nodes: int = 1
+    elastic: bool = True
+
+
+@dataclass(frozen=True)
+class Placement:
+    """W workers in G groups of S shards; 0 workers means one, in this process."""
+
+    workers: int
+    shards: int
+    cpus_per_worker: int
+    gpus_per_worker: float
+
+    @property
+    def groups(self) -> int:
+        return self.workers // self.shards
+
+    @property
+    def processes(self) -> int:
+        """Workers that hold data: at least the one in this process."""
+        return max(1, self.workers)
+
+
+def place(config: ClusterConfig, resources: Resources, slots: int | None) -> Placement:
+    """Decide W, and each worker's CPUs and GPUs. ``slots``: images of one step (None: no steps).
+
+    ``workers: auto`` is one worker per GPU, else one per node; a single worker on a local machine
+    needs no Ray, so it becomes 0. Raises :class:`UserError` when it does not fit.
+    """
+    workers = _auto_workers(config, resources) if config.workers == "auto" else config.workers
+    if slots is not None and workers > slots:
+        raise UserError(
+            f"cluster.workers: {workers} workers for {slots} images per step would leave "
+            f"{workers - slots} idle; use at most {slots}"
+        )
+    gpus = _gpus_per_worker(config, resources)
+    cpus = _cpus_per_worker(config, resources, max(1, workers))
+    if not resources.elastic and workers:
+        _require_fit("CPU", workers, cpus, resources.cpus)
+    if workers:
+        _require_fit("GPU", workers, gpus, resources.gpus)
+    return Placement(workers, config.shards, cpus, gpus)
+
+
+def _auto_workers(config: ClusterConfig, resources: Resources) -> int:
+    workers = resources.gpus or resources.nodes
+    workers = max(config.shards, workers - workers % config.shards)
+    return 0 if workers == 1 and resources.elastic else workers
+
+
+def _gpus_per_worker(config: ClusterConfig, resources: Resources) -> float:
+    if config.gpus_per_worker != "auto":
+        return config.gpus_per_worker
+    return 1.0 if resources.gpus else 0.0
+
+
+def _cpus_per_worker(config: ClusterConfig, resources: Resources, workers: int) -> int:
+    if config.cpus_per_worker != "auto":
+        return config.cpus_per_worker
+    return max(1, resources.cpus // workers)
+
+
+def _require_fit(kind: str, workers: int, each: float, available: float) -> None:
+    if workers * each > available:
+        key = f"cluster.{kind.lower()}s_per_worker"
+        raise UserError(
+            f"cluster.workers: {workers} workers x {each:g} {kind}s = {workers * each:g}, but the "
+            f"cluster has {available:g}; lower cluster.workers or {key}"
+        )

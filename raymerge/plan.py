@@ -1,0 +1,344 @@
+"""Everything that can be checked before work starts, from headers and folder listings alone.
+
+``check`` collects every problem; ``make_plan`` raises the first. ``merge`` runs the same checks.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from raymerge.checkpoints.reader import open_checkpoint
+from raymerge.checkpoints.visual import VisualCheckpoint, open_visual
+from raymerge.config import AdaMerging, Config, TaskConfig
+from raymerge.data.cache import check_image
+from raymerge.data.folder import ImageList, labelled_images, unlabeled_images
+from raymerge.data.slots import slot_counts
+from raymerge.errors import CheckpointError, DataError, UserError
+from raymerge.merging.layout import ParameterLayout
+from raymerge.merging.registry import describe, method_of
+from raymerge.models import (
+    ResolvedModel,
+    build_skeleton,
+    make_preprocess,
+    open_pretrained,
+    resolve_model,
+)
+from raymerge.placement import Placement, Resources, place
+
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """What the checks found of one task."""
+
+    name: str
+    checkpoint: str
+    dtype: str
+    classes: int
+    adapt_images: int
+    test_images: int
+    images_per_step: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done, and what it takes. Bytes are estimates for the largest worker."""
+
+    method: str
+    model: str
+    parameters: int
+    tensors: int
+    layers: int
+    tasks: tuple[TaskPlan, ...]
+    placement: Placement | None
+    steps: int
+    step_images: int
+    bytes_per_worker: dict[str, int]
+    output_bytes: int
+    notes: tuple[str, ...]
+    resolved: ResolvedModel = field(repr=False)
+    leftovers: int
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        del data["resolved"], data["leftovers"]
+        data["total_bytes_per_worker"] = sum(self.bytes_per_worker.values())
+        return data
+
+
+@dataclass
+class _Findings:
+    """Problems in the order they were found."""
+
+    problems: list[UserError] = field(default_factory=list)
+
+    def attempt(self, check: Callable[[], _T]) -> _T | None:
+        try:
+            return check()
+        except UserError as problem:
+            self.problems.append(problem)
+            return None
+
+
+_T = TypeVar("_T")
+
+
+def local_resources() -> Resources:
+    """This machine's cores and GPUs, before any Ray is started."""
+    import torch
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Resources(cpus=cpus, gpus=torch.cuda.device_count())
+
+
+def make_plan(config: Config, resources: Resources | None = None) -> Plan:
+    """Check everything; raises the first problem found, saying how many more there are."""
+    plan, problems = check(config, resources)
+    if problems:
+        more = f" (and {len(problems) - 1} more: see `raymerge plan`)" if len(problems) > 1 else ""
+        raise type(problems[0])(f"{problems[0]}{more}")
+    assert plan is not None  # no problem means a plan
+    return plan
+
+
+def check(
+    config: Config, resources: Resources | None = None
+) -> tuple[Plan | None, list[UserError]]:
+    """The plan, or every problem that stands in its way. ``resources``: None if not known yet."""
+    found = _Findings()
+    resolved = found.attempt(lambda: resolve_model(config.model))
+    pretrained = None
+    if resolved is not None:
+        opened = found.attempt(lambda: open_pretrained(resolved))
+        pretrained, leftovers = opened if opened is not None else (None, 0)
+    rows = [_check_task(config, k, pretrained, resolved, found) for k in range(len(config.tasks))]
+    found.attempt(lambda: _check_method(config))
+    if pretrained is None or resolved is None:
+        return None, found.problems
+    learned = method_of(config.method).learned
+    step_images = sum(row.images_per_step for row in rows) if learned else 0
+    placement = _placement(config, resources, step_images if learned else None, found)
+    plan = Plan(
+        method=describe(config.method),
+        model=resolved.name,
+        parameters=pretrained.layout.numel,
+        tensors=len(pretrained.layout.names),
+        layers=_layer_count(config, pretrained.layout),
+        tasks=tuple(rows),
+        placement=placement,
+        steps=config.optimizer.steps if learned else 0,
+        step_images=step_images,
+        bytes_per_worker=_worker_bytes(config, pretrained.layout, resolved, rows, placement),
+        output_bytes=resolved.weights.stat().st_size if method_of(config.method).merges else 0,
+        notes=_notes(config),
+        resolved=resolved,
+        leftovers=leftovers,
+    )
+    found.attempt(lambda: _require_memory(plan, resources))
+    found.attempt(lambda: _require_disk(plan, config.output))
+    return plan, found.problems
+
+
+def _check_task(
+    config: Config,
+    k: int,
+    pretrained: VisualCheckpoint | None,
+    resolved: ResolvedModel | None,
+    found: _Findings,
+) -> TaskPlan:
+    task = config.tasks[k]
+    expert = found.attempt(lambda: _open_expert(task, k, pretrained))
+    adapt = found.attempt(lambda: _adapt_images(task, k)) if task.adapt else None
+    test = found.attempt(lambda: _test_images(task, k)) if task.test else None
+    for images in (adapt, test):
+        if images is not None:
+            found.attempt(lambda images=images: _check_images(images.paths))  # type: ignore[misc]
+    population = len(adapt) if adapt else 0
+    return TaskPlan(
+        name=task.name,
+        checkpoint=task.checkpoint,
+        dtype=_dtype(expert),
+        classes=len(task.classnames),
+        adapt_images=population,
+        test_images=len(test) if test else 0,
+        images_per_step=slot_counts([population], config.optimizer.images_per_step)[0],
+    )
+
+
+def _open_expert(
+    task: TaskConfig, k: int, pretrained: VisualCheckpoint | None
+) -> VisualCheckpoint | None:
+    try:
+        if pretrained is None:
+            open_checkpoint(task.checkpoint)
+            return None
+        return open_visual(task.checkpoint, pretrained.layout)
+    except CheckpointError as error:
+        raise CheckpointError(f"tasks[{k}] ({task.name}): {error}") from error
+
+
+def _adapt_images(task: TaskConfig, k: int) -> ImageList:
+    return unlabeled_images(str(task.adapt), f"tasks[{k}].adapt")
+
+
+def _test_images(task: TaskConfig, k: int) -> ImageList:
+    return labelled_images(str(task.test), task.classnames, f"tasks[{k}].test")
+
+
+def _check_images(paths: Sequence[Path]) -> None:
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        problems = [problem for problem in pool.map(check_image, paths) if problem]
+    if problems:
+        more = f" (and {len(problems) - 1} more images)" if len(problems) > 1 else ""
+        raise DataError(f"{problems[0]}{more}")
+
+
+def _check_method(config: Config) -> None:
+    """What the method needs and the config does not give."""
+    method = method_of(config.method)
+    missing = [task.name for task in config.tasks if task.adapt is None]
+    if method.learned and missing:
+        raise DataError(
+            f"method {config.method.name} learns from unlabeled images, but task "
+            f"{', '.join(missing)} has no adapt folder"
+        )
+    if not method.merges and all(task.test is None for task in config.tasks):
+        raise DataError(
+            f"method {config.method.name} merges nothing; it needs a test folder to report on"
+        )
+
+
+def _placement(
+    config: Config, resources: Resources | None, slots: int | None, found: _Findings
+) -> Placement | None:
+    if resources is None:
+        return None
+    return found.attempt(lambda: place(config.cluster, resources, slots or None))
+
+
+def _layer_count(config: Config, layout: ParameterLayout) -> int:
+    if not isinstance(config.method, AdaMerging):
+        return 1
+    return len(layout.layers(config.method.granularity).names)
+
+
+def _worker_bytes(
+    config: Config,
+    layout: ParameterLayout,
+    resolved: ResolvedModel,
+    rows: Sequence[TaskPlan],
+    placement: Placement | None,
+) -> dict[str, int]:
+    """The big things in a worker's memory while it steps, without activations."""
+    workers = placement.processes if placement else 1
+    shard = layout.shard(0, config.cluster.shards)
+    height, width = make_preprocess(build_skeleton(resolved, "meta").visual).size
+    out = {"weights and gradient": 2 * shard.padded_numel * _FLOAT_BYTES}
+    if method_of(config.method).learned:
+        images = sum(
+            min(row.adapt_images, row.images_per_step * config.optimizer.steps) for row in rows
+        )
+        out["task vectors"] = len(rows) * shard.columns * _FLOAT_BYTES
+        out["pretrained"] = shard.columns * _FLOAT_BYTES
+        out["images"] = -(-images // workers) * 3 * height * width
+    return out
+
+
+def _require_memory(plan: Plan, resources: Resources | None) -> None:
+    """On this machine alone; a cluster's nodes are not asked."""
+    if resources is None or not resources.elastic or resources.gpus or plan.placement is None:
+        return
+    each = sum(plan.bytes_per_worker.values())
+    need, have = each * plan.placement.processes, psutil.virtual_memory().total
+    if need > have:
+        raise UserError(
+            f"cluster.workers: {plan.placement.processes} workers x {human_bytes(each)} = "
+            f"{human_bytes(need)}, but this machine has {human_bytes(have)}; use fewer workers, "
+            "or more cluster.shards"
+        )
+
+
+def _require_disk(plan: Plan, output: str | None) -> None:
+    if output is None or not plan.output_bytes:
+        return
+    folder = Path(output)
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"output {output}: {folder} is not writable; choose another folder")
+    free = shutil.disk_usage(folder).free
+    if free < plan.output_bytes:
+        raise UserError(
+            f"output {output}: needs {human_bytes(plan.output_bytes)}, but {folder} has "
+            f"{human_bytes(free)} free"
+        )
+
+
+def _notes(config: Config) -> tuple[str, ...]:
+    same = [t.name for t in config.tasks if t.adapt is not None and t.adapt == t.test]
+    if same and method_of(config.method).learned:
+        return (
+            f"adapts on the test images of {', '.join(same)}, without labels (as the paper does)",
+        )
+    return ()
+
+
+def _dtype(expert: VisualCheckpoint | None) -> str:
+    if expert is None:
+        return "?"
+    specs = expert.checkpoint.specs
+    kinds = {str(specs[expert.prefix + name].dtype) for name in expert.layout.names}
+    return "/".join(sorted(kind.removeprefix("torch.") for kind in kinds))
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan for a person."""
+    width = max(len(task.name) for task in plan.tasks)
+    lines = [
+        f"model      {plan.model}: {plan.parameters:,} visual parameters in {plan.tensors} tensors",
+        f"method     {plan.method}: {len(plan.tasks)} tasks x {plan.layers} layers of coefficients",
+        "tasks",
+    ]
+    lines += [
+        f"  {task.name:<{width}}  {task.classes:>4} classes  {task.dtype}  "
+        f"{task.adapt_images:>6} adapt images  {task.test_images:>6} test images"
+        for task in plan.tasks
+    ]
+    if plan.steps:
+        lines.append(f"steps      {plan.steps}, each with {plan.step_images} images")
+    lines.append(f"workers    {_placement_text(plan.placement)}")
+    total = sum(plan.bytes_per_worker.values())
+    parts = ", ".join(f"{key} {human_bytes(n)}" for key, n in plan.bytes_per_worker.items())
+    lines.append(f"memory     {human_bytes(total)} per worker, plus activations ({parts})")
+    if plan.output_bytes:
+        lines.append(f"disk       {human_bytes(plan.output_bytes)} for the merged model")
+    lines += [f"note       {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def _placement_text(placement: Placement | None) -> str:
+    if placement is None:
+        return "decided on the cluster"
+    if placement.workers == 0:
+        return "1, in this process (no Ray)"
+    return (
+        f"{placement.workers} = {placement.groups} groups x {placement.shards} shards, each with "
+        f"{placement.cpus_per_worker} CPUs and {placement.gpus_per_worker:g} GPUs"
+    )

@@ -1,0 +1,29 @@
+"""Progress on stderr: bars that a log file survives, off when nobody wants them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+Progress = Callable[[int], None]
+
+
+@contextmanager
+def progress_bar(what: str, *, unit: str, total: int | None = None) -> Iterator[Progress]:
+    """Yields a function that advances the bar. In a log file the bar moves every ten seconds."""
+    with tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        file=sys.stderr,
+        leave=False,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    ) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        yield advance

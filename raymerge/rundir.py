@@ -1,0 +1,223 @@
+"""The output folder: who may write it, what stands in it, what is recorded as a run goes.
+
+Legend: K tasks, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from raymerge.card import model_card
+from raymerge.checkpoints.reader import locate, sha256
+from raymerge.config import Config, dump_config
+from raymerge.driver import StepRecord
+from raymerge.errors import RunError, UserError
+from raymerge.evaluation import TaskScore, results_json
+from raymerge.files import write_atomically, write_json, write_text
+from raymerge.merging.optimizer import AdamState
+from raymerge.merging.registry import describe
+from raymerge.models import CONFIG_FILE, WEIGHTS_FILE
+from raymerge.plan import Plan
+from raymerge.report import write_plots, write_report
+from raymerge.state import StateStore
+
+_OWN_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    "lambdas.json",
+    "results.json",
+    "metrics.jsonl",
+    "config.yaml",
+    "environment.json",
+    "README.md",
+    "report.html",
+    "lambda_heatmap.png",
+    "lambda_curves.png",
+)
+
+
+class RunFolder:
+    """One run's output folder and the names in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._prepared = False
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Raise :class:`UserError` if the folder is in use; ``overwrite`` must know it as a run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output {self.path}: is a file; name a folder")
+        if resume or not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not overwrite:
+            raise UserError(
+                f"output {self.path}: is in use; give another folder, or --resume to continue that "
+                "run, or --overwrite to replace it"
+            )
+        if not (self.path / "config.yaml").exists():
+            raise UserError(
+                f"output {self.path}: --overwrite replaces runs of raymerge only, and this folder "
+                "has no config.yaml; give another folder"
+            )
+
+    def prepare(self, config: Config, *, resume: bool) -> None:
+        """Make the folder and write the config; a run that is replaced loses its own files only."""
+        if self._prepared:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output {self.path}: cannot be made: {error.strerror}") from error
+        if not resume:
+            self._remove_own_files()
+        write_text(self.path / "config.yaml", dump_config(config))
+        self._prepared = True
+
+    def _remove_own_files(self) -> None:
+        for name in _OWN_FILES:
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    def write_lambdas(
+        self, tasks: Sequence[str], layers: Sequence[str], lambdas_KL: Tensor
+    ) -> None:
+        values = {"tasks": list(tasks), "layers": list(layers), "values": lambdas_KL.tolist()}
+        write_json(self.path / "lambdas.json", values)
+
+    def write_results(
+        self,
+        config: Config,
+        plan: Plan,
+        scores: Mapping[str, TaskScore],
+        seconds: Mapping[str, float],
+    ) -> None:
+        """Results, provenance, the model card and the report."""
+        results = results_json(config.method.name, scores)
+        results["description"] = describe(config.method)
+        results["timings"] = {"seconds": dict(seconds)}
+        write_json(self.path / "results.json", results)
+        environment = _environment(config, plan)
+        write_json(self.path / "environment.json", environment)
+        if plan.output_bytes:
+            card = model_card(config, plan, scores, environment["hashes"])
+            write_text(self.path / "README.md", card)
+        write_plots(self.path)
+        write_report(self.path)
+
+
+class Recorder:
+    """Keeps what a step leaves: a line of metrics, now and then a state, a moving bar.
+
+    On leaving, by whatever way, the newest state is saved, so an interrupted run loses no step.
+    """
+
+    def __init__(
+        self, folder: RunFolder, store: StateStore, every: int, start: AdamState, steps: int
+    ) -> None:
+        self._store, self._every = store, every
+        self._state, self._saved = start, start.step
+        _keep_lines(folder.metrics, start.step)
+        self._metrics = folder.metrics.open("a", encoding="utf-8")
+        self._bar = tqdm(
+            total=steps,
+            initial=start.step,
+            desc="merging",
+            unit="step",
+            file=sys.stderr,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        )
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def observe(self, record: StepRecord, state: AdamState) -> None:
+        self._state = state
+        try:
+            self._metrics.write(json.dumps(asdict(record)) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise RunError(f"metrics.jsonl: cannot be written: {error.strerror}") from error
+        if state.step % self._every == 0:
+            self._save()
+        mean = sum(record.entropy.values()) / len(record.entropy)
+        self._bar.set_postfix(entropy=f"{mean:.4f}", refresh=False)
+        self._bar.update()
+
+    def _save(self) -> None:
+        if self._state.step > self._saved:
+            self._store.save(self._state)
+            self._saved = self._state.step
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+        self._metrics.close()
+        try:
+            self._save()
+        except RunError:
+            if error is None:
+                raise
+
+
+def _keep_lines(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that will be run again after a resume (and a torn last line)."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(metrics, lambda path: _write_lines(path, kept))
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _environment(config: Config, plan: Plan) -> dict[str, Any]:
+    files = [plan.resolved.weights, *(locate(task.checkpoint) for task in config.tasks)]
+    return {
+        "raymerge": _version("raymerge"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "open_clip": _version("open_clip_torch"),
+        "ray": _version("ray"),
+        "platform": platform.platform(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "hashes": {str(path): sha256(path) for path in files},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

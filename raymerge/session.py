@@ -1,0 +1,299 @@
+"""One run, start to end: check → workers → learn λ → export → evaluate → report.
+
+``merge`` and ``evaluate`` are the Python API; the commands are thin layers over them.
+
+Legend: K tasks, L layers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from raymerge.checkpoints.reader import locate
+from raymerge.checkpoints.task_vectors import ties_statistics
+from raymerge.checkpoints.visual import open_visual
+from raymerge.config import AdaMerging, Config, Ties
+from raymerge.driver import LocalGroup, WorkerGroup, learn
+from raymerge.errors import UserError
+from raymerge.evaluation import TaskScore, summarise
+from raymerge.export import merged_visual, write_model
+from raymerge.merging.layout import LayerMap
+from raymerge.merging.optimizer import Adam, AdamState
+from raymerge.merging.registry import method_of
+from raymerge.merging.ties import TiesStatistics
+from raymerge.messages import EvaluateRequest, LoadRequest, WorkerSpec
+from raymerge.models import open_pretrained
+from raymerge.placement import Resources, place
+from raymerge.plan import Plan, local_resources, make_plan
+from raymerge.progress import progress_bar
+from raymerge.rundir import Recorder, RunFolder
+from raymerge.state import StateStore, fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge gave. ``lambdas``: (K, L) float64, None where nothing was merged."""
+
+    config: Config
+    layers: tuple[str, ...]
+    lambdas: Tensor | None
+    scores: Mapping[str, TaskScore]
+    seconds: Mapping[str, float]
+    output: Path | None
+
+    @property
+    def top1(self) -> float | None:
+        """Unweighted mean top-1 over the tasks with test images, in [0, 1]."""
+        rows = self.scores.values()
+        return sum(row.top1 for row in rows) / len(rows) if rows else None
+
+
+def merge(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    group: WorkerGroup | None = None,
+) -> MergeResult:
+    """Merge as the config says and write the output folder.
+
+    ``group``: workers already open for the same model and tasks (``open_group``), to be reused.
+    Raises :class:`UserError` before anything is written when the input is wrong, and
+    :class:`~raymerge.errors.RunError` later; then the output folder holds a state for ``resume``.
+    """
+    if config.output is None:
+        raise UserError("output: missing; name a folder in the config or with --output")
+    folder = RunFolder(Path(config.output))
+    folder.check(resume=resume, overwrite=overwrite)
+    plan = make_plan(config, known_resources(config))
+    merging = _Merging(config, plan)
+    needs_workers = merging.learned or any(task.test for task in config.tasks)
+    workers = group_or_new(group, config, merging.slots) if needs_workers else nullcontext(None)
+    with workers as group:
+        return _run(merging, folder, group, resume=resume)
+
+
+def _run(
+    merging: _Merging, folder: RunFolder, group: WorkerGroup | None, *, resume: bool
+) -> MergeResult:
+    config, clock = merging.config, _Clock()
+    lambdas_KL = merging.start()
+    theta_P = None
+    if merging.learned:
+        assert group is not None
+        with progress_bar("loading", unit="img") as progress:
+            reports = group.load(merging.load_request(), progress)
+        for report in reports:
+            logger.info("worker %d on %s: %s", report.rank, report.device, ", ".join(report.tasks))
+        clock.lap("load")
+        folder.prepare(config, resume=resume)
+        lambdas_KL = _learn(merging, folder, group, lambdas_KL, resume=resume)
+        clock.lap("steps")
+    if merging.merges:
+        theta_P = merging.theta(
+            lambdas_KL
+        )  # reads every file: nothing is written before it is sound
+    folder.prepare(config, resume=resume)
+    if theta_P is not None:
+        write_model(folder.path, merging.plan.resolved, merging.pretrained, theta_P)
+        folder.write_lambdas(config.task_names, merging.layers.names, lambdas_KL)
+        clock.lap("export")
+    scores: dict[str, TaskScore] = {}
+    if group is not None and any(task.test for task in config.tasks):
+        model = None if theta_P is None else str(folder.path)
+        scores = _scores(config, group, model)
+        clock.lap("evaluate")
+    folder.write_results(config, merging.plan, scores, clock.laps)
+    return MergeResult(
+        config=config,
+        layers=merging.layers.names,
+        lambdas=lambdas_KL if merging.merges else None,
+        scores=scores,
+        seconds=clock.laps,
+        output=folder.path,
+    )
+
+
+def _learn(
+    merging: _Merging, folder: RunFolder, group: WorkerGroup, start_KL: Tensor, *, resume: bool
+) -> Tensor:
+    """The adaptive loop with state, metrics and a progress bar; the effective λ (K, L)."""
+    config, optimizer = merging.config, merging.optimizer()
+    store = StateStore(
+        folder.state,
+        fingerprint(config),
+        config.task_names,
+        merging.layers.names,
+        config.state.keep,
+    )
+    state = (store.newest() if resume else None) or AdamState.start(start_KL)
+    store.claim()
+    steps = config.optimizer.steps
+    with Recorder(folder, store, config.state.every_steps, state, steps) as recorder:
+        state = learn(group, optimizer, state, steps, config.task_names, recorder.observe)
+    return optimizer.effective(state.lambdas)
+
+
+def evaluate(config: Config, model: str | None = None) -> dict[str, TaskScore]:
+    """Score a checkpoint (default: the pretrained model) on the config's test images.
+
+    ``model``: an output folder, any checkpoint that raymerge opens, or ``individual`` for every
+    task on its own expert. Raises :class:`UserError` where the input is wrong.
+    """
+    if all(task.test is None for task in config.tasks):
+        raise UserError("no task has a test folder; name one in tasks[].test to evaluate")
+    plan = make_plan(config, known_resources(config))
+    if model is not None and model != "individual":
+        open_visual(model, open_pretrained(plan.resolved)[0].layout)
+        model = str(locate(model).absolute())
+    with open_group(config, None) as group:
+        return _scores(config, group, model or _pretrained_reference(plan))
+
+
+def _pretrained_reference(plan: Plan) -> str:
+    return str(plan.resolved.weights)
+
+
+def _scores(config: Config, group: WorkerGroup, model: str | None) -> dict[str, TaskScore]:
+    """Every test image once; each task on ``model``, or on its own expert if that is None."""
+    own = model is None or model == "individual"
+    tested = [task for task in config.tasks if task.test is not None]
+    request = EvaluateRequest(
+        checkpoints={task.name: task.checkpoint if own else str(model) for task in tested},
+        autocast=config.precision == "bfloat16",
+    )
+    with progress_bar("evaluating", unit="img") as progress:
+        return summarise(group.evaluate(request, progress), config.task_names)
+
+
+# --- the merge in terms of the maths -----------------------------------------------------------
+
+
+class _Merging:
+    """A config and its files as θ₀, experts, basis, layers and a first λ."""
+
+    def __init__(self, config: Config, plan: Plan) -> None:
+        self.config, self.plan = config, plan
+        self._method = method_of(config.method)
+        self.learned, self.merges = self._method.learned, self._method.merges
+        self.slots = plan.step_images or None
+        self.pretrained, _ = open_pretrained(plan.resolved)
+        self._experts = [open_visual(t.checkpoint, self.pretrained.layout) for t in config.tasks]
+        granularity = config.method.granularity if isinstance(config.method, AdaMerging) else "task"
+        self.granularity = granularity
+        self.layers: LayerMap = self.pretrained.layout.layers(granularity)
+        self.ties = self._ties()
+
+    def _ties(self) -> TiesStatistics | None:
+        method = self.config.method
+        if not isinstance(method, Ties | AdaMerging) or self._method.basis(method) == "raw":
+            return None
+        return ties_statistics(
+            self.pretrained,
+            self._experts,
+            density=method.density,
+            scope=method.trim_scope,
+            extra_zeros=self.plan.leftovers,
+            mean=isinstance(method, Ties) and method.merge == "mean",
+        )
+
+    def start(self) -> Tensor:
+        """The method's constant λ, or the first one of learning: (K, L) float64."""
+        tasks = len(self.config.tasks)
+        scaling = self._method.scaling(self.config.method, tasks)
+        return torch.full((tasks, len(self.layers.names)), scaling, dtype=torch.float64)
+
+    def optimizer(self) -> Adam:
+        assert isinstance(self.config.method, AdaMerging)
+        given = self.config.optimizer
+        return Adam(given.lr, given.betas, given.eps, self.config.method.clamp)
+
+    def load_request(self) -> LoadRequest:
+        assert isinstance(self.config.method, AdaMerging)
+        given = self.config.optimizer
+        return LoadRequest(
+            granularity=self.granularity,
+            objective=self.config.method.objective,
+            images_per_step=given.images_per_step,
+            batches=given.batches,
+            steps=given.steps,
+            seed=self.config.seed,
+            autocast=self.config.precision == "bfloat16",
+            ties=self.ties,
+        )
+
+    def theta(self, lambdas_KL: Tensor) -> Tensor:
+        """The merged visual parameters, flat (P,)."""
+        return merged_visual(self.pretrained, self._experts, lambdas_KL, self.layers, self.ties)
+
+
+# --- workers -----------------------------------------------------------------------------------
+
+
+def known_resources(config: Config) -> Resources | None:
+    """This machine's, unless the run is to use a cluster, which is asked only when it starts."""
+    if config.cluster.address or os.environ.get("RAY_ADDRESS"):
+        return None
+    return local_resources()
+
+
+def group_or_new(
+    group: WorkerGroup | None, config: Config, slots: int | None
+) -> AbstractContextManager[WorkerGroup]:
+    """The given group, left open at the end, or a new one that is closed."""
+    return nullcontext(group) if group is not None else open_group(config, slots)
+
+
+@contextmanager
+def open_group(config: Config, slots: int | None) -> Iterator[WorkerGroup]:
+    """Workers for the config's model and tasks: in this process, or as Ray actors.
+
+    ``slots``: images of one step, None if only evaluation is wanted.
+    """
+    spec = WorkerSpec(config.model, config.tasks, micro_batch=config.cluster.micro_batch)
+    known = known_resources(config)
+    if known is not None and place(config.cluster, known, slots).workers == 0:
+        threads = config.cluster.cpus_per_worker
+        yield LocalGroup(spec if threads == "auto" else replace(spec, threads=threads))
+        return
+    from raymerge.distributed.cluster import connected
+    from raymerge.distributed.group import ActorGroup
+
+    local_cpus = 1 if known is None else _declared_cpus(config, known, slots)
+    with connected(config.cluster.address, local_cpus) as resources:
+        placement = place(config.cluster, resources if known is None else known, slots)
+        if placement.workers == 0:
+            yield LocalGroup(spec)
+            return
+        group = ActorGroup(spec, placement, config.cluster)
+        try:
+            yield group
+        finally:
+            group.close()
+
+
+def _declared_cpus(config: Config, known: Resources, slots: int | None) -> int:
+    placement = place(config.cluster, known, slots)
+    return max(known.cpus, placement.workers * placement.cpus_per_worker)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = perf_counter()
+        self.laps[phase] = now - self._last
+        self._last = now

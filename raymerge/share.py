@@ -1,0 +1,189 @@
+"""One worker's share of the work: its columns of θ₀ and V, and its slots of every step.
+
+Legend: K tasks, L layers, T tensors, N columns of this worker's shard, P parameters, B images,
+b images of one task, C classes, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raymerge.checkpoints.task_vectors import read_shard
+from raymerge.checkpoints.visual import open_visual
+from raymerge.data.cache import PinnedImages
+from raymerge.data.folder import unlabeled_images
+from raymerge.data.slots import SlotRange, slot_counts, split_slots, step_images
+from raymerge.heads import zero_shot_head
+from raymerge.merging.merge import inner_products, merge_into
+from raymerge.merging.objectives import OBJECTIVES, entropy
+from raymerge.messages import FloatArray, LoadRequest, WorkerSpec
+from raymerge.models import FlatEncoder, build_model, make_tokenizer, open_pretrained, resolve_model
+
+
+class ServedModel:
+    """The pretrained model as a worker keeps it: an encoder over flat θ, one head per task."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        resolved = resolve_model(spec.model)
+        self.pretrained, _ = open_pretrained(resolved)
+        self.layout = self.pretrained.layout
+        model = build_model(resolved).to(choose_device())
+        tokenizer = make_tokenizer(resolved)
+        self._heads = [
+            zero_shot_head(model, tokenizer, task.classnames, task.templates) for task in spec.tasks
+        ]
+        padded = self.layout.shard(spec.shard, spec.shards).padded_numel
+        self.encoder = FlatEncoder(model, self.layout, choose_device(), padded)
+        self.encoder.drop_text()
+
+    def head(self, task: int) -> Tensor:
+        """(D, C) of the task with this index."""
+        return self._heads[task]
+
+
+def choose_device() -> torch.device:
+    """Ray's GPUs are logical (tests declare fake ones), so the device is what torch can see."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+class Share:
+    """What one worker pins for learning λ, and its three computations of a step.
+
+    ``merge``, ``backward`` and ``inner_products`` are called in this order, with the collectives of
+    the group between them. None keeps state between steps. Construction reads the files and raises
+    :class:`~raymerge.errors.UserError` for a damaged checkpoint or image.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        request: LoadRequest,
+        model: ServedModel,
+        images: MutableMapping[int, PinnedImages],
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._spec, self._request, self._model = spec, request, model
+        self._shard = model.layout.shard(spec.shard, spec.shards)
+        self._layers = model.layout.layers(request.granularity)
+        self._pieces = self._shard.pieces()
+        experts = [open_visual(task.checkpoint, model.layout) for task in spec.tasks]
+        self._pretrained_N, self.vectors_KN = read_shard(
+            model.pretrained, experts, self._shard, request.ties, model.encoder.device
+        )
+        self._images = images
+        self._pin_images(progress)
+
+    def _pin_images(self, progress: Callable[[int], None] | None) -> None:
+        """Decode the images that this worker's slots will show, unless they are held already."""
+        spec = self._spec
+        sources = [
+            unlabeled_images(str(task.adapt), f"tasks[{k}].adapt")
+            for k, task in enumerate(spec.tasks)
+        ]
+        self._populations = [len(source) for source in sources]
+        self._counts = slot_counts(self._populations, self._request.images_per_step)
+        self.slots = split_slots(self._counts, spec.workers)[spec.rank]
+        for part in self.slots:
+            needed = self._needed(part)
+            held = self._images.get(part.task)
+            if held is None or not held.holds(needed):
+                self._images[part.task] = PinnedImages(
+                    sources[part.task], needed, self._model.encoder.preprocess, progress
+                )
+
+    def merge(self, lambdas_KL: FloatArray, theta_N: Tensor) -> None:
+        """θ = θ₀ + Σ λ V on this worker's own columns, ``theta_N`` (padding at the end is left)."""
+        lambdas = torch.from_numpy(lambdas_KL).to(self.vectors_KN)
+        merge_into(
+            theta_N,
+            self._pretrained_N,
+            self.vectors_KN,
+            self._layers.expand(lambdas),
+            self._pieces,
+            self._shard.start,
+        )
+
+    def backward(self, step: int) -> tuple[FloatArray, FloatArray]:
+        """Set the encoder's flat gradient to ∂ℒ/∂θ of this worker's slots.
+
+        Returns per task (K,) this worker's part of the loss and of the mean entropy; the parts of
+        all workers sum to the whole.
+        """
+        self._model.encoder.gradient_P.zero_()
+        loss_K, entropy_K = np.zeros((2, len(self._spec.tasks)))
+        for parts in _passes(self.slots, self._spec.micro_batch):
+            self._one_pass(step, parts, loss_K, entropy_K)
+        return loss_K, entropy_K
+
+    def inner_products(self, gradient_N: Tensor) -> FloatArray:
+        """⟨∂ℒ/∂θ, V_k⟩ per layer over this worker's columns: (K, L) float64."""
+        per_tensor_KT = inner_products(
+            gradient_N,
+            self.vectors_KN,
+            self._pieces,
+            len(self._shard.layout.names),
+            self._shard.start,
+        )
+        gradient_KL: FloatArray = self._layers.reduce(per_tensor_KT).cpu().numpy()
+        return gradient_KL
+
+    def _one_pass(
+        self, step: int, parts: Sequence[SlotRange], loss_K: FloatArray, entropy_K: FloatArray
+    ) -> None:
+        """One forward and backward of all tasks' images as one batch: only the heads differ."""
+        request = self._request
+        pixels = [self._pixels(step, part) for part in parts]
+        features_BD = self._model.encoder.features(torch.cat(pixels), request.autocast)
+        objective, total = OBJECTIVES[request.objective], features_BD.new_zeros(())
+        for part, features_bD in zip(
+            parts, features_BD.split([len(p) for p in pixels]), strict=True
+        ):
+            logits_bC = features_bD @ self._model.head(part.task)
+            count = self._counts[part.task]
+            loss = objective(logits_bC).sum() * (request.batches / count)
+            total = total + loss
+            loss_K[part.task] += loss.item()
+            entropy_K[part.task] += entropy(logits_bC.detach()).double().sum().item() / count
+        total.backward()
+
+    def _pixels(self, step: int, part: SlotRange) -> Tensor:
+        return self._images[part.task].take(self._slot_images(step, part))
+
+    def _slot_images(self, step: int, part: SlotRange) -> NDArray[np.int64]:
+        name = self._spec.task_names[part.task]
+        count, population = self._counts[part.task], self._populations[part.task]
+        images = step_images(self._request.seed, name, step, count, population)
+        return images[part.start : part.stop]
+
+    def _needed(self, part: SlotRange) -> NDArray[np.int64]:
+        """Every image that these slots will show in any step, once."""
+        whole = self._populations[part.task] <= self._counts[part.task]
+        steps = 1 if whole else self._request.steps
+        return np.unique([self._slot_images(step, part) for step in range(steps)])
+
+
+def _passes(slots: Sequence[SlotRange], micro_batch: int | None) -> Iterator[list[SlotRange]]:
+    """Cut the slots into runs of at most ``micro_batch`` images."""
+    if micro_batch is None:
+        if slots:
+            yield list(slots)
+        return
+    run: list[SlotRange] = []
+    room = micro_batch
+    for part in slots:
+        start = part.start
+        while start < part.stop:
+            stop = min(part.stop, start + room)
+            run.append(SlotRange(part.task, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield run
+                run, room = [], micro_batch
+    if run:
+        yield run

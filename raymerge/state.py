@@ -1,0 +1,166 @@
+"""Run state on disk: λ and the moments, so that ``--resume`` continues as if nothing had happened.
+
+    state/step-00000120/{state.safetensors, manifest.json}   the newest few, checksummed
+    state/attempt-0002                                       who may write (fencing)
+
+A state folder appears by one rename, so it is whole or absent; a damaged one is skipped with a word
+and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from raymerge.config import Config
+from raymerge.errors import RunError, UserError
+from raymerge.merging.optimizer import AdamState
+
+logger = logging.getLogger(__name__)
+
+_STEP = re.compile(r"step-(\d{8,})")
+_ATTEMPT = re.compile(r"attempt-(\d{4,})")
+_TENSORS = "state.safetensors"
+_MANIFEST = "manifest.json"
+
+
+class StateStore:
+    """The ``state/`` folder of one run. ``claim`` before ``save``."""
+
+    def __init__(
+        self, folder: Path, fingerprint: str, tasks: Sequence[str], layers: Sequence[str], keep: int
+    ) -> None:
+        self.folder = folder
+        self._identity = {"config": fingerprint, "tasks": list(tasks), "layers": list(layers)}
+        self._keep = keep
+        self._attempt: int | None = None
+
+    def claim(self) -> None:
+        """Take the next attempt number. A driver with a lower one can no longer save."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while self._attempt is None:
+            number = max(self._numbers(_ATTEMPT), default=0) + 1
+            try:
+                path = self.folder / f"attempt-{number:04d}"
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                continue
+            self._attempt = number
+
+    def save(self, state: AdamState) -> None:
+        """Write one state atomically and drop all but the newest ``keep``.
+
+        Raises :class:`RunError` if another driver has claimed this run since, or the disk is full.
+        """
+        if self._attempt is None:
+            raise RuntimeError("save() before claim()")
+        newest = max(self._numbers(_ATTEMPT), default=0)
+        if newest > self._attempt:
+            raise RunError(
+                f"{self.folder}: attempt {newest} has taken over this run from attempt "
+                f"{self._attempt}; only one driver may write it"
+            )
+        try:
+            self._write(state)
+        except OSError as error:
+            raise RunError(f"{self.folder}: state not saved: {error.strerror or error}") from error
+        for old in sorted(self._numbers(_STEP))[: -self._keep]:
+            shutil.rmtree(self._path(old), ignore_errors=True)
+
+    def newest(self) -> AdamState | None:
+        """The newest whole state, or None. Raises :class:`UserError` if it is of another config."""
+        for step in sorted(self._numbers(_STEP), reverse=True):
+            try:
+                return self._read(self._path(step))
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                logger.warning(
+                    "state of step %d is damaged (%s); using the one before", step, error
+                )
+        return None
+
+    def steps(self) -> list[int]:
+        return sorted(self._numbers(_STEP))
+
+    def _write(self, state: AdamState) -> None:
+        target = self._path(state.step)
+        if target.exists():  # the same step of the same run: the same bytes
+            return
+        payload = save({"lambdas": state.lambdas, "mean": state.mean, "square": state.square})
+        manifest = {
+            "step": state.step,
+            "attempt": self._attempt,
+            "sha256": {_TENSORS: hashlib.sha256(payload).hexdigest()},
+            **self._identity,
+        }
+        temporary = Path(tempfile.mkdtemp(prefix=".step-", dir=self.folder))
+        try:
+            _write_synced(temporary / _TENSORS, payload)
+            _write_synced(temporary / _MANIFEST, json.dumps(manifest, indent=2).encode())
+            temporary.replace(target)
+            _sync_folder(self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _read(self, path: Path) -> AdamState:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        payload = (path / _TENSORS).read_bytes()
+        if hashlib.sha256(payload).hexdigest() != manifest["sha256"][_TENSORS]:
+            raise ValueError("checksum differs")
+        for key, mine in self._identity.items():
+            if manifest[key] != mine:
+                raise UserError(
+                    f"{path}: was saved by another run (its {key} differ); resume with the config "
+                    "that started it, or give another output folder"
+                )
+        tensors = load(payload)
+        shape = (len(self._identity["tasks"]), len(self._identity["layers"]))
+        for name in ("lambdas", "mean", "square"):
+            if tensors[name].shape != shape or tensors[name].dtype != torch.float64:
+                raise ValueError(f"{name} is not {shape} float64")
+        return AdamState(
+            tensors["lambdas"], tensors["mean"], tensors["square"], int(manifest["step"])
+        )
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _numbers(self, pattern: re.Pattern[str]) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        matches = (pattern.fullmatch(path.name) for path in self.folder.iterdir())
+        return [int(match.group(1)) for match in matches if match]
+
+
+def fingerprint(config: Config) -> str:
+    """SHA-256 of what decides λ: not the cluster, the output, nor how many steps are asked for."""
+    data = config.model_dump(mode="json", exclude={"cluster", "output", "state"})
+    del data["optimizer"]["steps"]
+    for task in data["tasks"]:
+        del task["test"]
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _write_synced(path: Path, payload: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
