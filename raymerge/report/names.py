@@ -1,0 +1,99 @@
+"""Names that people read, for methods, runs and layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from raymerge.report.data import Run
+
+_TITLES = {
+    "zero_shot": "Pretrained (zero-shot)",
+    "individual": "Individual experts",
+    "joint": "Traditional MTL",
+    "average": "Weight averaging",
+    "task_arithmetic": "Task arithmetic",
+    "ties": "TIES",
+    "dare": "DARE",
+    "fisher": "Fisher merging",
+    "regmean": "RegMean",
+    "regmean_pp": "RegMean++",
+    "tsv": "TSV-Merge",
+    "iso_c": "Iso-C",
+    "iso_cts": "Iso-CTS",
+    "wudi": "WUDI-Merging",
+    "fw_hard": "FW-Merging (hard)",
+    "fw_soft": "FW-Merging (soft)",
+    "adamerging": "AdaMerging (layer-wise)",
+    "adamerging_block": "AdaMerging (block-wise)",
+    "adamerging_task": "AdaMerging (task-wise)",
+    "adamerging_pp": "AdaMerging++ (layer-wise)",
+    "adamerging_pp_block": "AdaMerging++ (block-wise)",
+    "adamerging_pp_task": "AdaMerging++ (task-wise)",
+}
+
+NOT_MERGED = frozenset({"zero_shot", "individual", "joint"})
+"""References: one model that saw no task, one model per task, one trained on all the labels."""
+
+
+def method_title(name: str) -> str:
+    """``adamerging_pp`` → "AdaMerging++ (layer-wise)"; an unknown name stays as it is."""
+    return _TITLES.get(name, name)
+
+
+def run_method(run: Run) -> str:
+    """A run's method, told apart by granularity and task vectors as a comparison names it."""
+    name = (run.results.method if run.results else "") or run.settings.name
+    if name != "adamerging":
+        return name
+    plus = "_pp" if run.settings.task_vectors == "ties" else ""
+    task_wise = run.lambdas is not None and run.lambdas.layers == ("all",)
+    granularity = "task" if task_wise else run.settings.granularity
+    return name + plus + (f"_{granularity}" if granularity in ("task", "block") else "")
+
+
+def run_title(run: Run) -> str:
+    return method_title(run_method(run)) or "Merged model"
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Columns ``start`` to ``stop`` (exclusive) of a heat map: one block of the network."""
+
+    start: int
+    stop: int
+    label: str
+
+
+def layer_groups(layers: Sequence[str]) -> list[LayerGroup]:
+    """Runs of consecutive layers in the same block.
+
+    A block is the path up to its first number (``transformer.resblocks.3``, ``layer1.0``) and
+    is labelled by that number where all blocks share the rest. What stands before the first
+    block is "pre", after the last "post".
+    """
+    keys = [_block(name) for name in layers]
+    shared = len({key.rpartition(".")[0] for key in keys if key}) <= 1
+    blocks = [index for index, key in enumerate(keys) if key]
+    groups = []
+    for key, members in groupby(range(len(keys)), key=keys.__getitem__):
+        columns = list(members)
+        if key:
+            label = key.rpartition(".")[2] if shared else ".".join(key.split(".")[-2:])
+        else:
+            label = _outside(columns[0], blocks)
+        groups.append(LayerGroup(columns[0], columns[-1] + 1, label))
+    return groups
+
+
+def _block(layer: str) -> str:
+    match = re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", layer)
+    return match.group() if match else ""
+
+
+def _outside(column: int, blocks: list[int]) -> str:
+    if not blocks or blocks[0] < column < blocks[-1]:
+        return ""
+    return "pre" if column < blocks[0] else "post"

@@ -1,0 +1,104 @@
+"""The page in a real browser: no console message, both colour schemes, nothing cut off."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from report_samples import EIGHT, TWENTY, vit_layers, write_comparison, write_run
+
+from raymerge.report import write_report
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = [
+    pytest.mark.skipif(
+        BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH"
+    ),
+    pytest.mark.timeout(300),
+]
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--hide-scrollbars", "--enable-logging=stderr"),
+)
+LIGHT, DARK = "--blink-settings=preferredColorScheme=1", "--blink-settings=preferredColorScheme=0"
+PROBE = """<script>
+addEventListener("load", () => {
+  const outside = [];
+  for (const svg of document.querySelectorAll("svg")) {
+    const frame = svg.viewBox.baseVal;
+    for (const text of svg.querySelectorAll("text")) {
+      const box = text.getBBox();
+      if (box.x < -1 || box.y < -1 || box.x + box.width > frame.width + 1 ||
+          box.y + box.height > frame.height + 1) outside.push(text.textContent);
+    }
+  }
+  document.title = JSON.stringify({
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    texts: document.querySelectorAll("svg text").length, outside });
+});
+</script>"""
+
+
+def browse(page: Path, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    assert BROWSER is not None
+    command = [BROWSER, *FLAGS, f"--user-data-dir={profile}", *options, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("reports")
+    run = write_run(root / "run", steps=100)
+    large = write_run(root / "large", tasks=TWENTY, layers=vit_layers(24), steps=100)
+    demo = write_comparison(root / "demo", tasks=EIGHT, steps=100)
+    return {folder.name: write_report(folder) for folder in (run, large, demo)}
+
+
+@pytest.mark.parametrize("name", ["run", "large", "demo"])
+@pytest.mark.parametrize(("scheme", "paper"), [(LIGHT, (255, 255, 255)), (DARK, (20, 23, 26))])
+def test_it_renders_in_light_and_dark(reports, tmp_path, name, scheme, paper):
+    picture = tmp_path / "page.png"
+    options = (scheme, "--window-size=1200,1600", f"--screenshot={picture}")
+    browse(reports[name], tmp_path / "profile", *options)
+    image = Image.open(io.BytesIO(picture.read_bytes())).convert("RGB")
+    assert image.getpixel((5, 5)) == paper
+    darkest, brightest = image.convert("L").getextrema()
+    assert brightest - darkest > 180
+
+
+@pytest.mark.parametrize("name", ["run", "large", "demo"])
+@pytest.mark.parametrize("width", [1400, 600])
+def test_nothing_is_cut_off_or_wider_than_the_window(reports, tmp_path, name, width):
+    html = reports[name].read_text(encoding="utf-8")
+    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+    probed, count = policy.subn(PROBE, html)
+    assert count == 1
+    page = tmp_path / "page.html"
+    page.write_text(probed, encoding="utf-8")
+    done = browse(page, tmp_path / "profile", f"--window-size={width},900", "--dump-dom")
+    title = re.search(r"<title>(\{.*?\})</title>", done.stdout)
+    assert title, done.stdout[:300]
+    found = json.loads(title.group(1))
+    assert found["overflow"] <= 0
+    assert found["outside"] == []
+    assert found["texts"] > 40
+
+
+def test_it_prints(reports, tmp_path):
+    target = tmp_path / "page.pdf"
+    options = ("--no-pdf-header-footer", f"--print-to-pdf={target}")
+    browse(reports["demo"], tmp_path / "profile", *options)
+    content = target.read_bytes()
+    assert content.startswith(b"%PDF")
+    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", content)) <= 10
