@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from raymerge.config import ClusterConfig
@@ -38,6 +39,12 @@ class Placement:
     def processes(self) -> int:
         """Workers that hold data: at least the one in this process."""
         return max(1, self.workers)
+
+
+def environment_address() -> str | None:
+    """RAY_ADDRESS, unless it is the dashboard's http address that ``ray job submit`` reads."""
+    address = os.environ.get("RAY_ADDRESS") or None
+    return None if address is None or address.startswith("http") else address
 
 
 def place(config: ClusterConfig, resources: Resources, slots: int | None) -> Placement:

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import ray
 
 from raymerge.errors import RunError
-from raymerge.placement import Resources
+from raymerge.placement import Resources, environment_address
 
-logger = logging.getLogger(__name__)
+_OBJECT_STORE_BYTES = 200_000_000  # only coefficients and scores travel, a few megabytes at most
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def connected(address: str | None, local_cpus: int) -> Iterator[Resources]:
     if ray.is_initialized():
         yield _resources(elastic=False)
         return
-    remote = address or os.environ.get("RAY_ADDRESS")
+    remote = address or environment_address()
     try:
         _connect(remote, local_cpus)
     except Exception as error:  # ConnectionError, ValueError, RuntimeError, by Ray's mood
@@ -48,7 +48,13 @@ def _connect(remote: str | None, local_cpus: int) -> None:
     # A bare ray.init() turns token authentication on and writes a token to the home directory; a
     # random one for this private cluster keeps it in this process and its children.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(address="local", num_cpus=local_cpus, include_dashboard=False, **quiet)
+    ray.init(
+        address="local",
+        num_cpus=local_cpus,
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        **quiet,
+    )
 
 
 def _resources(*, elastic: bool) -> Resources:

@@ -1,0 +1,191 @@
+"""Ray workers against the in-process loop: the same λ for any W, S and G; faults are clear errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from world import World
+
+from raymerge.config import ClusterConfig
+from raymerge.distributed.group import ActorGroup
+from raymerge.driver import LocalGroup
+from raymerge.errors import RunError, UserError, WorkerLostError
+from raymerge.messages import EvaluateRequest, LoadRequest, StepRequest, WorkerSpec
+from raymerge.placement import Placement
+from raymerge.session import merge
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+STEPS = 50
+TOLERANCE = 1e-6  # on λ after 50 steps; sums of float32 gradients differ in their order
+
+
+def _spec(world: World) -> WorkerSpec:
+    config = world.parse()
+    return WorkerSpec(config.model, config.tasks)
+
+
+def _load_request(**changes: object) -> LoadRequest:
+    given = {
+        "granularity": "tensor",
+        "objective": "entropy",
+        "images_per_step": 4,
+        "batches": 1,
+        "steps": 5,
+        "seed": 1,
+    }
+    return LoadRequest(**{**given, **changes})  # type: ignore[arg-type]
+
+
+def _group(world: World, workers: int, shards: int = 1, **config: float) -> ActorGroup:
+    return ActorGroup(_spec(world), Placement(workers, shards, 1, 0.0), ClusterConfig(**config))
+
+
+@pytest.fixture(scope="module")
+def local_lambdas(world: World, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    output = tmp_path_factory.mktemp("local") / "out"
+    result = merge(world.parse(output, optimizer={"steps": STEPS}))
+    assert result.lambdas is not None
+    return result.lambdas
+
+
+@pytest.mark.parametrize(("workers", "shards"), [(1, 1), (2, 1), (3, 1), (2, 2), (4, 2), (4, 4)])
+def test_lambda_does_not_depend_on_workers_shards_or_groups(
+    world: World, local_lambdas: torch.Tensor, tmp_path: object, workers: int, shards: int
+) -> None:
+    config = world.parse(
+        tmp_path / "out",  # type: ignore[operator]
+        optimizer={"steps": STEPS},
+        cluster={"workers": workers, "shards": shards, "cpus_per_worker": 1},
+    )
+    result = merge(config)
+    assert result.lambdas is not None
+    assert (result.lambdas - local_lambdas).abs().max() < TOLERANCE
+    assert (local_lambdas - 0.3).abs().max() > 1e-2  # λ moved: the comparison says something
+
+
+def test_a_repeated_sharded_run_is_bit_identical(world: World) -> None:
+    lambdas = np.full((4, len(world_layers(world))), 0.3)
+    gradients = []
+    for _ in range(2):
+        group = _group(world, 2, 2)
+        try:
+            group.load(_load_request())
+            results = group.step(StepRequest(0, lambdas))
+        finally:
+            group.close()
+        gradients.append(np.stack([r.gradient for r in results]))
+    assert np.array_equal(gradients[0], gradients[1])
+
+
+def world_layers(world: World) -> tuple[str, ...]:
+    from raymerge.models import resolve_model, visual_layout
+
+    return visual_layout(resolve_model(world.parse().model)).layers("tensor").names
+
+
+def test_vector_bytes_fall_as_one_over_shards_and_slots_are_shared(world: World) -> None:
+    local = LocalGroup(_spec(world)).load(_load_request())[0]
+    group = _group(world, 2, 2)
+    try:
+        reports = group.load(_load_request())
+    finally:
+        group.close()
+    assert [report.rank for report in reports] == [0, 1]
+    assert sum(report.vector_bytes for report in reports) == local.vector_bytes
+    assert max(report.vector_bytes for report in reports) < 0.6 * local.vector_bytes
+    assert {task for report in reports for task in report.tasks} == set(world.parse().task_names)
+
+
+def test_steps_are_idempotent_and_evaluation_does_not_depend_on_workers(world: World) -> None:
+    checkpoints = {task.name: task.checkpoint for task in world.parse().tasks}
+    request = EvaluateRequest(checkpoints)
+    local = LocalGroup(_spec(world)).evaluate(request)
+    group = _group(world, 3)
+    try:
+        group.load(_load_request())
+        step = StepRequest(3, np.full((4, len(world_layers(world))), 0.4))
+        first, _, again = (
+            group.step(step),
+            group.step(StepRequest(4, step.lambdas)),
+            group.step(step),
+        )
+        remote = group.evaluate(request)
+    finally:
+        group.close()
+    for a, b in zip(first, again, strict=True):
+        assert np.array_equal(a.gradient, b.gradient)
+    assert sorted((s.task, s.chunk, s.correct, s.examples) for s in remote) == sorted(
+        (s.task, s.chunk, s.correct, s.examples) for s in local
+    )
+
+
+@pytest.mark.parametrize(("workers", "shards"), [(2, 1), (2, 2)])
+def test_a_killed_worker_is_a_clear_error_soon(world: World, workers: int, shards: int) -> None:
+    group = _group(world, workers, shards)
+    try:
+        group.load(_load_request())
+        lambdas = np.full((4, len(world_layers(world))), 0.3)
+        group.step(StepRequest(0, lambdas))
+        import ray
+
+        os.kill(
+            ray.get(group._actors[1].__ray_call__.remote(lambda w: os.getpid())), signal.SIGKILL
+        )
+        began = time.monotonic()
+        with pytest.raises(WorkerLostError, match=r"died during step 2 .*--resume"):
+            group.step(StepRequest(1, lambdas))
+        assert time.monotonic() - began < 20
+    finally:
+        group.close()
+
+
+def test_a_silent_worker_is_named_after_the_deadline(world: World) -> None:
+    group = _group(world, 2, step_timeout_s=2.0)
+    try:
+        group.load(_load_request())
+        import ray
+
+        pid = ray.get(group._actors[1].__ray_call__.remote(lambda w: os.getpid()))
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(WorkerLostError, match=r"worker 1 of 2 .*cluster\.step_timeout_s"):
+                group.step(StepRequest(0, np.full((4, len(world_layers(world))), 0.3)))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    finally:
+        group.close()
+
+
+def test_a_workers_own_error_arrives_as_it_was(world: World, tmp_path: object) -> None:
+    config = world.parse()
+    broken = config.tasks[0].model_copy(update={"checkpoint": str(tmp_path) + "/gone.pt"})
+    spec = WorkerSpec(config.model, (broken, *config.tasks[1:]))
+    group = ActorGroup(spec, Placement(1, 1, 1, 0.0), ClusterConfig())
+    try:
+        with pytest.raises(UserError, match=r"gone\.pt: no such file"):
+            group.load(_load_request())
+    finally:
+        group.close()
+
+
+def test_no_room_is_a_clear_error(world: World) -> None:
+    with pytest.raises(RunError, match=r"found no room for 1 workers with 64 CPUs"):
+        ActorGroup(_spec(world), Placement(1, 1, 64, 0.0), ClusterConfig(start_timeout_s=1.0))
+
+
+def test_closing_frees_every_place(world: World) -> None:
+    import ray
+
+    group = _group(world, 1, 1)
+    assert ray.available_resources()["CPU"] == 5
+    group.close()
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0) < 6 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ray.available_resources()["CPU"] == 6
