@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from raymerge.errors import RaymergeError
 
@@ -23,6 +24,9 @@ _EPILOG = "Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 inter
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Results go to stdout, all else to stderr."""
+    for stream in (sys.stdout, sys.stderr):  # λ on a Latin-1 terminal is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="raymerge: %(message)s"
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"raymerge: error: {message}", file=sys.stderr)
+    print(f"raymerge: error: {' '.join(str(message).splitlines())}", file=sys.stderr)
     return code
 
 
@@ -59,8 +63,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
+class _Parser(argparse.ArgumentParser):
+    """A wrong command line is one line, as every other error is."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_fail(f"{message}; see `{self.prog} --help`", 2))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="raymerge",
         description="Merge fine-tuned models into one, with coefficients learned from unlabeled "
         "images, on one machine or a Ray cluster.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
@@ -49,6 +50,8 @@ _TASK_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _MODEL_SCHEMES = ("local-dir:", "hf-hub:")
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # hf:…, torchvision:…, s3://… are not local paths
 
+Reference = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+"""A path or what stands for one; no path is empty or holds a zero byte."""
 Clamp = Literal["projected", "forward", "none"]
 Granularity = Literal["task", "block", "tensor"]
 TrimScope = Literal["visual", "full", "tensor"]
@@ -87,13 +90,13 @@ class TaskConfig(_Frozen):
     """One task: its expert, its classes, its images."""
 
     name: str
-    checkpoint: str
+    checkpoint: Reference
     classnames: tuple[str, ...] = Field(min_length=2)
     """In class order; in YAML a list, or a text file with one name per line."""
     templates: tuple[str, ...] = Field(default=("a photo of a {}.",), min_length=1)
-    adapt: str | None = None
+    adapt: Reference | None = None
     """Unlabeled images: a folder, flat or with one folder per class."""
-    test: str | None = None
+    test: Reference | None = None
     """Labelled images: one folder per class, named as in ``classnames``."""
 
     @field_validator("name")
@@ -109,6 +112,12 @@ class TaskConfig(_Frozen):
         for template in templates:
             if template.count("{}") != 1:
                 raise ValueError(f"template {template!r} needs exactly one {{}} for the class name")
+            try:
+                template.format("")
+            except (ValueError, KeyError, IndexError):
+                raise ValueError(
+                    f"template {template!r} has braces besides {{}}; write them as {{{{ and }}}}"
+                ) from None
         return templates
 
 
@@ -236,7 +245,7 @@ class Config(_Frozen):
     seed: int = Field(default=0, ge=0)
     cluster: ClusterConfig = ClusterConfig()
     state: StateConfig = StateConfig()
-    output: str | None = None
+    output: Reference | None = None
 
     @model_validator(mode="after")
     def _tasks_are_distinct(self) -> Config:
@@ -281,7 +290,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"config {path}: not valid YAML: {_one_line(str(error))}") from error
     if not isinstance(data, dict):
         raise ConfigError(
-            f"config {path}: expected keys such as model, tasks, method; found {data!r}"
+            f"config {path}: expected keys such as model, tasks, method; found {_short(data)}"
         )
     for override in overrides:
         _apply_override(data, override)
@@ -350,11 +359,13 @@ def _with_preset(data: dict[str, Any], source: str) -> dict[str, Any]:
     name = data.pop("preset", None)
     if name is None:
         return data
-    if name not in _PRESETS:
+    if not isinstance(name, str) or name not in _PRESETS:
         raise ConfigError(f"{source}: preset: {name!r} is unknown; known: {', '.join(_PRESETS)}")
     data = _with_shorthands(data)
     for section, defaults in _PRESETS[name].items():
         given = data.get(section) or {}
+        if not isinstance(given, dict):
+            continue  # validation will say so
         if section == "method" and given.get("name", "adamerging") != "adamerging":
             continue
         base = {"name": "adamerging"} if section == "method" else {}
@@ -408,7 +419,7 @@ def _resolved_task(task: dict[str, Any], root: Path, where: str) -> dict[str, An
 
 
 def _absolute(path: str, root: Path) -> str:
-    if _REMOTE.match(path):
+    if not path or _REMOTE.match(path):  # an empty one is refused below, and is not the root
         return path
     return str((root / Path(path).expanduser()).absolute())
 
@@ -441,11 +452,17 @@ def _explain(error: ValidationError) -> str:
         given = first["input"].get("name") if isinstance(first["input"], dict) else first["input"]
         guess = difflib.get_close_matches(str(given), METHOD_NAMES, 1)
         hint = f"; did you mean {guess[0]}?" if guess else ""
-        return f"method.name: {given!r} is unknown{hint} (known: {', '.join(METHOD_NAMES)})"
+        return f"method.name: {_short(given)} is unknown{hint} (known: {', '.join(METHOD_NAMES)})"
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
         return f"{key}: {reason}" if key else reason
-    return f"{key}: {_lower_first(first['msg'])}; got {_short(first['input'])}"
+    hint = "; put it in quotes" if _is_unquoted(first) else ""
+    return f"{key}: {_lower_first(first['msg'])}; got {_short(first['input'])}{hint}"
+
+
+def _is_unquoted(error: Mapping[str, Any]) -> bool:
+    """YAML reads a class named 7 as a number, and one named `no` as a boolean."""
+    return error["type"] == "string_type" and isinstance(error["input"], int | float)
 
 
 def _key_path(loc: Sequence[int | str]) -> str:
@@ -501,5 +518,5 @@ def _lower_first(text: str) -> str:
 
 
 def _short(value: object, limit: int = 60) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)  # bounded: YAML aliases can make a value of any size
     return text if len(text) <= limit else text[: limit - 1] + "…"

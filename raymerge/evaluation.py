@@ -8,6 +8,7 @@ Legend: B images, D features, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -176,14 +177,24 @@ def summarise(scores: Iterable[ChunkScore], names: Sequence[str]) -> dict[str, T
 
 
 def results_json(method: str, rows: Mapping[str, TaskScore]) -> dict[str, object]:
-    """The contract's ``results.json``: unweighted means over the tasks that have test images."""
+    """The contract's ``results.json``: unweighted means over the tasks that have test images.
+
+    A loss that is not finite (a model merged with too large a λ) is null: JSON has no NaN.
+    """
     average = {
-        key: sum(getattr(row, key) for row in rows.values()) / len(rows)
+        key: _finite(sum(getattr(row, key) for row in rows.values()) / len(rows))
         for key in ("top1", "loss", "entropy")
         if rows
     }
     return {
         "method": method,
         "average": average,
-        "tasks": {name: asdict(row) for name, row in rows.items()},
+        "tasks": {
+            name: {key: _finite(value) for key, value in asdict(row).items()}
+            for name, row in rows.items()
+        },
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -82,6 +82,11 @@ def _gpus_per_worker(config: ClusterConfig, resources: Resources) -> float:
 
 def _cpus_per_worker(config: ClusterConfig, resources: Resources, workers: int) -> int:
     if config.cpus_per_worker != "auto":
+        if resources.elastic and config.cpus_per_worker > resources.cpus:
+            raise UserError(
+                f"cluster.cpus_per_worker: {config.cpus_per_worker}, but this machine has "
+                f"{resources.cpus}; use at most that, or auto"
+            )
         return config.cpus_per_worker
     return max(1, resources.cpus // workers)
 

@@ -25,6 +25,7 @@ from raymerge.errors import CheckpointError, DataError, UserError
 from raymerge.merging.layout import ParameterLayout
 from raymerge.merging.registry import describe, method_of
 from raymerge.models import (
+    WEIGHTS_FILE,
     ResolvedModel,
     build_skeleton,
     make_preprocess,
@@ -86,7 +87,9 @@ class _Findings:
             return check()
         except UserError as problem:
             self.problems.append(problem)
-            return None
+        except OSError as error:  # no permission on the way, or too long a name
+            self.problems.append(UserError(f"{error.filename}: {error.strerror}"))
+        return None
 
 
 _T = TypeVar("_T")
@@ -144,6 +147,7 @@ def check(
         leftovers=leftovers,
     )
     found.attempt(lambda: _require_memory(plan, resources))
+    found.attempt(lambda: _require_separate_output(config, resolved))
     found.attempt(lambda: _require_disk(plan, config.output))
     return plan, found.problems
 
@@ -267,13 +271,26 @@ def _require_memory(plan: Plan, resources: Resources | None) -> None:
         )
 
 
+def _require_separate_output(config: Config, resolved: ResolvedModel) -> None:
+    """A merge never replaces a file that it reads."""
+    if config.output is None:
+        return
+    written = (Path(config.output) / WEIGHTS_FILE).resolve()
+    for read in (resolved.weights, *(Path(task.checkpoint) for task in config.tasks)):
+        if written in (read.resolve(), (read / WEIGHTS_FILE).resolve()):
+            raise UserError(
+                f"output {config.output}: holds {written.name}, which this merge reads; choose "
+                "another folder"
+            )
+
+
 def _require_disk(plan: Plan, output: str | None) -> None:
     if output is None or not plan.output_bytes:
         return
     folder = Path(output)
     while not folder.exists():
         folder = folder.parent
-    if not os.access(folder, os.W_OK):
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"output {output}: {folder} is not writable; choose another folder")
     free = shutil.disk_usage(folder).free
     if free < plan.output_bytes:

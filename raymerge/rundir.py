@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from raymerge.card import model_card
 from raymerge.checkpoints.reader import locate, sha256
-from raymerge.config import Config, dump_config
+from raymerge.config import Config, dump_config, load_config
 from raymerge.driver import StepRecord
 from raymerge.errors import RunError, UserError
 from raymerge.evaluation import TaskScore, results_json
@@ -32,7 +33,7 @@ from raymerge.merging.registry import describe
 from raymerge.models import CONFIG_FILE, WEIGHTS_FILE
 from raymerge.plan import Plan
 from raymerge.report import write_plots, write_report
-from raymerge.state import StateStore
+from raymerge.state import StateStore, fingerprint
 
 _OWN_FILES = (
     CONFIG_FILE,
@@ -64,21 +65,44 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Raise :class:`UserError` if the folder is in use; ``overwrite`` must know it as a run."""
+    def check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+        """Raise :class:`UserError` unless this run may write here. Writes nothing.
+
+        An unused folder will do. ``overwrite`` must find a run in a used one, and ``resume`` a run
+        whose λ were decided by the same config.
+        """
+        try:
+            self._check(config, resume=resume, overwrite=overwrite)
+        except OSError as error:  # no permission on the way, or too long a name
+            raise UserError(f"output {self.path}: {error.strerror}; choose another") from error
+
+    def _check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output {self.path}: is a file; name a folder")
-        if resume or not self.path.exists() or not any(self.path.iterdir()):
+        if not self._in_use():
             return
-        if not overwrite:
+        if not resume and not overwrite:
             raise UserError(
                 f"output {self.path}: is in use; give another folder, or --resume to continue that "
                 "run, or --overwrite to replace it"
             )
         if not (self.path / "config.yaml").exists():
             raise UserError(
-                f"output {self.path}: --overwrite replaces runs of raymerge only, and this folder "
-                "has no config.yaml; give another folder"
+                f"output {self.path}: --{'resume continues' if resume else 'overwrite replaces'} "
+                "runs of raymerge only, and this folder has no config.yaml; give another folder"
+            )
+        if resume:
+            self._require_same_run(config)
+
+    def _in_use(self) -> bool:
+        """Hidden files do not count: a killed run may have left a temporary one."""
+        return self.path.exists() and any(p.name[:1] != "." for p in self.path.iterdir())
+
+    def _require_same_run(self, config: Config) -> None:
+        if fingerprint(load_config(self.path / "config.yaml")) != fingerprint(config):
+            raise UserError(
+                f"output {self.path}: --resume continues the run of its config.yaml, and this "
+                "config differs from it; resume with that one, or give another folder"
             )
 
     def prepare(self, config: Config, *, resume: bool) -> None:
@@ -95,8 +119,10 @@ class RunFolder:
         self._prepared = True
 
     def _remove_own_files(self) -> None:
+        """All but the config, which is replaced at once: by it the folder is known as a run."""
         for name in _OWN_FILES:
-            (self.path / name).unlink(missing_ok=True)
+            if name != "config.yaml":
+                (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.state, ignore_errors=True)
 
     def write_lambdas(
@@ -176,7 +202,8 @@ class Recorder:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.close()
-        self._metrics.close()
+        with suppress(OSError):  # a line that could not be written has failed the run already
+            self._metrics.close()
         try:
             self._save()
         except RunError:

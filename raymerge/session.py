@@ -8,7 +8,6 @@ Legend: K tasks, L layers.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from raymerge.checkpoints.reader import locate
 from raymerge.checkpoints.task_vectors import ties_statistics
-from raymerge.checkpoints.visual import open_visual
+from raymerge.checkpoints.visual import open_visual, require_finite_text
 from raymerge.config import AdaMerging, Config, Ties
 from raymerge.driver import LocalGroup, WorkerGroup, learn
 from raymerge.errors import UserError
@@ -32,7 +31,7 @@ from raymerge.merging.registry import method_of
 from raymerge.merging.ties import TiesStatistics
 from raymerge.messages import EvaluateRequest, LoadRequest, WorkerSpec
 from raymerge.models import open_pretrained
-from raymerge.placement import Resources, place
+from raymerge.placement import Resources, environment_address, place
 from raymerge.plan import Plan, local_resources, make_plan
 from raymerge.progress import progress_bar
 from raymerge.rundir import Recorder, RunFolder
@@ -75,9 +74,9 @@ def merge(
     if config.output is None:
         raise UserError("output: missing; name a folder in the config or with --output")
     folder = RunFolder(Path(config.output))
-    folder.check(resume=resume, overwrite=overwrite)
+    folder.check(config, resume=resume, overwrite=overwrite)
     plan = make_plan(config, known_resources(config))
-    merging = _Merging(config, plan)
+    merging = Merging(config, plan)
     needs_workers = merging.learned or any(task.test for task in config.tasks)
     workers = group_or_new(group, config, merging.slots) if needs_workers else nullcontext(None)
     with workers as group:
@@ -85,11 +84,12 @@ def merge(
 
 
 def _run(
-    merging: _Merging, folder: RunFolder, group: WorkerGroup | None, *, resume: bool
+    merging: Merging, folder: RunFolder, group: WorkerGroup | None, *, resume: bool
 ) -> MergeResult:
     config, clock = merging.config, _Clock()
     lambdas_KL = merging.start()
     theta_P = None
+    merging.require_finite()
     if merging.learned:
         assert group is not None
         with progress_bar("loading", unit="img") as progress:
@@ -101,18 +101,19 @@ def _run(
         lambdas_KL = _learn(merging, folder, group, lambdas_KL, resume=resume)
         clock.lap("steps")
     if merging.merges:
-        theta_P = merging.theta(
-            lambdas_KL
-        )  # reads every file: nothing is written before it is sound
+        # Every file is read before anything is written.
+        theta_P = merging.theta(lambdas_KL)
+        if not torch.isfinite(theta_P).all():
+            raise UserError("the merged weights overflow: the method's coefficients are too large")
     folder.prepare(config, resume=resume)
     if theta_P is not None:
-        write_model(folder.path, merging.plan.resolved, merging.pretrained, theta_P)
+        write_model(folder.path, merging.resolved, merging.pretrained, theta_P)
         folder.write_lambdas(config.task_names, merging.layers.names, lambdas_KL)
         clock.lap("export")
     scores: dict[str, TaskScore] = {}
     if group is not None and any(task.test for task in config.tasks):
         model = None if theta_P is None else str(folder.path)
-        scores = _scores(config, group, model)
+        scores = score(config, group, model)
         clock.lap("evaluate")
     folder.write_results(config, merging.plan, scores, clock.laps)
     return MergeResult(
@@ -126,7 +127,7 @@ def _run(
 
 
 def _learn(
-    merging: _Merging, folder: RunFolder, group: WorkerGroup, start_KL: Tensor, *, resume: bool
+    merging: Merging, folder: RunFolder, group: WorkerGroup, start_KL: Tensor, *, resume: bool
 ) -> Tensor:
     """The adaptive loop with state, metrics and a progress bar; the effective λ (K, L)."""
     config, optimizer = merging.config, merging.optimizer()
@@ -158,14 +159,14 @@ def evaluate(config: Config, model: str | None = None) -> dict[str, TaskScore]:
         open_visual(model, open_pretrained(plan.resolved)[0].layout)
         model = str(locate(model).absolute())
     with open_group(config, None) as group:
-        return _scores(config, group, model or _pretrained_reference(plan))
+        return score(config, group, model or _pretrained_reference(plan))
 
 
 def _pretrained_reference(plan: Plan) -> str:
     return str(plan.resolved.weights)
 
 
-def _scores(config: Config, group: WorkerGroup, model: str | None) -> dict[str, TaskScore]:
+def score(config: Config, group: WorkerGroup, model: str | None) -> dict[str, TaskScore]:
     """Every test image once; each task on ``model``, or on its own expert if that is None."""
     own = model is None or model == "individual"
     tested = [task for task in config.tasks if task.test is not None]
@@ -180,11 +181,12 @@ def _scores(config: Config, group: WorkerGroup, model: str | None) -> dict[str, 
 # --- the merge in terms of the maths -----------------------------------------------------------
 
 
-class _Merging:
+class Merging:
     """A config and its files as θ₀, experts, basis, layers and a first λ."""
 
-    def __init__(self, config: Config, plan: Plan) -> None:
-        self.config, self.plan = config, plan
+    def __init__(self, config: Config, plan: Plan | None = None) -> None:
+        plan = plan or make_plan(config, known_resources(config))
+        self.config, self.plan, self.resolved = config, plan, plan.resolved
         self._method = method_of(config.method)
         self.learned, self.merges = self._method.learned, self._method.merges
         self.slots = plan.step_images or None
@@ -207,6 +209,14 @@ class _Merging:
             extra_zeros=self.plan.leftovers,
             mean=isinstance(method, Ties) and method.merge == "mean",
         )
+
+    def require_finite(self) -> None:
+        """Raise :class:`UserError` for NaN and Inf in what the merge itself does not read."""
+        require_finite_text(self.pretrained)
+        if not self.merges:
+            for expert in self._experts:
+                for tensor in range(len(expert.layout.names)):
+                    expert.read(tensor)
 
     def start(self) -> Tensor:
         """The method's constant λ, or the first one of learning: (K, L) float64."""
@@ -243,7 +253,7 @@ class _Merging:
 
 def known_resources(config: Config) -> Resources | None:
     """This machine's, unless the run is to use a cluster, which is asked only when it starts."""
-    if config.cluster.address or os.environ.get("RAY_ADDRESS"):
+    if config.cluster.address or environment_address():
         return None
     return local_resources()
 

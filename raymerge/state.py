@@ -61,6 +61,8 @@ class StateStore:
     def save(self, state: AdamState) -> None:
         """Write one state atomically and drop all but the newest ``keep``.
 
+        States of later steps are damaged ones that this run went back from: they go as well.
+
         Raises :class:`RunError` if another driver has claimed this run since, or the disk is full.
         """
         if self._attempt is None:
@@ -75,8 +77,11 @@ class StateStore:
             self._write(state)
         except OSError as error:
             raise RunError(f"{self.folder}: state not saved: {error.strerror or error}") from error
-        for old in sorted(self._numbers(_STEP))[: -self._keep]:
-            shutil.rmtree(self._path(old), ignore_errors=True)
+        steps = self.steps()
+        kept = [step for step in steps if step <= state.step][-self._keep :]
+        for step in steps:
+            if step not in kept:
+                shutil.rmtree(self._path(step), ignore_errors=True)
 
     def newest(self) -> AdamState | None:
         """The newest whole state, or None. Raises :class:`UserError` if it is of another config."""
@@ -94,8 +99,6 @@ class StateStore:
 
     def _write(self, state: AdamState) -> None:
         target = self._path(state.step)
-        if target.exists():  # the same step of the same run: the same bytes
-            return
         payload = save({"lambdas": state.lambdas, "mean": state.mean, "square": state.square})
         manifest = {
             "step": state.step,
@@ -107,6 +110,7 @@ class StateStore:
         try:
             _write_synced(temporary / _TENSORS, payload)
             _write_synced(temporary / _MANIFEST, json.dumps(manifest, indent=2).encode())
+            shutil.rmtree(target, ignore_errors=True)  # a damaged one; a sound one is not run again
             temporary.replace(target)
             _sync_folder(self.folder)
         finally:
@@ -117,6 +121,8 @@ class StateStore:
         payload = (path / _TENSORS).read_bytes()
         if hashlib.sha256(payload).hexdigest() != manifest["sha256"][_TENSORS]:
             raise ValueError("checksum differs")
+        if path != self._path(manifest["step"]):
+            raise ValueError(f"its manifest is of step {manifest['step']}")
         for key, mine in self._identity.items():
             if manifest[key] != mine:
                 raise UserError(
@@ -128,9 +134,7 @@ class StateStore:
         for name in ("lambdas", "mean", "square"):
             if tensors[name].shape != shape or tensors[name].dtype != torch.float64:
                 raise ValueError(f"{name} is not {shape} float64")
-        return AdamState(
-            tensors["lambdas"], tensors["mean"], tensors["square"], int(manifest["step"])
-        )
+        return AdamState(tensors["lambdas"], tensors["mean"], tensors["square"], manifest["step"])
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

@@ -44,7 +44,7 @@ def inspection_text(inspection: Mapping[str, Any], keys: int = 12) -> str:
         f"activation  {inspection['activation']}",
     ]
     names = list(inspection["keys"].items())
-    width = max(len(name) for name, _ in names[:keys])
+    width = max((len(name) for name, _ in names[:keys]), default=0)
     lines += [f"  {name:<{width}}  {spec['dtype']} {spec['shape']}" for name, spec in names[:keys]]
     if len(names) > keys:
         lines.append(f"  … and {len(names) - keys} more (--json lists all)")
@@ -63,10 +63,13 @@ def _visual(specs: Mapping[str, TensorSpec]) -> dict[str, Any] | None:
 
 
 def _vit(names: Mapping[str, TensorSpec]) -> dict[str, int]:
-    if "class_embedding" not in names:
+    patches, positions = (names.get(key) for key in ("conv1.weight", "positional_embedding"))
+    if "class_embedding" not in names or patches is None or positions is None:
         return {}
-    width, _, patch, _ = names["conv1.weight"].shape
-    tokens = names["positional_embedding"].shape[0] - 1
+    if len(patches.shape) != 4 or len(positions.shape) != 2:
+        return {}
+    width, _, patch, _ = patches.shape
+    tokens = positions.shape[0] - 1
     blocks = {name.split(".")[2] for name in names if name.startswith("transformer.resblocks.")}
     return {
         "width": width,

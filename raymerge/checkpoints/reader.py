@@ -10,7 +10,7 @@ import hashlib
 import json
 import pickle
 import re
-import zipfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +96,13 @@ def locate(reference: str) -> Path:
     if reference.startswith("hf-hub:"):
         return _download(reference.removeprefix("hf-hub:"))
     path = Path(reference.removeprefix("local-dir:"))
+    try:
+        return _located(path)
+    except OSError as error:  # no permission on the way, or too long a name
+        raise CheckpointError(f"checkpoint {path}: cannot be read: {error.strerror}") from error
+
+
+def _located(path: Path) -> Path:
     if path.is_dir():
         for name in WEIGHT_FILES:
             if (path / name).is_file():
@@ -156,22 +163,12 @@ def _load_weights_only(path: Path) -> Any:
     with path.open("rb") as file:
         zipped = file.read(4) == _ZIP_MAGIC
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():  # torch warns of odd pickles before it refuses them
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"checkpoint {path}: {_refusal(str(error))}") from None
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        AssertionError,
-        zipfile.BadZipFile,
-        UnicodeDecodeError,
-    ) as error:
+    except Exception as error:  # a damaged pickle fails anywhere: struct.error, EOFError, …
         raise CheckpointError(
             f"checkpoint {path}: damaged or not a torch file ({_reason(error)}); fetch it again"
         ) from error
@@ -187,7 +184,13 @@ def _refusal(message: str) -> str:
             f"refused: the pickle wants {what}, and running code from a checkpoint is unsafe; "
             "save its state_dict instead"
         )
-    return f"damaged or not a torch file ({_reason(ValueError(message))}); fetch it again"
+    detail = message.rpartition("WeightsUnpickler error:")[2].partition("Check the doc")[0]
+    if "Unsupported operand" in detail:  # pickle.dump, not torch.save: what it calls is not known
+        return (
+            f"refused: a pickle that cannot be read safely ({_reason(ValueError(detail))}); it is "
+            "unsafe to run, save its state_dict with torch.save instead"
+        )
+    return f"damaged or not a torch file ({_reason(ValueError(detail))}); fetch it again"
 
 
 def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
@@ -206,14 +209,20 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
 
 def _download(repository: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+    )
 
     for name in WEIGHT_FILES:
         try:
             return Path(hf_hub_download(repository, name))
-        except EntryNotFoundError:
-            continue
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+            if isinstance(error, EntryNotFoundError) and not isinstance(
+                error, LocalEntryNotFoundError
+            ):
+                continue
             raise CheckpointError(
                 f"checkpoint hf-hub:{repository}: cannot be fetched ({_reason(error)})"
             ) from error

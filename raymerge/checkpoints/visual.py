@@ -31,7 +31,7 @@ class VisualCheckpoint:
         """Tensor ``tensor`` of the layout, flat, float32. Raises for NaN and Inf."""
         name = self.layout.names[tensor]
         values = self.checkpoint.read(self.prefix + name).reshape(-1).float()
-        return self._finite(values, name)
+        return require_finite(values, self.checkpoint, self.prefix + name)
 
     def columns(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor]]:
         """Each piece with its values, flat float32; only the pieces' part of a file is read."""
@@ -40,17 +40,27 @@ class VisualCheckpoint:
             offset = self.layout.offsets[piece.tensor]
             stored = self.checkpoint.read(self.prefix + name).reshape(-1)
             values = stored[piece.start - offset : piece.stop - offset].float()
-            yield piece, self._finite(values, name)
+            yield piece, require_finite(values, self.checkpoint, self.prefix + name)
 
-    def _finite(self, values: Tensor, name: str) -> Tensor:
-        # A sum is finite unless an entry is not (or it overflows): one pass, no temporary.
-        if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
-            bad = int((~torch.isfinite(values)).sum())
-            raise CheckpointError(
-                f"checkpoint {self.checkpoint.path}: {self.prefix}{name} holds {bad} NaN or Inf "
-                f"value{'s' if bad > 1 else ''}; it cannot be merged"
-            )
-        return values
+
+def require_finite(values: Tensor, checkpoint: Checkpoint, key: str) -> Tensor:
+    """The values, or a :class:`CheckpointError` if one of them is NaN or Inf."""
+    # A sum is finite unless an entry is not (or it overflows): one pass, no temporary.
+    if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
+        bad = int((~torch.isfinite(values)).sum())
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path}: {key} holds {bad} NaN or Inf "
+            f"value{'s' if bad > 1 else ''}; it cannot be merged"
+        )
+    return values
+
+
+def require_finite_text(pretrained: VisualCheckpoint) -> None:
+    """The same for every tensor beside the visual ones: the text tower makes the heads."""
+    checkpoint = pretrained.checkpoint
+    for key, spec in checkpoint.specs.items():
+        if not key.startswith(pretrained.prefix) and spec.dtype.is_floating_point:
+            require_finite(checkpoint.read(key), checkpoint, key)
 
 
 def open_visual(reference: str, layout: ParameterLayout) -> VisualCheckpoint:

@@ -25,7 +25,7 @@ products are summed cell by cell, so that the partial sums do not depend on the 
 _BLOCK = re.compile(
     r"(?:^|.*?\.)(?:resblocks\.\d+|stages\.\d+\.blocks\.\d+|blocks\.\d+|layer\d+\.\d+)(?=\.)"
 )
-_HEAD = re.compile(r"(?:^|\.)(?:proj|ln_post|norm|fc_norm|head|attnpool|attn_pool)(?:\.|$)")
+_HEAD = re.compile(r"^(?:trunk\.)?(?:proj|ln_post|norm|fc_norm|head|attnpool|attn_pool)(?:\.|$)")
 
 
 @dataclass(frozen=True)

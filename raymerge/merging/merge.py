@@ -69,8 +69,12 @@ def _runs(piece: Piece) -> list[tuple[int, int]]:
 
 
 def _run_products(gradient_N: Tensor, vectors_KN: Tensor) -> Tensor:
-    """(K,) float64: whole cells as one batched product, anything shorter as one product."""
-    cells = max(1, len(gradient_N) // CELL)
-    vectors_CKN = vectors_KN.unflatten(1, (cells, -1)).transpose(0, 1)
-    partial_CK1 = torch.bmm(vectors_CKN, gradient_N.view(cells, -1, 1))
+    """(K,) float64: whole cells as one batched product, anything shorter as one product.
+
+    A cell is two rows of the batch, since torch rounds a batch of one row in another way: then one
+    cell gives the same bits alone as among others.
+    """
+    rows = max(1, 2 * (len(gradient_N) // CELL))
+    vectors_CKN = vectors_KN.unflatten(1, (rows, -1)).transpose(0, 1)
+    partial_CK1 = torch.bmm(vectors_CKN, gradient_N.view(rows, -1, 1))
     return partial_CK1.squeeze(2).double().sum(0)
