@@ -79,6 +79,7 @@ class LoadReport:
     device: str
     tasks: tuple[str, ...]
     vector_bytes: int
+    images: int
     image_bytes: int
     seconds: float
 

@@ -103,9 +103,9 @@ def local_resources() -> Resources:
     return Resources(cpus=cpus, gpus=torch.cuda.device_count())
 
 
-def make_plan(config: Config, resources: Resources | None = None) -> Plan:
+def make_plan(config: Config, resources: Resources | None = None, *, experts: bool = True) -> Plan:
     """Check everything; raises the first problem found, saying how many more there are."""
-    plan, problems = check(config, resources)
+    plan, problems = check(config, resources, experts=experts)
     if problems:
         more = f" (and {len(problems) - 1} more: see `raymerge plan`)" if len(problems) > 1 else ""
         raise type(problems[0])(f"{problems[0]}{more}")
@@ -114,7 +114,7 @@ def make_plan(config: Config, resources: Resources | None = None) -> Plan:
 
 
 def check(
-    config: Config, resources: Resources | None = None
+    config: Config, resources: Resources | None = None, *, experts: bool = True
 ) -> tuple[Plan | None, list[UserError]]:
     """The plan, or every problem that stands in its way. ``resources``: None if not known yet."""
     found = _Findings()
@@ -123,7 +123,7 @@ def check(
     if resolved is not None:
         opened = found.attempt(lambda: open_pretrained(resolved))
         pretrained, leftovers = opened if opened is not None else (None, 0)
-    rows = [_check_task(config, k, pretrained, resolved, found) for k in range(len(config.tasks))]
+    rows = [_check_task(config, k, pretrained, found, experts) for k in range(len(config.tasks))]
     found.attempt(lambda: _check_method(config))
     if pretrained is None or resolved is None:
         return None, found.problems
@@ -156,11 +156,11 @@ def _check_task(
     config: Config,
     k: int,
     pretrained: VisualCheckpoint | None,
-    resolved: ResolvedModel | None,
     found: _Findings,
+    experts: bool,
 ) -> TaskPlan:
     task = config.tasks[k]
-    expert = found.attempt(lambda: _open_expert(task, k, pretrained))
+    expert = found.attempt(lambda: _open_expert(task, k, pretrained)) if experts else None
     adapt = found.attempt(lambda: _adapt_images(task, k)) if task.adapt else None
     test = found.attempt(lambda: _test_images(task, k)) if task.test else None
     for images in (adapt, test):

@@ -115,6 +115,8 @@ class RunFolder:
             raise UserError(f"output {self.path}: cannot be made: {error.strerror}") from error
         if not resume:
             self._remove_own_files()
+        for left in self.path.glob(".*.tmp"):  # by a run that was killed while it wrote
+            left.unlink(missing_ok=True)
         write_text(self.path / "config.yaml", dump_config(config))
         self._prepared = True
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from raymerge.checkpoints.reader import locate
 from raymerge.checkpoints.task_vectors import ties_statistics
 from raymerge.checkpoints.visual import open_visual, require_finite_text
-from raymerge.config import AdaMerging, Config, Ties
+from raymerge.config import AdaMerging, Config, Individual, Ties, ZeroShot
 from raymerge.driver import LocalGroup, WorkerGroup, learn
 from raymerge.errors import UserError
 from raymerge.evaluation import TaskScore, summarise
@@ -87,24 +87,16 @@ def _run(
     merging: Merging, folder: RunFolder, group: WorkerGroup | None, *, resume: bool
 ) -> MergeResult:
     config, clock = merging.config, _Clock()
-    lambdas_KL = merging.start()
-    theta_P = None
     merging.require_finite()
+    lambdas_KL = merging.start()
     if merging.learned:
         assert group is not None
-        with progress_bar("loading", unit="img") as progress:
-            reports = group.load(merging.load_request(), progress)
-        for report in reports:
-            logger.info("worker %d on %s: %s", report.rank, report.device, ", ".join(report.tasks))
+        _load(merging, group)
         clock.lap("load")
-        folder.prepare(config, resume=resume)
         lambdas_KL = _learn(merging, folder, group, lambdas_KL, resume=resume)
         clock.lap("steps")
-    if merging.merges:
-        # Every file is read before anything is written.
-        theta_P = merging.theta(lambdas_KL)
-        if not torch.isfinite(theta_P).all():
-            raise UserError("the merged weights overflow: the method's coefficients are too large")
+    # Every file is read before anything is written.
+    theta_P = merging.theta(lambdas_KL) if merging.merges else None
     folder.prepare(config, resume=resume)
     if theta_P is not None:
         write_model(folder.path, merging.resolved, merging.pretrained, theta_P)
@@ -112,8 +104,7 @@ def _run(
         clock.lap("export")
     scores: dict[str, TaskScore] = {}
     if group is not None and any(task.test for task in config.tasks):
-        model = None if theta_P is None else str(folder.path)
-        scores = score(config, group, model)
+        scores = score(config, group, None if theta_P is None else str(folder.path))
         clock.lap("evaluate")
     folder.write_results(config, merging.plan, scores, clock.laps)
     return MergeResult(
@@ -124,6 +115,13 @@ def _run(
         seconds=clock.laps,
         output=folder.path,
     )
+
+
+def _load(merging: Merging, group: WorkerGroup) -> None:
+    with progress_bar("loading", unit="img") as progress:
+        reports = group.load(merging.load_request(), progress)
+    for report in reports:
+        logger.info("worker %d on %s: %s", report.rank, report.device, ", ".join(report.tasks))
 
 
 def _learn(
@@ -139,8 +137,14 @@ def _learn(
         config.state.keep,
     )
     state = (store.newest() if resume else None) or AdamState.start(start_KL)
-    store.claim()
     steps = config.optimizer.steps
+    if state.step > steps:
+        raise UserError(
+            f"optimizer.steps: {steps}, but the run in {folder.path} has taken {state.step}; "
+            "resume with at least that many"
+        )
+    folder.prepare(config, resume=resume)
+    store.claim()
     with Recorder(folder, store, config.state.every_steps, state, steps) as recorder:
         state = learn(group, optimizer, state, steps, config.task_names, recorder.observe)
     return optimizer.effective(state.lambdas)
@@ -154,24 +158,23 @@ def evaluate(config: Config, model: str | None = None) -> dict[str, TaskScore]:
     """
     if all(task.test is None for task in config.tasks):
         raise UserError("no task has a test folder; name one in tasks[].test to evaluate")
-    plan = make_plan(config, known_resources(config))
-    if model is not None and model != "individual":
+    own = model == "individual"
+    tasks = tuple(task.model_copy(update={"adapt": None}) for task in config.tasks)
+    method = Individual(name="individual") if own else ZeroShot(name="zero_shot")
+    config = config.model_copy(update={"tasks": tasks, "method": method, "output": None})
+    plan = make_plan(config, known_resources(config), experts=own)
+    if model is not None and not own:
         open_visual(model, open_pretrained(plan.resolved)[0].layout)
         model = str(locate(model).absolute())
     with open_group(config, None) as group:
-        return score(config, group, model or _pretrained_reference(plan))
-
-
-def _pretrained_reference(plan: Plan) -> str:
-    return str(plan.resolved.weights)
+        return score(config, group, None if own else model or str(plan.resolved.weights))
 
 
 def score(config: Config, group: WorkerGroup, model: str | None) -> dict[str, TaskScore]:
     """Every test image once; each task on ``model``, or on its own expert if that is None."""
-    own = model is None or model == "individual"
     tested = [task for task in config.tasks if task.test is not None]
     request = EvaluateRequest(
-        checkpoints={task.name: task.checkpoint if own else str(model) for task in tested},
+        checkpoints={task.name: model or task.checkpoint for task in tested},
         autocast=config.precision == "bfloat16",
     )
     with progress_bar("evaluating", unit="img") as progress:
@@ -244,8 +247,11 @@ class Merging:
         )
 
     def theta(self, lambdas_KL: Tensor) -> Tensor:
-        """The merged visual parameters, flat (P,)."""
-        return merged_visual(self.pretrained, self._experts, lambdas_KL, self.layers, self.ties)
+        """The merged visual parameters, flat (P,); reads every expert. Refuses an overflow."""
+        theta_P = merged_visual(self.pretrained, self._experts, lambdas_KL, self.layers, self.ties)
+        if not torch.isfinite(theta_P).all():
+            raise UserError("the merged weights overflow: the method's coefficients are too large")
+        return theta_P
 
 
 # --- workers -----------------------------------------------------------------------------------

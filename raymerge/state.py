@@ -49,6 +49,8 @@ class StateStore:
     def claim(self) -> None:
         """Take the next attempt number. A driver with a lower one can no longer save."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".step-*"):  # by a driver that was killed while it saved
+            shutil.rmtree(left, ignore_errors=True)
         while self._attempt is None:
             number = max(self._numbers(_ATTEMPT), default=0) + 1
             try:

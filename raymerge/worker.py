@@ -76,6 +76,7 @@ class MergeWorker:
             device=str(vectors_KN.device),
             tasks=tuple(self.spec.task_names[part.task] for part in self._share.slots),
             vector_bytes=vectors_KN.numel() * vectors_KN.element_size(),
+            images=sum(len(images) for images in self._images.values()),
             image_bytes=sum(images.nbytes for images in self._images.values()),
             seconds=time.perf_counter() - started,
         )

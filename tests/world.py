@@ -1,7 +1,7 @@
 """A world for tests: a tiny open_clip model, K experts, image folders, and a config over them.
 
-Nothing is learned; the weights are random, the images are coloured noise. What the tests state about
-merging does not depend on the model being any good.
+Nothing is learned; the weights are random, the images are coloured noise. What the tests state
+about merging does not depend on the model being any good.
 """
 
 from __future__ import annotations

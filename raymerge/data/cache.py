@@ -113,6 +113,9 @@ class PinnedImages:
         """(len(indices), 3, H, W) uint8, by index in the task's image list."""
         return self._pixels_N3HW[torch.from_numpy(np.searchsorted(self._needed, indices))]
 
+    def __len__(self) -> int:
+        return len(self._pixels_N3HW)
+
     @property
     def nbytes(self) -> int:
         return self._pixels_N3HW.numel()

@@ -91,6 +91,8 @@ def _plain(name: str) -> str:
 
 def _existing(folder: str, where: str) -> Path:
     root = Path(folder)
+    if not root.is_dir() and re.match(r"[A-Za-z][\w+.-]*:", folder):
+        raise DataError(f"{where}: {folder}: raymerge reads local image folders; save it as one")
     if not root.is_dir():
         raise DataError(f"{where}: {folder}: no such folder")
     return root

@@ -63,7 +63,11 @@ class ActorGroup:
     # --- the WorkerGroup contract ------------------------------------------------------------
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]:
-        return self._call("load", request, timeout_s=self._config.load_timeout_s)
+        def report(loaded: LoadReport) -> None:
+            if progress is not None:
+                progress(loaded.images)
+
+        return self._call("load", request, timeout_s=self._config.load_timeout_s, on_result=report)
 
     def step(self, request: StepRequest) -> list[StepResult]:
         stamped = replace(request, generation=self.generation)

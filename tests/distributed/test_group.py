@@ -1,4 +1,4 @@
-"""Ray workers against the in-process loop: the same λ for any W, S and G; faults are clear errors."""
+"""Ray workers against the in-process loop: the same λ for any W, S, G; faults are clear errors."""
 
 from __future__ import annotations
 

@@ -71,7 +71,9 @@ def _wait_for(port: int, head: subprocess.Popen[bytes]) -> None:
     raise AssertionError("the dashboard did not come up within 120 s")
 
 
-def _submit(folder: Path, environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+def _submit(
+    folder: Path, environment: dict[str, str], *command: str
+) -> subprocess.CompletedProcess[str]:
     submit = [str(BIN / "ray"), "job", "submit", "--working-dir", str(folder), "--", *command]
     return subprocess.run(submit, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -82,7 +84,11 @@ def test_a_job_merges_as_this_process_does(
     project = tmp_path / "project"
     project.mkdir()
     output = tmp_path / "merged"
-    config = {**world.config, "output": str(output), "cluster": {"workers": 2, "cpus_per_worker": 1}}
+    config = {
+        **world.config,
+        "output": str(output),
+        "cluster": {"workers": 2, "cpus_per_worker": 1},
+    }
     (project / "merge.yaml").write_text(yaml.safe_dump(config))
 
     done = _submit(project, cluster, "python", "-m", "raymerge", "merge", "merge.yaml")

@@ -1,0 +1,225 @@
+"""θ = θ₀ + Σ λ V and its adjoint (methods.md §1; oracles 1, 2 and the in-process part of 13)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from raymerge.merging.layout import CELL, ParameterLayout
+from raymerge.merging.merge import inner_products, merge_into
+from raymerge.merging.objectives import entropy
+
+# Deliberately ragged against the grid: tensors smaller than a cell, crossing cells, many cells.
+LAYOUT = ParameterLayout(
+    ("class_embedding", "resblocks.0.w", "resblocks.0.b", "resblocks.1.w", "resblocks.1.b", "proj"),
+    ((5,), (CELL - 7,), (11,), (3 * CELL + 123,), (), (40,)),
+)
+K, T, P = 3, len(LAYOUT.names), LAYOUT.numel
+
+
+def _problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    pretrained_P = torch.randn(P, generator=generator, dtype=dtype)
+    vectors_KP = 0.1 * torch.randn(K, P, generator=generator, dtype=dtype)
+    lambdas_KT = torch.rand(K, T, generator=generator, dtype=dtype)
+    return pretrained_P, vectors_KP, lambdas_KT
+
+
+def _merged(pretrained_P: Tensor, vectors_KP: Tensor, lambdas_KT: Tensor, shards: int = 1):
+    out_P = torch.full_like(pretrained_P, torch.nan)
+    for rank in range(shards):
+        shard = LAYOUT.shard(rank, shards)
+        here = slice(shard.start, shard.start + shard.columns)
+        merge_into(
+            out_P[here],
+            pretrained_P[here],
+            vectors_KP[:, here],
+            lambdas_KT,
+            shard.pieces(),
+            shard.start,
+        )
+    return out_P
+
+
+def _products(gradient_P: Tensor, vectors_KP: Tensor, shards: int = 1) -> list[Tensor]:
+    out = []
+    for rank in range(shards):
+        shard = LAYOUT.shard(rank, shards)
+        here = slice(shard.start, shard.start + shard.columns)
+        # A shard's own buffer, as a worker holds it: not a view of the whole.
+        vectors_KN = vectors_KP[:, here].contiguous()
+        out.append(
+            inner_products(gradient_P[here].clone(), vectors_KN, shard.pieces(), T, shard.start)
+        )
+    return out
+
+
+def _literal_merge(pretrained_P: Tensor, vectors_KP: Tensor, lambdas_KT: Tensor) -> Tensor:
+    """The definition, entry by entry: every column takes the λ of its tensor."""
+    sizes = [b - a for a, b in zip(LAYOUT.offsets, LAYOUT.offsets[1:], strict=False)]
+    lambdas_KP = lambdas_KT.repeat_interleave(torch.tensor(sizes), dim=1)
+    return pretrained_P + (lambdas_KP * vectors_KP).sum(0)
+
+
+def _network_loss(theta_P: Tensor) -> Tensor:
+    """A smooth function of θ that couples every parameter: entropies of a two-layer network."""
+    hidden_BH = torch.tanh(theta_P.unflatten(0, (1, -1))[:, : P // 64 * 64].reshape(64, -1).mean(1))
+    logits_BC = (hidden_BH * torch.linspace(1, 9, 64, dtype=theta_P.dtype)).view(8, 8)
+    rest = theta_P.square().mean() + torch.sin(3 * theta_P[:: CELL // 3]).sum()
+    return 30 * entropy(10 * logits_BC).mean() + rest
+
+
+def test_merge_equals_its_definition():
+    problem = _problem()
+    torch.testing.assert_close(_merged(*problem), _literal_merge(*problem), rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("granularity", ["task", "block", "tensor"])
+def test_gradient_is_autograd_through_the_merge(granularity):
+    """Oracle 1: ∂ℒ/∂λ = ⟨∂ℒ/∂θ, V⟩ summed over the layer's tensors."""
+    pretrained_P, vectors_KP, _ = _problem()
+    layers = LAYOUT.layers(granularity)
+    generator = torch.Generator().manual_seed(1)
+    lambdas_KL = torch.rand(K, len(layers.names), generator=generator, dtype=torch.float64)
+
+    theta_P = _merged(pretrained_P, vectors_KP, layers.expand(lambdas_KL)).requires_grad_(True)
+    _network_loss(theta_P).backward()
+    ours_KL = layers.reduce(_products(theta_P.grad, vectors_KP)[0])
+
+    through_KL = lambdas_KL.clone().requires_grad_(True)
+    _network_loss(_literal_merge(pretrained_P, vectors_KP, layers.expand(through_KL))).backward()
+    assert through_KL.grad.abs().min() > 1e-9  # the loss depends on every coefficient
+    torch.testing.assert_close(ours_KL, through_KL.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("granularity", ["task", "block", "tensor"])
+def test_gradient_is_the_central_difference(granularity):
+    """Oracle 1, without autograd through the merge."""
+    pretrained_P, vectors_KP, _ = _problem()
+    layers = LAYOUT.layers(granularity)
+    lambdas_KL = torch.full((K, len(layers.names)), 0.3, dtype=torch.float64)
+
+    def loss(at_KL: Tensor) -> float:
+        return float(_network_loss(_merged(pretrained_P, vectors_KP, layers.expand(at_KL))))
+
+    theta_P = _merged(pretrained_P, vectors_KP, layers.expand(lambdas_KL)).requires_grad_(True)
+    _network_loss(theta_P).backward()
+    ours_KL = layers.reduce(_products(theta_P.grad, vectors_KP)[0])
+
+    torch.testing.assert_close(
+        ours_KL, _central_differences(loss, lambdas_KL), rtol=1e-5, atol=1e-7
+    )
+
+
+def _central_differences(loss: Callable[[Tensor], float], at_KL: Tensor, h: float = 1e-5) -> Tensor:
+    out_KL = torch.empty_like(at_KL)
+    for k, layer in torch.cartesian_prod(*map(torch.arange, at_KL.shape)).view(-1, 2).tolist():
+        step_KL = torch.zeros_like(at_KL)
+        step_KL[k, layer] = h
+        out_KL[k, layer] = (loss(at_KL + step_KL) - loss(at_KL - step_KL)) / (2 * h)
+    return out_KL
+
+
+def test_inner_products_are_the_adjoint_of_the_merge():
+    """⟨g, merge(λ) − θ₀⟩ = ⟨inner_products(g), λ⟩ for any g and λ: the two are one linear map."""
+    pretrained_P, vectors_KP, lambdas_KT = _problem()
+    g_P = torch.randn(P, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    left = g_P @ (_merged(pretrained_P, vectors_KP, lambdas_KT) - pretrained_P)
+    right = (_products(g_P, vectors_KP)[0] * lambdas_KT).sum()
+    torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
+
+
+# --- oracle 2: the corners of the coefficient cube ---------------------------------------------
+
+
+def test_lambda_zero_is_the_pretrained_model_bit_for_bit():
+    pretrained_P, vectors_KP, lambdas_KT = _problem(torch.float32)
+    zero_KT = torch.zeros_like(lambdas_KT)
+    assert torch.equal(_merged(pretrained_P, vectors_KP, zero_KT), pretrained_P)
+
+
+@pytest.mark.parametrize("k", range(K))
+def test_lambda_unit_vector_is_that_expert(k):
+    pretrained_P, vectors_KP, lambdas_KT = _problem(torch.float32)
+    finetuned_KP = pretrained_P + vectors_KP
+    unit_KT = torch.zeros_like(lambdas_KT)
+    unit_KT[k] = 1
+    merged_P = _merged(pretrained_P, finetuned_KP - pretrained_P, unit_KT)
+    torch.testing.assert_close(merged_P, finetuned_KP[k], rtol=0, atol=5e-7)
+
+
+def test_lambda_one_over_k_is_the_average_of_the_experts():
+    pretrained_P, vectors_KP, lambdas_KT = _problem()
+    merged_P = _merged(pretrained_P, vectors_KP, torch.full_like(lambdas_KT, 1 / K))
+    torch.testing.assert_close(merged_P, (pretrained_P + vectors_KP).mean(0), rtol=0, atol=1e-14)
+
+
+def test_one_task_with_lambda_one_is_its_expert():
+    pretrained_P, vectors_KP, _ = _problem()
+    merged_P = _merged(pretrained_P, vectors_KP[:1], torch.ones(1, T, dtype=torch.float64))
+    torch.testing.assert_close(merged_P, pretrained_P + vectors_KP[0], rtol=0, atol=1e-15)
+
+
+def test_each_tensor_follows_its_own_coefficient_only():
+    pretrained_P, vectors_KP, lambdas_KT = _problem()
+    changed_KT = lambdas_KT.clone()
+    changed_KT[1, 3] += 1
+    moved_P = _merged(pretrained_P, vectors_KP, changed_KT) != _merged(
+        pretrained_P, vectors_KP, lambdas_KT
+    )
+    start, stop = LAYOUT.offsets[3], LAYOUT.offsets[4]
+    assert moved_P[start:stop].all()
+    assert moved_P.sum() == stop - start
+
+
+# --- oracle 13, in process ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [2, 3, 4, 5, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_merge_over_shards_is_the_whole_merge(shards, dtype):
+    problem = _problem(dtype)
+    torch.testing.assert_close(
+        _merged(*problem, shards=shards),
+        _merged(*problem),
+        rtol=4 * torch.finfo(dtype).eps,
+        atol=torch.finfo(dtype).eps,
+    )
+
+
+@pytest.mark.parametrize("shards", [2, 3, 4, 5, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inner_products_over_shards_sum_to_the_whole(shards, dtype):
+    """Cells are summed alike whoever holds them: far closer than float32's own rounding."""
+    pretrained_P, vectors_KP, _ = _problem(dtype)
+    whole_KT = _products(pretrained_P, vectors_KP)[0]
+    sum_KT = sum(_products(pretrained_P, vectors_KP, shards))
+    torch.testing.assert_close(sum_KT, whole_KT, rtol=1e-12, atol=1e-12)
+
+
+def test_tensors_of_other_shards_get_an_exact_zero():
+    pretrained_P, vectors_KP, _ = _problem()
+    for rank, part_KT in enumerate(_products(pretrained_P, vectors_KP, shards=3)):
+        held = {piece.tensor for piece in LAYOUT.shard(rank, 3).pieces()}
+        others = [t for t in range(T) if t not in held]
+        assert part_KT[:, others].count_nonzero() == 0
+        assert part_KT[:, sorted(held)].count_nonzero() == K * len(held)
+
+
+def test_float32_inner_products_are_accumulated_beyond_float32():
+    """2^24 in the first cell, 1 in each of the others: a float32 sum would stay at 2^24."""
+    cells = 64
+    layout = ParameterLayout(("w",), ((cells * CELL,),))
+    vectors_1P = torch.full((1, layout.numel), 2.0**-14)
+    vectors_1P[0, :CELL] = 2.0**10
+    pieces = layout.shard(0, 1).pieces()
+    product_11 = inner_products(torch.ones(layout.numel), vectors_1P, pieces, 1)
+    assert product_11.tolist() == [[2.0**24 + cells - 1]]
+
+
+def test_inner_products_are_float64_whatever_the_vectors_are():
+    _, vectors_KP, _ = _problem(torch.float32)
+    assert _products(vectors_KP[0], vectors_KP)[0].dtype == torch.float64

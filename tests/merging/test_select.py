@@ -1,0 +1,95 @@
+"""The k-th smallest magnitude over parts is the one of the whole, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from raymerge.merging.select import kth_smallest_magnitude
+
+
+def _kth(parts: Sequence[Tensor], k: int) -> float:
+    return kth_smallest_magnitude(lambda: iter(parts), k)
+
+
+def _normal(n: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
+
+
+VECTORS = {
+    "normal": _normal(41),
+    "duplicates": torch.tensor([1.0, -1.0, 2.0, 1.0, -2.0, 2.0, 2.0, -1.0] * 3),
+    "half zeros": torch.cat([torch.zeros(9), -torch.zeros(9), _normal(13)]),
+    "all zeros": torch.zeros(4),
+    "one value": torch.full((5,), -0.3),
+    "denormals": torch.tensor([1.4e-45, -2.8e-45, 1e-40, -1e-39, 0.0, 1.17549435e-38, 4.2e-45]),
+    "extremes": torch.tensor([3.4028235e38, -3.4028235e38, 1e-38, 0.0, -1.0, 1e20, 1e-20]),
+    "neighbours": (1 + torch.arange(24) * 2**-23) * torch.tensor([1, -1]).repeat(12),
+    "one number": torch.tensor([-7.5]),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_every_order_statistic_equals_sorting(name):
+    vector = VECTORS[name]
+    ordered = vector.abs().sort().values.tolist()
+    assert [_kth([vector], k) for k in range(1, len(vector) + 1)] == ordered
+
+
+@pytest.mark.parametrize("k", [1, 2, 12_345, 80_000, 99_999, 100_000])
+def test_a_long_vector_equals_torch_kthvalue(k):
+    vector = _normal(100_000) * 0.001
+    assert _kth([vector], k) == float(vector.abs().kthvalue(k).values)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 40])
+def test_the_cut_into_parts_does_not_matter(parts):
+    vector = torch.cat([_normal(4000), torch.zeros(1000)])
+    for k in (1000, 1001, 2500):
+        assert _kth(vector.tensor_split(parts), k) == float(vector.abs().kthvalue(k).values)
+
+
+def test_empty_parts_shapes_and_strides_do_not_matter():
+    vector = _normal(60)
+    parts = [
+        torch.empty(0),
+        vector[:24].view(4, 6).t(),
+        torch.empty(0, 3),
+        vector[24:25].reshape(()),
+        vector.flip(0)[:35],
+    ]
+    ordered = vector.abs().sort().values.tolist()
+    assert [_kth(parts, k) for k in (1, 30, 60)] == [ordered[0], ordered[29], ordered[59]]
+
+
+def test_parts_may_be_a_new_generator_each_time():
+    vector = _normal(100)
+    calls = []
+
+    def parts():
+        calls.append(1)
+        yield from vector.split(9)
+
+    assert kth_smallest_magnitude(parts, 50) == float(vector.abs().kthvalue(50).values)
+    assert len(calls) == 2  # two passes over the files, no more
+
+
+def test_half_precision_parts_are_ordered_by_value():
+    vector = _normal(300).half()
+    assert _kth([vector], 200) == float(vector.float().abs().kthvalue(200).values)
+
+
+def test_the_input_is_not_changed():
+    vector = -_normal(50).abs()
+    before = vector.clone()
+    _kth([vector], 7)
+    assert torch.equal(vector, before)
+
+
+@pytest.mark.parametrize("k", [0, -1, 11])
+def test_a_rank_outside_the_vector_is_an_error_with_the_numbers(k):
+    with pytest.raises(ValueError, match=rf"k={k} is outside 1\.\.10"):
+        _kth([_normal(10)], k)

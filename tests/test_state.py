@@ -1,0 +1,282 @@
+"""Saved state: bit-equal, the newest whole one, only of this run, only by the newest driver."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from raymerge.config import Config, parse_config
+from raymerge.errors import RunError, UserError
+from raymerge.merging.optimizer import AdamState
+from raymerge.state import StateStore, fingerprint
+
+TASKS, LAYERS = ("a", "b"), ("x", "y", "z")
+
+
+def _state(step: int) -> AdamState:
+    generator = torch.Generator().manual_seed(step)
+    parts = [torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(3)]
+    return AdamState(parts[0], parts[1], parts[2].square(), step)
+
+
+def _store(folder: Path, config: str = "abc", keep: int = 3, **changes) -> StateStore:
+    return StateStore(
+        folder, config, changes.get("tasks", TASKS), changes.get("layers", LAYERS), keep
+    )
+
+
+def _saved(folder: Path, *steps: int, keep: int = 3) -> StateStore:
+    store = _store(folder, keep=keep)
+    store.claim()
+    for step in steps:
+        store.save(_state(step))
+    return store
+
+
+def _same(one: AdamState | None, two: AdamState) -> bool:
+    return (
+        one is not None
+        and one.step == two.step
+        and all(
+            torch.equal(a, b) and a.dtype == b.dtype
+            for a, b in zip(
+                (one.lambdas, one.mean, one.square),
+                (two.lambdas, two.mean, two.square),
+                strict=True,
+            )
+        )
+    )
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path):
+    state = AdamState(
+        torch.tensor([[1e-310, -0.0, 0.1], [1 / 3, 1.0, 1e300]], dtype=torch.float64),
+        torch.full((2, 3), 5e-324, dtype=torch.float64),
+        torch.zeros(2, 3, dtype=torch.float64),
+        7,
+    )
+    store = _store(tmp_path)
+    store.claim()
+    store.save(state)
+    found = _store(tmp_path).newest()
+    assert _same(found, state)
+    assert found.lambdas.view(torch.int64).tolist() == state.lambdas.view(torch.int64).tolist()
+
+
+def test_without_a_state_there_is_none(tmp_path):
+    assert _store(tmp_path / "nowhere").newest() is None
+    assert _saved(tmp_path).newest() is None
+
+
+def test_the_newest_is_by_number_and_only_the_last_few_are_kept(tmp_path):
+    store = _saved(tmp_path, 1, 2, 9, 10, 100, keep=3)
+    assert store.steps() == [9, 10, 100]
+    assert _same(store.newest(), _state(100))
+
+
+def test_one_can_be_kept(tmp_path):
+    assert _saved(tmp_path, 1, 2, 3, keep=1).steps() == [3]
+
+
+def test_no_temporary_folder_is_left(tmp_path):
+    _saved(tmp_path, 1, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "attempt-0001",
+        "step-00000001",
+        "step-00000002",
+    ]
+
+
+# --- damage: the one before is used ------------------------------------------------------------
+
+
+def _flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def _damage(how: str, folder: Path) -> None:
+    tensors, manifest = folder / "state.safetensors", folder / "manifest.json"
+    if how == "flipped tensors":
+        _flip(tensors, tensors.stat().st_size - 3)
+    elif how == "flipped header":
+        _flip(tensors, 12)
+    elif how == "truncated tensors":
+        tensors.write_bytes(tensors.read_bytes()[:-1])
+    elif how == "empty tensors":
+        tensors.write_bytes(b"")
+    elif how == "no tensors":
+        tensors.unlink()
+    elif how == "truncated manifest":
+        manifest.write_bytes(manifest.read_bytes()[:-40])
+    elif how == "empty manifest":
+        manifest.write_bytes(b"")
+    elif how == "binary manifest":
+        manifest.write_bytes(b"\xff\xfe\x00")
+    elif how == "another manifest":
+        manifest.write_text("[1, 2]")
+    elif how == "no manifest":
+        manifest.unlink()
+    elif how == "a file":
+        shutil.rmtree(folder)
+        folder.write_text("")
+    elif how == "empty folder":
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["flipped tensors", "flipped header", "truncated tensors", "empty tensors", "no tensors",
+     "truncated manifest", "empty manifest", "binary manifest", "another manifest", "no manifest",
+     "a file", "empty folder"],
+)  # fmt: skip
+def test_a_damaged_state_is_skipped_with_a_warning(tmp_path, caplog, how):
+    store = _saved(tmp_path, 10, 20, 30)
+    _damage(how, tmp_path / "step-00000030")
+    assert _same(store.newest(), _state(20))
+    assert "state of step 30 is damaged" in caplog.text
+    _damage(how, tmp_path / "step-00000020")
+    assert _same(store.newest(), _state(10))
+    _damage(how, tmp_path / "step-00000010")
+    assert store.newest() is None
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "manifest.json"])
+def test_no_flipped_bit_is_ever_taken_for_a_state(tmp_path, name):
+    """Whatever byte is hit: the state as saved, the one before, or a refusal; never another λ."""
+    store = _saved(tmp_path, 10, 20)
+    path = tmp_path / "step-00000020" / name
+    content = path.read_bytes()
+    for position in range(len(content)):
+        _flip(path, position)
+        try:
+            found = store.newest()
+        except UserError:  # a flip in the run's identity
+            found = None
+        assert found is None or _same(found, _state(10)) or _same(found, _state(20)), position
+        path.write_bytes(content)
+
+
+def test_a_step_that_is_run_again_replaces_its_damaged_state(tmp_path):
+    store = _saved(tmp_path, 10, 20)
+    _damage("flipped tensors", tmp_path / "step-00000020")
+    store.save(_state(20))
+    assert _same(store.newest(), _state(20))
+
+
+def test_a_damaged_newer_state_does_not_push_out_a_sound_one(tmp_path):
+    _saved(tmp_path, 30, keep=1)
+    _damage("flipped tensors", tmp_path / "step-00000030")
+    store = _saved(tmp_path, 10, keep=1)  # the run starts anew, and saves step 10 first
+    assert _same(store.newest(), _state(10))
+
+
+# --- identity and fencing ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"config": "abd"}, "config"),
+        ({"tasks": ("b", "a")}, "tasks"),
+        ({"layers": ("x", "y", "w")}, "layers"),
+    ],
+)
+def test_a_state_of_another_run_is_a_user_error(tmp_path, changes, key):
+    _saved(tmp_path, 10)
+    with pytest.raises(UserError, match=rf"another run \(its {key} differ\)") as raised:
+        _store(tmp_path, **changes).newest()
+    assert raised.value.exit_code == 2
+
+
+def test_an_older_attempt_cannot_save(tmp_path):
+    """Fencing: a driver that came back from a long pause must not overwrite its successor."""
+    old = _saved(tmp_path, 10)
+    new = _store(tmp_path)
+    new.claim()
+    with pytest.raises(RunError, match="attempt 2 has taken over this run from attempt 1"):
+        old.save(_state(20))
+    assert new.steps() == [10]
+    new.save(_state(20))
+    assert _same(new.newest(), _state(20))
+
+
+def test_every_claim_is_a_new_attempt(tmp_path):
+    for number in range(1, 4):
+        store = _store(tmp_path)
+        store.claim()
+        store.claim()  # the same driver keeps its number
+        assert len(list(tmp_path.glob("attempt-*"))) == number
+    manifest = _saved(tmp_path, 5).folder / "step-00000005" / "manifest.json"
+    assert json.loads(manifest.read_text())["attempt"] == 4
+
+
+def test_saving_needs_a_claim(tmp_path):
+    with pytest.raises(RuntimeError, match="before claim"):
+        _store(tmp_path).save(_state(1))
+
+
+def test_a_state_that_cannot_be_written_is_a_run_error(tmp_path, monkeypatch):
+    store = _saved(tmp_path, 10)
+
+    def full(path, payload):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("raymerge.state._write_synced", full)
+    with pytest.raises(RunError, match="state not saved: No space left on device"):
+        store.save(_state(20))
+    assert store.steps() == [10]
+    assert not list(tmp_path.glob(".step-*"))
+
+
+# --- what makes it the same run ----------------------------------------------------------------
+
+
+def _config(**changes) -> Config:
+    task = {"name": "a", "checkpoint": "a.pt", "classnames": ["x", "y"], "adapt": "d", "test": "t"}
+    data = {"model": "local-dir:m", "tasks": [task, {**task, "name": "b"}], **changes}
+    return parse_config(data, root=Path("/r"))
+
+
+TASK = {"name": "a", "checkpoint": "a.pt", "classnames": ["x", "y"], "adapt": "d", "test": "t"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"output": "elsewhere"},
+        {"cluster": {"workers": 4, "shards": 2}},
+        {"state": {"every_steps": 1}},
+        {"optimizer": {"steps": 900}},
+        {"tasks": [{**TASK, "test": None}, {**TASK, "name": "b", "test": "u"}]},
+    ],
+)
+def test_what_does_not_decide_lambda_may_change(changes):
+    assert fingerprint(_config(**changes)) == fingerprint(_config())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"model": "local-dir:other"},
+        {"method": {"name": "adamerging", "clamp": "none"}},
+        {"optimizer": {"lr": 0.1}},
+        {"optimizer": {"batch_size": 4}},
+        {"precision": "bfloat16"},
+        {"tasks": [TASK]},
+        {"tasks": [{**TASK, "name": "b"}, TASK]},
+        {"tasks": [{**TASK, "adapt": "e"}, {**TASK, "name": "b"}]},
+        {"tasks": [{**TASK, "checkpoint": "c.pt"}, {**TASK, "name": "b"}]},
+        {"tasks": [{**TASK, "classnames": ["y", "x"]}, {**TASK, "name": "b"}]},
+        {"tasks": [{**TASK, "templates": ["{}"]}, {**TASK, "name": "b"}]},
+    ],
+)
+def test_what_decides_lambda_must_not(changes):
+    assert fingerprint(_config(**changes)) != fingerprint(_config())
