@@ -27,7 +27,7 @@ def _blocks(language: str) -> list[str]:
 
 
 def _commands() -> list[str]:
-    lines = [line.split("#")[0].strip() for block in _blocks("") for line in block.splitlines()]
+    lines = [line.split("#")[0].strip() for block in _blocks("sh") for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith(ELSEWHERE)]
 
 

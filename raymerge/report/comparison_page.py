@@ -34,7 +34,7 @@ def _body(comparison: Comparison) -> Markup:
         section("Accuracy by task", *_accuracy(comparison)),
         section("One coefficient for all", *_scan(comparison)),
         section("Entropy while learning", _entropy(comparison)),
-        *(_learned(name, run) for name, run in comparison.runs.items()),
+        *(_learned(name, run) for name, run in comparison.runs.items() if run.metrics),
         section("Loss and entropy on the test images", _other_scores(comparison)),
         section("Notes", _notes(comparison)),
         provenance_sections(comparison.provenance),

@@ -1,0 +1,17 @@
+"""A demo world made from nothing on a CPU: a small CLIP model and eight experts that interfere."""
+
+from raymerge.zoo.build import RunTasks, ZooPaths, build_zoo, write_images
+from raymerge.zoo.experts import train_expert
+from raymerge.zoo.recipe import ExpertRecipe, ModelRecipe, PretrainRecipe, ZooRecipe
+
+__all__ = [
+    "ExpertRecipe",
+    "ModelRecipe",
+    "PretrainRecipe",
+    "RunTasks",
+    "ZooPaths",
+    "ZooRecipe",
+    "build_zoo",
+    "train_expert",
+    "write_images",
+]

@@ -1,0 +1,127 @@
+"""Experts: the visual tower fine-tuned on one task's shifted images, its zero-shot head frozen.
+
+Legend: B batch, N images, C classes, D features.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.model import CLIP
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from raymerge.zoo.images import FAMILIES, Split, draw_images
+from raymerge.zoo.pretrain import (
+    Tokenizer,
+    build_tokenizer,
+    cosine,
+    normalise,
+    to_tensor,
+    torch_threads,
+)
+from raymerge.zoo.recipe import TEMPLATE, ExpertRecipe, ZooRecipe
+
+
+@torch.no_grad()
+def zero_shot_head(model: CLIP, tokenizer: Tokenizer, task: str) -> Tensor:
+    """(D, C): the text features of the task's class names, times the logit scale."""
+    texts = [TEMPLATE.format(name) for name in FAMILIES[task].classnames]
+    text_CD = model.encode_text(tokenizer(texts), normalize=True)
+    head_DC: Tensor = model.logit_scale.exp() * text_CD.t()
+    return head_DC
+
+
+def finetune(recipe: ZooRecipe, seed: int, task: str, model: CLIP) -> dict[str, Tensor]:
+    """Train ``model``'s visual tower in place; its state dict, keys as in the whole model."""
+    expert = recipe.expert_for(task)
+    head_DC = zero_shot_head(model, build_tokenizer(recipe.model), task)
+    images, labels = draw_images(seed, task, "train", expert.images)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(task.encode()) + seed)
+        rehearsal, target_ND = _rehearsal(model, seed, expert)
+        loss = _loss(head_DC, to_tensor(images), torch.from_numpy(labels), rehearsal, target_ND)
+        _train(model, expert, loss)
+    return {f"visual.{k}": v.contiguous() for k, v in model.visual.state_dict().items()}
+
+
+@torch.no_grad()
+def _rehearsal(model: CLIP, seed: int, recipe: ExpertRecipe) -> tuple[Tensor, Tensor]:
+    """Pretraining images of all tasks, uint8 (N, 3, H, W), and their features (N, D)."""
+    styles: tuple[Split, ...] = ("plain", "shifted")
+    drawn = [
+        to_tensor(draw_images(seed, task, style, recipe.rehearsal_images)[0])
+        for task in FAMILIES
+        for style in styles
+    ]
+    features = [model.encode_image(normalise(images), normalize=True) for images in drawn]
+    return torch.cat(drawn), torch.cat(features)
+
+
+def _loss(
+    head_DC: Tensor, images: Tensor, labels: Tensor, rehearsal: Tensor, target_ND: Tensor
+) -> Callable[[CLIP, ExpertRecipe], Tensor]:
+    """The loss of one random batch: cross-entropy, plus the drift of the rehearsal features."""
+
+    def loss(model: CLIP, recipe: ExpertRecipe) -> Tensor:
+        own = torch.randint(len(images), (recipe.batch,))
+        old = torch.randint(len(rehearsal), (recipe.rehearsal_batch,))
+        pixels = normalise(torch.cat([images[own], rehearsal[old]]))
+        features_BD = model.encode_image(pixels, normalize=True)
+        own_BD, old_BD = features_BD.split([len(own), len(old)])
+        task_loss = nn.functional.cross_entropy(own_BD @ head_DC, labels[own])
+        drift: Tensor = (old_BD - target_ND[old]).square().sum(-1).mean()
+        return task_loss + recipe.rehearsal_weight * drift
+
+    return loss
+
+
+def _optimizer(model: CLIP, recipe: ExpertRecipe) -> torch.optim.Optimizer:
+    parameters = list(model.visual.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {
+            "params": [p for p in parameters if p.ndim < 2],
+            "lr": recipe.lr * recipe.vector_lr_factor,
+        },
+    ]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=0.0)
+
+
+def _train(model: CLIP, recipe: ExpertRecipe, loss: Callable[[CLIP, ExpertRecipe], Tensor]) -> None:
+    optimizer = _optimizer(model, recipe)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: cosine(step, recipe.steps, recipe.steps // 20)
+    )
+    for _ in range(recipe.steps):
+        optimizer.zero_grad()
+        loss(model, recipe).backward()
+        nn.utils.clip_grad_norm_(model.visual.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def train_expert(root: Path, task: str, seed: int, recipe: ZooRecipe) -> Path:
+    """Fine-tune on ``task`` and write ``root/experts/<task>.safetensors``; one thread, picklable.
+
+    Returns at once if the file is there. One thread, so that the result does not depend on how
+    many experts are trained side by side.
+    """
+    path = root / "experts" / f"{task}.safetensors"
+    if path.exists():
+        return path
+    with torch_threads(1):
+        model = open_clip.create_model(f"local-dir:{root / 'pretrained'}")
+        model.eval().requires_grad_(False)
+        model.visual.requires_grad_(True)
+        state = finetune(recipe, seed, task, model)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(save(state, metadata={"format": "pt"}))
+    partial.replace(path)
+    return path
