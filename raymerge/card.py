@@ -83,7 +83,7 @@ def _note(config: Config, plan: Plan) -> str:
     given = config.optimizer
     text = (
         f"The coefficients were learned without labels: {given.steps} steps of Adam "
-        f"(lr {given.lr:g}) on {given.images_per_step} unlabeled images of each task per step, "
-        f"seed {config.seed}."
+        f"(lr {given.lr:g}, {given.schedule}) on {given.images_per_step} unlabeled images of each "
+        f"task per step, seed {config.seed}."
     )
     return text + "".join(f" It {note}." for note in plan.notes)

@@ -230,7 +230,8 @@ class Merging:
     def optimizer(self) -> Adam:
         assert isinstance(self.config.method, AdaMerging)
         given = self.config.optimizer
-        return Adam(given.lr, given.betas, given.eps, self.config.method.clamp)
+        decay_steps = given.steps if given.schedule == "cosine" else None
+        return Adam(given.lr, given.betas, given.eps, self.config.method.clamp, decay_steps)
 
     def load_request(self) -> LoadRequest:
         assert isinstance(self.config.method, AdaMerging)

@@ -149,9 +149,11 @@ class StateStore:
 
 
 def fingerprint(config: Config) -> str:
-    """SHA-256 of what decides λ: not the cluster, the output, nor how many steps are asked for."""
+    """SHA-256 of what decides λ at a step: not the cluster, nor the output, nor (at a constant
+    rate) how many steps are asked for."""
     data = config.model_dump(mode="json", exclude={"cluster", "output", "state"})
-    del data["optimizer"]["steps"]
+    if config.optimizer.schedule == "constant":
+        del data["optimizer"]["steps"]
     for task in data["tasks"]:
         del task["test"]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

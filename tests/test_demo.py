@@ -18,7 +18,7 @@ from raymerge.zoo import ExpertRecipe, PretrainRecipe, ZooPaths, ZooRecipe, buil
 
 CONTRACT = [
     *("zero_shot", "individual", "average", "task_arithmetic", "ties"),
-    *("adamerging_task", "adamerging", "adamerging_pp"),
+    *("adamerging_task", "adamerging", "adamerging_pp", "adamerging_500"),
 ]
 
 

@@ -280,3 +280,12 @@ def test_what_does_not_decide_lambda_may_change(changes):
 )
 def test_what_decides_lambda_must_not(changes):
     assert fingerprint(_config(**changes)) != fingerprint(_config())
+
+
+def test_more_steps_may_be_asked_for_only_at_a_constant_rate(world):
+    def of(**optimizer):
+        return fingerprint(world.parse(optimizer=optimizer))
+
+    assert of(steps=10) == of(steps=20)
+    assert of(steps=10, schedule="cosine") != of(steps=20, schedule="cosine")
+    assert of(steps=10, schedule="cosine") != of(steps=10)

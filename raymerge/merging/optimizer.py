@@ -5,6 +5,7 @@ Everything is float64 and tiny (K·L numbers), so the driver's arithmetic adds n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +43,15 @@ class Adam:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clamp: Clamp = "projected"
+    decay_steps: int | None = None
+    """Steps over which the rate falls from ``lr`` to 0 along half a cosine; None: constant."""
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the update after ``step`` steps."""
+        if self.decay_steps is None:
+            return self.lr
+        done = min(step / self.decay_steps, 1.0)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
 
     def effective(self, lambdas_KL: Tensor) -> Tensor:
         """The coefficients that the merge uses."""
@@ -55,7 +65,7 @@ class Adam:
         step = state.step + 1
         mean = beta1 * state.mean + (1 - beta1) * gradient_KL
         square = beta2 * state.square + (1 - beta2) * gradient_KL.square()
-        rate = self.lr / (1 - beta1**step)
+        rate = self.rate(state.step) / (1 - beta1**step)
         denominator = (square / (1 - beta2**step)).sqrt() + self.eps
         lambdas = state.lambdas - rate * mean / denominator
         if self.clamp == "projected":

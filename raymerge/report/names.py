@@ -29,6 +29,7 @@ _TITLES = {
     "adamerging": "AdaMerging (layer-wise)",
     "adamerging_block": "AdaMerging (block-wise)",
     "adamerging_task": "AdaMerging (task-wise)",
+    "adamerging_500": "AdaMerging, 500 steps",
     "adamerging_pp": "AdaMerging++ (layer-wise)",
     "adamerging_pp_block": "AdaMerging++ (block-wise)",
     "adamerging_pp_task": "AdaMerging++ (task-wise)",

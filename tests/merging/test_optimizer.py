@@ -190,3 +190,18 @@ def test_resuming_from_a_state_is_the_same_as_not_stopping():
     for gradient_KL in gradients[4:]:
         state = Adam().update(state, gradient_KL)
     assert torch.equal(state.lambdas, whole[-1].lambdas)
+
+
+def test_the_cosine_schedule_is_torchs():
+    start, gradients = _start(0.5), _gradients(12)
+    parameter = start.clone().requires_grad_()
+    theirs = torch.optim.Adam([parameter], lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(theirs, T_max=12)
+    state, ours = AdamState.start(start), Adam(lr=0.02, clamp="none", decay_steps=12)
+    for gradient_KL in gradients:
+        parameter.grad = gradient_KL.clone()
+        theirs.step()
+        schedule.step()
+        state = ours.update(state, gradient_KL)
+        torch.testing.assert_close(state.lambdas, parameter.detach(), rtol=1e-12, atol=1e-14)
+    assert ours.rate(12) == 0.0
