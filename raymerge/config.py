@@ -401,13 +401,12 @@ def _resolve_paths(data: dict[str, Any], root: Path, source: str) -> None:
 
 def _resolve_model(model: dict[str, Any], root: Path) -> None:
     arch, pretrained = model.get("arch"), model.get("pretrained")
-    if isinstance(arch, str):
-        if arch.startswith("local-dir:"):
-            model["arch"] = "local-dir:" + _absolute(arch.removeprefix("local-dir:"), root)
-        elif arch.endswith(".json"):
-            model["arch"] = _absolute(arch, root)
+    if isinstance(arch, str) and (arch.startswith("local-dir:") or arch.endswith(".json")):
+        model["arch"] = _absolute(arch, root)
     # A pretrained tag (openai, laion2b_s34b_b79k) has no dot and no slash; a file has one of them.
-    if isinstance(pretrained, str) and re.search(r"[./]", pretrained):
+    if isinstance(pretrained, str) and (
+        re.search(r"[./]", pretrained) or (root / pretrained).exists()
+    ):
         model["pretrained"] = _absolute(pretrained, root)
 
 
@@ -423,6 +422,8 @@ def _resolved_task(task: dict[str, Any], root: Path, where: str) -> dict[str, An
 
 
 def _absolute(path: str, root: Path) -> str:
+    if path.startswith("local-dir:"):
+        return "local-dir:" + _absolute(path.removeprefix("local-dir:"), root)
     if not path or _REMOTE.match(path):  # an empty one is refused below, and is not the root
         return path
     return str((root / Path(path).expanduser()).absolute())

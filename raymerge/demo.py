@@ -85,11 +85,12 @@ def run_demo(
     output = output.absolute()
     _check_output(output)
     began = perf_counter()
+    workers = _workers()
     with _cluster():
         paths = _zoo(zoo, seed, recipe or ZooRecipe())
         built = perf_counter()
         base = load_config(paths.config, [f"seed={seed}"])
-        base = base.model_copy(update={"cluster": base.cluster.model_copy(update=_workers())})
+        base = base.model_copy(update={"cluster": base.cluster.model_copy(update=workers)})
         with open_group(base, None) as group:
             comparison = _compare(_Demo(base, group, output, steps))
     comparison["timings"] = {"seconds": {"zoo": built - began, "merges": perf_counter() - built}}

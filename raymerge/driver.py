@@ -8,7 +8,7 @@ Legend: K tasks, L layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +39,7 @@ class WorkerGroup(Protocol):
     """
 
     workers: int
+    spec: WorkerSpec
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]: ...
 
@@ -57,6 +58,7 @@ class LocalGroup:
     workers = 1
 
     def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
         self._worker = MergeWorker(spec)
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]:
@@ -171,10 +173,9 @@ def _sum(parts: Sequence[FloatArray]) -> FloatArray:
     return total
 
 
-def _slowest(phases: Sequence[object]) -> dict[str, float]:
+def _slowest(phases: Sequence[Mapping[str, float]]) -> dict[str, float]:
     out: dict[str, float] = {}
     for laps in phases:
-        assert isinstance(laps, dict)
         for phase, seconds in laps.items():
             out[phase] = max(out.get(phase, 0.0), seconds)
     return out

@@ -37,7 +37,3 @@ class RunError(RaymergeError):
 
 class WorkerLostError(RunError):
     """A worker died, or did not answer in time; the saved state allows ``--resume``."""
-
-
-class RaymergeWarning(UserWarning):
-    """Something a user should know but that does not stop the run."""

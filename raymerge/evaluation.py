@@ -25,7 +25,7 @@ from raymerge.messages import ChunkScore, EvaluateRequest
 from raymerge.models import FlatEncoder
 
 CHUNK = 64
-_KEEP_BYTES = 1 << 30
+_KEEP_BYTES = 1 << 28
 """Decoded test images are kept for the next evaluation while a worker's share stays below this."""
 
 
@@ -40,7 +40,7 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
-class Share:
+class ChunkRange:
     """Chunks ``start:stop`` of one task's test images."""
 
     task: int
@@ -57,17 +57,17 @@ def test_images(tasks: Sequence[TaskConfig]) -> dict[int, ImageList]:
     }
 
 
-def deal_chunks(sizes: Mapping[int, int], workers: int) -> list[list[Share]]:
+def deal_chunks(sizes: Mapping[int, int], workers: int) -> list[list[ChunkRange]]:
     """All tasks' chunks, contiguous, dealt evenly: ``sizes`` is images by task index."""
     chunks = [(task, c) for task, n in sorted(sizes.items()) for c in range(-(-n // CHUNK))]
     bounds = [len(chunks) * w // workers for w in range(workers + 1)]
     return [_shares(chunks[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-def _shares(chunks: Sequence[tuple[int, int]]) -> list[Share]:
+def _shares(chunks: Sequence[tuple[int, int]]) -> list[ChunkRange]:
     tasks = sorted({task for task, _ in chunks})
     spans = {task: [c for t, c in chunks if t == task] for task in tasks}
-    return [Share(task, span[0], span[-1] + 1) for task, span in spans.items()]
+    return [ChunkRange(task, span[0], span[-1] + 1) for task, span in spans.items()]
 
 
 class Evaluator:
@@ -77,14 +77,14 @@ class Evaluator:
         self,
         encoder: FlatEncoder,
         layout: ParameterLayout,
-        shares: Sequence[Share],
+        shares: Sequence[ChunkRange],
         images: Mapping[int, ImageList],
     ) -> None:
         self._encoder, self._layout = encoder, layout
         self._shares = [(share, _cut(images[share.task], share)) for share in shares]
         height, width = encoder.preprocess.size
         self._keep = sum(len(i) for _, i in self._shares) * 3 * height * width <= _KEEP_BYTES
-        self._kept: dict[Share, list[Tensor]] = {}
+        self._kept: dict[ChunkRange, list[Tensor]] = {}
 
     def scores(
         self,
@@ -116,7 +116,7 @@ class Evaluator:
     def _logits(self, pixels_B3HW: Tensor, head_DC: Tensor, autocast: bool) -> Tensor:
         return self._encoder.features(pixels_B3HW, autocast) @ head_DC
 
-    def _chunks(self, share: Share, images: ImageList) -> Iterable[Tensor]:
+    def _chunks(self, share: ChunkRange, images: ImageList) -> Iterable[Tensor]:
         if share in self._kept:
             return self._kept[share]
         batches = (
@@ -126,7 +126,7 @@ class Evaluator:
             return batches
         return self._remember(share, batches)
 
-    def _remember(self, share: Share, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _remember(self, share: ChunkRange, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         kept = []
         for batch in batches:
             kept.append(batch)
@@ -142,7 +142,7 @@ def load_weights(encoder: FlatEncoder, layout: ParameterLayout, reference: str) 
             encoder.theta_P[start : layout.offsets[t + 1]] = checkpoint.read(t)
 
 
-def _cut(images: ImageList, share: Share) -> ImageList:
+def _cut(images: ImageList, share: ChunkRange) -> ImageList:
     here = slice(share.start * CHUNK, share.stop * CHUNK)
     return ImageList(images.paths[here], images.labels[here])
 

@@ -32,14 +32,11 @@ class WorkerSpec:
     shards: int = 1
     threads: int | None = None
     micro_batch: int | None = None
+    use_gpu: bool = True
 
     @property
     def shard(self) -> int:
         return self.rank % self.shards
-
-    @property
-    def group(self) -> int:
-        return self.rank // self.shards
 
     @property
     def task_names(self) -> tuple[str, ...]:

@@ -184,11 +184,6 @@ def whole_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
     }
 
 
-def visual_layout(resolved: ResolvedModel) -> ParameterLayout:
-    """The visual tower's merged tensors, in state-dict order; nothing is read or allocated."""
-    return ParameterLayout.of(build_skeleton(resolved, "meta").visual.state_dict())
-
-
 def open_pretrained(resolved: ResolvedModel) -> tuple[VisualCheckpoint, int]:
     """θ₀, checked against the architecture, and the size of the text parameters beside it.
 

@@ -20,6 +20,8 @@ class Resources:
     gpus: int = 0
     nodes: int = 1
     elastic: bool = True
+    per_node: tuple[tuple[int, int], ...] = ()
+    """(CPUs, GPUs) of each node, if known."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,19 @@ def place(config: ClusterConfig, resources: Resources, slots: int | None) -> Pla
     ``workers: auto`` is one worker per GPU, else one per node; a single worker on a local machine
     needs no Ray, so it becomes 0. Raises :class:`UserError` when it does not fit.
     """
-    workers = _auto_workers(config, resources) if config.workers == "auto" else config.workers
+    auto = config.workers == "auto"
+    workers = _auto_workers(config, resources, slots) if auto else int(config.workers)
     if slots is not None and workers > slots:
         raise UserError(
             f"cluster.workers: {workers} workers for {slots} images per step would leave "
             f"{workers - slots} idle; use at most {slots}"
         )
     gpus = _gpus_per_worker(config, resources)
+    if config.shards > 1 and 0 < gpus < 1:
+        raise UserError(
+            f"cluster.gpus_per_worker: {gpus:g}, but the shards of one group cannot share a GPU; "
+            "use 1, or shards: 1"
+        )
     cpus = _cpus_per_worker(config, resources, max(1, workers))
     if not resources.elastic and workers:
         _require_fit("CPU", workers, cpus, resources.cpus)
@@ -68,8 +76,10 @@ def place(config: ClusterConfig, resources: Resources, slots: int | None) -> Pla
     return Placement(workers, config.shards, cpus, gpus)
 
 
-def _auto_workers(config: ClusterConfig, resources: Resources) -> int:
+def _auto_workers(config: ClusterConfig, resources: Resources, slots: int | None) -> int:
     workers = resources.gpus or resources.nodes
+    if slots is not None:
+        workers = min(workers, slots)
     workers = max(config.shards, workers - workers % config.shards)
     return 0 if workers == 1 and resources.elastic else workers
 
@@ -88,7 +98,17 @@ def _cpus_per_worker(config: ClusterConfig, resources: Resources, workers: int) 
                 f"{resources.cpus}; use at most that, or auto"
             )
         return config.cpus_per_worker
-    return max(1, resources.cpus // workers)
+    return max(1, min(resources.cpus // workers, _fair_cpus(resources, workers)))
+
+
+def _fair_cpus(resources: Resources, workers: int) -> int:
+    """CPUs of one worker on the narrowest node that will hold some: GPU nodes, if there are any."""
+    hosts = [(c, g) for c, g in resources.per_node if g or not resources.gpus]
+    if not hosts:
+        return resources.cpus
+    if resources.gpus:
+        return min(cpus // gpus for cpus, gpus in hosts)
+    return min(cpus for cpus, _ in hosts) // -(-workers // len(hosts))
 
 
 def _require_fit(kind: str, workers: int, each: float, available: float) -> None:

@@ -6,10 +6,12 @@ Legend: K tasks, L layers.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +36,8 @@ from raymerge.models import CONFIG_FILE, WEIGHTS_FILE
 from raymerge.plan import Plan
 from raymerge.report import write_plots, write_report
 from raymerge.state import StateStore, fingerprint
+
+_JOB_COPY = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` uploads
 
 _OWN_FILES = (
     CONFIG_FILE,
@@ -79,6 +83,11 @@ class RunFolder:
     def _check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output {self.path}: is a file; name a folder")
+        if _JOB_COPY in self.path.parts:
+            raise UserError(
+                f"output {self.path}: lies in the job's uploaded copy, which Ray deletes; give an "
+                "absolute path that every node can reach"
+            )
         if not self._in_use():
             return
         if not resume and not overwrite:
@@ -125,7 +134,8 @@ class RunFolder:
         for name in _OWN_FILES:
             if name != "config.yaml":
                 (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.state, ignore_errors=True)
+        for state in self.state.glob("step-*"):  # the attempts stay: they fence off old drivers
+            shutil.rmtree(state, ignore_errors=True)
 
     def write_lambdas(
         self, tasks: Sequence[str], layers: Sequence[str], lambdas_KL: Tensor
@@ -233,6 +243,8 @@ def _write_lines(path: Path, lines: Sequence[str]) -> None:
 
 def _environment(config: Config, plan: Plan) -> dict[str, Any]:
     files = [plan.resolved.weights, *(locate(task.checkpoint) for task in config.tasks)]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        hashes = list(pool.map(sha256, files))
     return {
         "raymerge": _version("raymerge"),
         "python": platform.python_version(),
@@ -241,7 +253,7 @@ def _environment(config: Config, plan: Plan) -> dict[str, Any]:
         "ray": _version("ray"),
         "platform": platform.platform(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "hashes": {str(path): sha256(path) for path in files},
+        "hashes": dict(zip(map(str, files), hashes, strict=True)),
     }
 
 

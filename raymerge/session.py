@@ -8,6 +8,7 @@ Legend: K tasks, L layers.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from raymerge.checkpoints.task_vectors import ties_statistics
 from raymerge.checkpoints.visual import open_visual, require_finite_text
 from raymerge.config import AdaMerging, Config, Individual, Ties, ZeroShot
 from raymerge.driver import LocalGroup, WorkerGroup, learn
-from raymerge.errors import UserError
+from raymerge.errors import RunError, UserError
 from raymerge.evaluation import TaskScore, summarise
 from raymerge.export import merged_visual, write_model
 from raymerge.merging.layout import LayerMap
@@ -104,7 +105,7 @@ def _run(
         clock.lap("export")
     scores: dict[str, TaskScore] = {}
     if group is not None and any(task.test for task in config.tasks):
-        scores = score(config, group, None if theta_P is None else str(folder.path))
+        scores = _score_written(config, group, None if theta_P is None else str(folder.path))
         clock.lap("evaluate")
     folder.write_results(config, merging.plan, scores, clock.laps)
     return MergeResult(
@@ -115,6 +116,16 @@ def _run(
         seconds=clock.laps,
         output=folder.path,
     )
+
+
+def _score_written(config: Config, group: WorkerGroup, model: str | None) -> dict[str, TaskScore]:
+    """As ``score``; what is wrong with an image now was found after the model was written."""
+    try:
+        return score(config, group, model)
+    except UserError as error:
+        raise RunError(
+            f"{error}; the merged model is written, run `raymerge eval` again"
+        ) from error
 
 
 def _load(merging: Merging, group: WorkerGroup) -> None:
@@ -260,16 +271,27 @@ class Merging:
 
 def known_resources(config: Config) -> Resources | None:
     """This machine's, unless the run is to use a cluster, which is asked only when it starts."""
-    if config.cluster.address or environment_address():
+    if config.cluster.workers != 0 and _uses_cluster(config):
         return None
     return local_resources()
+
+
+def _uses_cluster(config: Config) -> bool:
+    """An address is given, or the caller has connected to Ray already."""
+    if config.cluster.address or environment_address():
+        return True
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def group_or_new(
     group: WorkerGroup | None, config: Config, slots: int | None
 ) -> AbstractContextManager[WorkerGroup]:
     """The given group, left open at the end, or a new one that is closed."""
-    return nullcontext(group) if group is not None else open_group(config, slots)
+    if group is None:
+        return open_group(config, slots)
+    if (group.spec.model, group.spec.tasks) != (config.model, config.tasks):
+        raise UserError("the given workers were opened for another model or other tasks")
+    return nullcontext(group)
 
 
 @contextmanager
@@ -278,31 +300,37 @@ def open_group(config: Config, slots: int | None) -> Iterator[WorkerGroup]:
 
     ``slots``: images of one step, None if only evaluation is wanted.
     """
-    spec = WorkerSpec(config.model, config.tasks, micro_batch=config.cluster.micro_batch)
     known = known_resources(config)
-    if known is not None and place(config.cluster, known, slots).workers == 0:
-        threads = config.cluster.cpus_per_worker
-        yield LocalGroup(spec if threads == "auto" else replace(spec, threads=threads))
+    declared = None if known is None else place(config.cluster, known, slots)
+    if declared is not None and declared.workers == 0:
+        yield _local_group(config)
         return
     from raymerge.distributed.cluster import connected
     from raymerge.distributed.group import ActorGroup
 
-    local_cpus = 1 if known is None else _declared_cpus(config, known, slots)
+    local_cpus = 1
+    if known is not None and declared is not None:
+        local_cpus = max(known.cpus, declared.workers * declared.cpus_per_worker)
     with connected(config.cluster.address, local_cpus) as resources:
-        placement = place(config.cluster, resources if known is None else known, slots)
+        placement = declared or place(config.cluster, resources, slots)
         if placement.workers == 0:
-            yield LocalGroup(spec)
+            yield _local_group(config)
             return
-        group = ActorGroup(spec, placement, config.cluster)
+        group = ActorGroup(_worker_spec(config), placement, config.cluster)
         try:
             yield group
         finally:
             group.close()
 
 
-def _declared_cpus(config: Config, known: Resources, slots: int | None) -> int:
-    placement = place(config.cluster, known, slots)
-    return max(known.cpus, placement.workers * placement.cpus_per_worker)
+def _local_group(config: Config) -> LocalGroup:
+    threads = config.cluster.cpus_per_worker
+    spec = replace(_worker_spec(config), use_gpu=config.cluster.gpus_per_worker != 0)
+    return LocalGroup(spec if threads == "auto" else replace(spec, threads=threads))
+
+
+def _worker_spec(config: Config) -> WorkerSpec:
+    return WorkerSpec(config.model, config.tasks, micro_batch=config.cluster.micro_batch)
 
 
 class _Clock:

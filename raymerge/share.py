@@ -32,13 +32,13 @@ class ServedModel:
         resolved = resolve_model(spec.model)
         self.pretrained, _ = open_pretrained(resolved)
         self.layout = self.pretrained.layout
-        model = build_model(resolved).to(choose_device())
+        model = build_model(resolved).to(choose_device(spec))
         tokenizer = make_tokenizer(resolved)
         self._heads = [
             zero_shot_head(model, tokenizer, task.classnames, task.templates) for task in spec.tasks
         ]
         padded = self.layout.shard(spec.shard, spec.shards).padded_numel
-        self.encoder = FlatEncoder(model, self.layout, choose_device(), padded)
+        self.encoder = FlatEncoder(model, self.layout, choose_device(spec), padded)
         self.encoder.drop_text()
 
     def head(self, task: int) -> Tensor:
@@ -46,9 +46,13 @@ class ServedModel:
         return self._heads[task]
 
 
-def choose_device() -> torch.device:
-    """Ray's GPUs are logical (tests declare fake ones), so the device is what torch can see."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+def choose_device(spec: WorkerSpec) -> torch.device:
+    """Ray's GPUs are logical (tests declare fake ones), so the device is what torch can see.
+
+    A worker that was given no GPU does not take one: Ray does not hide them from it.
+    """
+    cuda = spec.use_gpu and torch.cuda.is_available()
+    return torch.device("cuda", 0) if cuda else torch.device("cpu")
 
 
 class Share:
@@ -129,7 +133,8 @@ class Share:
             len(self._shard.layout.names),
             self._shard.start,
         )
-        gradient_KL: FloatArray = self._layers.reduce(per_tensor_KT).cpu().numpy()
+        # On the CPU: index_add_ sums in no fixed order on a GPU.
+        gradient_KL: FloatArray = self._layers.reduce(per_tensor_KT.cpu()).numpy()
         return gradient_KL
 
     def _one_pass(
@@ -139,17 +144,21 @@ class Share:
         request = self._request
         pixels = [self._pixels(step, part) for part in parts]
         features_BD = self._model.encoder.features(torch.cat(pixels), request.autocast)
-        objective, total = OBJECTIVES[request.objective], features_BD.new_zeros(())
+        losses: list[Tensor] = []
+        entropies: list[Tensor] = []
         for part, features_bD in zip(
             parts, features_BD.split([len(p) for p in pixels]), strict=True
         ):
             logits_bC = features_bD @ self._model.head(part.task)
             count = self._counts[part.task]
-            loss = objective(logits_bC).sum() * (request.batches / count)
-            total = total + loss
-            loss_K[part.task] += loss.item()
-            entropy_K[part.task] += entropy(logits_bC.detach()).double().sum().item() / count
-        total.backward()
+            loss_b = OBJECTIVES[request.objective](logits_bC)
+            losses.append(loss_b.sum() * (request.batches / count))
+            entropies.append(entropy(logits_bC.detach()).double().sum() / count)
+        torch.stack(losses).sum().backward()
+        # Read once, after all work is queued: each read would make a GPU wait.
+        tasks = [part.task for part in parts]
+        np.add.at(loss_K, tasks, torch.stack(losses).detach().double().cpu().numpy())
+        np.add.at(entropy_K, tasks, torch.stack(entropies).cpu().numpy())
 
     def _pixels(self, step: int, part: SlotRange) -> Tensor:
         return self._images[part.task].take(self._slot_images(step, part))

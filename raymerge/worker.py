@@ -59,7 +59,9 @@ class MergeWorker:
 
     def join(self, rendezvous: Rendezvous) -> None:
         """Meet the other shards of the group; all of them must call this."""
-        self.collective.join(rendezvous, self.spec.shard, self.spec.shards, choose_device())
+        self.collective.join(
+            rendezvous, self.spec.shard, self.spec.shards, choose_device(self.spec)
+        )
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> LoadReport:
         """Pin the shard of θ₀ and V, the heads, and the images of this worker's slots.

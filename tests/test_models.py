@@ -25,7 +25,6 @@ from raymerge.models import (
     make_preprocess,
     open_pretrained,
     resolve_model,
-    visual_layout,
 )
 
 
@@ -68,7 +67,7 @@ def test_the_papers_numbers_of_layers(arch, tensors, blocks):
 
 
 def test_layers_are_the_state_dict_keys_without_the_prefix(resolved, folder):
-    layout = visual_layout(resolved)
+    layout = ParameterLayout.of(build_skeleton(resolved, "meta").visual.state_dict())
     stored = load_file(folder / "open_clip_model.safetensors")
     assert set(layout.names) == {
         key.removeprefix("visual.") for key in stored if key.startswith("visual.")
@@ -171,7 +170,7 @@ def test_the_models_own_mean_and_std_are_used(resolved, folder):
 
 
 def _encoder(resolved: ResolvedModel, padding: int = 0) -> tuple[FlatEncoder, ParameterLayout]:
-    layout = visual_layout(resolved)
+    layout = ParameterLayout.of(build_skeleton(resolved, "meta").visual.state_dict())
     model = build_model(resolved)
     return FlatEncoder(model, layout, torch.device("cpu"), layout.numel + padding), layout
 

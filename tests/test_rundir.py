@@ -139,7 +139,8 @@ def test_overwrite_replaces_only_what_raymerge_wrote(world: World, tmp_path: Pat
     left = {path.name for path in out.iterdir()}
     # Nothing of the replaced run stands beside the results of the new one.
     gone = {"open_clip_model.safetensors", "open_clip_config.json", "lambdas.json", "metrics.jsonl"}
-    assert written - left == gone | {"state", "README.md"}
+    assert written - left == gone | {"README.md"}
+    assert [path.name for path in (out / "state").iterdir()] == ["attempt-0001"]  # fences
 
 
 def test_a_run_that_replaces_another_shares_nothing_with_it(world: World, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from world import World
 import raymerge
 from raymerge.config import Config
 from raymerge.driver import StepRecord
-from raymerge.errors import RunError
+from raymerge.errors import RunError, UserError
 from raymerge.merging.optimizer import AdamState
 from raymerge.rundir import Recorder
 from raymerge.session import MergeResult, evaluate, merge
@@ -451,8 +451,10 @@ def test_no_step_is_done_twice(run: Merge, tmp_path: Path, monkeypatch: pytest.M
         observe(self, record, state)
 
     monkeypatch.setattr(Recorder, "observe", counted)
-    for steps in (4, 4, 6, 3):
+    for steps in (4, 4, 6):
         run(resume=True, untested=True, optimizer={"steps": steps})
+    with pytest.raises(UserError, match=r"optimizer\.steps: 3, but the run in .* has taken 6"):
+        run(resume=True, untested=True, optimizer={"steps": 3})
     assert seen == [1, 2, 3, 4, 5, 6]
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -26,6 +29,7 @@ def connected(address: str | None, local_cpus: int) -> Iterator[Resources]:
         yield _resources(elastic=False)
         return
     remote = address or environment_address()
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         _connect(remote, local_cpus)
     except Exception as error:  # ConnectionError, ValueError, RuntimeError, by Ray's mood
@@ -34,10 +38,17 @@ def connected(address: str | None, local_cpus: int) -> Iterator[Resources]:
             f"cannot reach {where}: {' '.join(str(error).split())[:200]}; check cluster.address, "
             "and RAY_AUTH_MODE and RAY_AUTH_TOKEN if the cluster asks for a token"
         ) from error
+    _restore(terminate)
     try:
         yield _resources(elastic=remote is None)
     finally:
         ray.shutdown()
+
+
+def _restore(handler: Any) -> None:
+    """Ray puts its own handler for SIGTERM, which exits without a word; ours keeps the state."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _connect(remote: str | None, local_cpus: int) -> None:
@@ -59,10 +70,12 @@ def _connect(remote: str | None, local_cpus: int) -> None:
 
 def _resources(*, elastic: bool) -> Resources:
     total = ray.cluster_resources()
-    nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    per_node = [(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in alive if r.get("CPU")]
     return Resources(
         cpus=int(total.get("CPU", 0)),
         gpus=int(total.get("GPU", 0)),
-        nodes=max(1, nodes),
+        nodes=max(1, len(per_node)),
         elastic=elastic,
+        per_node=tuple(per_node),
     )

@@ -50,7 +50,7 @@ class ActorGroup:
         self.workers = placement.workers
         self.generation = 0
         self._config = config
-        self._names = spec.task_names
+        self.spec = spec
         self._run = uuid.uuid4().hex
         self._placement_groups: list[PlacementGroup] = []
         self._actors: list[Any] = []
@@ -120,6 +120,7 @@ class ActorGroup:
                 workers=placement.workers,
                 shards=placement.shards,
                 threads=placement.cpus_per_worker,
+                use_gpu=placement.gpus_per_worker > 0,
             )
             self._actors.append(_create(worker, placement, group, bundle))
         self._call("ping", timeout_s=self._config.start_timeout_s, what="start")
@@ -142,9 +143,11 @@ class ActorGroup:
         joins = []
         for first in range(0, self.workers, shards):
             members = self._actors[first : first + shards]
-            hosts = ray.get([m.__ray_call__.remote(_node_address) for m in members])
+            asked = [member.__ray_call__.remote(_node_address) for member in members]
+            hosts = self._gather(asked, self._config.start_timeout_s, "rendezvous")
             host = hosts[0][0]
-            port = ray.get(members[0].open_store.remote(host))
+            opened = [members[0].open_store.remote(host)]
+            (port,) = self._gather(opened, self._config.start_timeout_s, "rendezvous")
             across_nodes = len({address for address, _ in hosts}) > 1
             for member, (_, interface) in zip(members, hosts, strict=True):
                 where = Rendezvous(
@@ -194,7 +197,8 @@ class ActorGroup:
                     results[ref] = ray.get(ref)
                 except RayError as error:
                     self._release()
-                    raise self._failure(error, refs.index(ref), what) from None
+                    lost, cause = _first_death(ref, error, waiting)
+                    raise self._failure(cause, refs.index(lost), what) from None
                 if on_result is not None:
                     on_result(results[ref])
         return [results[ref] for ref in refs]
@@ -211,6 +215,11 @@ class ActorGroup:
                 return cause
             last_line = str(error).strip().splitlines()[-1]
             return RunError(f"{self._who(rank)} failed in {what}: {last_line}")
+        if isinstance(error, RayActorError) and what == "start":
+            reason = str(error).strip().splitlines()[-1]
+            return RunError(
+                f"{self._who(rank)} did not start: {reason}; is raymerge installed on every node?"
+            )
         if isinstance(error, RayActorError | GetTimeoutError):
             return WorkerLostError(
                 f"{self._who(rank)} died during {what} (killed, out of memory, or its node was "
@@ -229,6 +238,24 @@ class ActorGroup:
 
     def _who(self, rank: int) -> str:
         return f"worker {rank} of {self.workers}"
+
+
+def _first_death(ref: Any, error: RayError, waiting: Sequence[Any]) -> tuple[Any, RayError]:
+    """The cause of a failure: a survivor's broken connection may arrive before its peer's death."""
+    if isinstance(error, RayActorError) or (
+        isinstance(error, RayTaskError) and isinstance(error.cause, RaymergeError)
+    ):
+        return ref, error
+    for other in (
+        ray.wait(list(waiting), num_returns=len(waiting), timeout=2.0)[0] if waiting else ()
+    ):
+        try:
+            ray.get(other)
+        except RayActorError as death:
+            return other, death
+        except RayError:
+            continue
+    return ref, error
 
 
 def _reserve(placement: Placement) -> PlacementGroup:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -82,8 +81,3 @@ def phi(vectors_KN: Tensor, thresholds_K: Tensor, majority: float) -> Tensor:
 def entries(phi_KN: Tensor) -> Tensor:
     """The number of tasks with an entry in each column, (N,), at least 1."""
     return (phi_KN != 0).sum(0).clamp(min=1)
-
-
-def disjoint_merge(phi_KN: Tensor, how: Literal["sum", "mean"]) -> Tensor:
-    """Σ_k Φ_k, or its mean over the tasks that have an entry in the column, (N,)."""
-    return phi_KN.sum(0) if how == "sum" else phi_KN.sum(0) / entries(phi_KN)

@@ -15,7 +15,8 @@ from raymerge.config import ClusterConfig
 from raymerge.distributed.group import ActorGroup
 from raymerge.driver import LocalGroup
 from raymerge.errors import RunError, UserError, WorkerLostError
-from raymerge.messages import EvaluateRequest, LoadRequest, StepRequest, WorkerSpec
+from raymerge.messages import EvaluateRequest, LoadRequest, StepRequest, StepResult, WorkerSpec
+from raymerge.models import open_pretrained, resolve_model
 from raymerge.placement import Placement
 from raymerge.session import merge
 
@@ -84,9 +85,8 @@ def test_a_repeated_sharded_run_is_bit_identical(world: World) -> None:
 
 
 def world_layers(world: World) -> tuple[str, ...]:
-    from raymerge.models import resolve_model, visual_layout
-
-    return visual_layout(resolve_model(world.parse().model)).layers("tensor").names
+    pretrained, _ = open_pretrained(resolve_model(world.parse().model))
+    return pretrained.layout.names
 
 
 def test_vector_bytes_fall_as_one_over_shards_and_slots_are_shared(world: World) -> None:
@@ -189,3 +189,15 @@ def test_closing_frees_every_place(world: World) -> None:
     while ray.available_resources().get("CPU", 0) < 6 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert ray.available_resources()["CPU"] == 6
+
+
+def test_an_answer_of_an_abandoned_generation_is_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = ActorGroup.__new__(ActorGroup)
+    group.workers, group.generation, group._config = 1, 2, ClusterConfig()
+    lambdas = np.zeros((1, 1))
+    stale = StepResult(0, 0, 1, lambdas, np.zeros(1), np.zeros(1))
+    monkeypatch.setattr(group, "_call", lambda *args, **options: [stale])
+    with pytest.raises(RunError, match=r"step 1: worker 0 of 1 answered for generation 1, .* is 2"):
+        group.step(StepRequest(0, lambdas))

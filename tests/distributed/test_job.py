@@ -33,7 +33,7 @@ def _free_port() -> int:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A head node of our own with token authentication; yields the environment that reaches it."""
-    port, dashboard = _free_port(), _free_port()
+    port, dashboard, agent = _free_port(), _free_port(), _free_port()
     environment = {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -46,6 +46,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         [
             *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4"),
             *(f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
+            # Another Ray on this machine may hold the agent's default port.
+            *(f"--dashboard-agent-listen-port={agent}", "--metrics-export-port=0"),
             *(f"--temp-dir=/tmp/rm-{os.getpid()}", "--object-store-memory=200000000"),
         ],
         env={k: v for k, v in environment.items() if k != "RAY_ADDRESS"},
@@ -54,6 +56,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     )
     try:
         _wait_for(dashboard, head)
+        _wait_for(agent, head)
         yield environment
     finally:
         head.terminate()

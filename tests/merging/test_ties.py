@@ -11,7 +11,6 @@ from torch import Tensor
 from raymerge.merging.ties import (
     TiesStatistics,
     disjoint,
-    disjoint_merge,
     elect_sign,
     entries,
     phi,
@@ -21,6 +20,12 @@ from raymerge.merging.ties import (
 
 T1 = torch.tensor([3.0, -2.0, 1.0, 0.5, 0.1])
 T2 = torch.tensor([-1.0, -4.0, 2.0, 0.2, -0.3])
+
+
+def disjoint_merge(phi_KN, how):
+    """TIES's last step, literally: the sum, or the mean over the tasks with an entry."""
+    total_N = phi_KN.sum(0)
+    return total_N if how == "sum" else total_N / (phi_KN != 0).sum(0).clamp(min=1)
 
 
 def _threshold(vector: Tensor, density: float) -> float:
@@ -71,6 +76,9 @@ def test_the_example():
     assert phi_KN.tolist() == [[3, -2, 1, 0, 0], [0, -4, 2, 0, 0]]
     assert disjoint_merge(phi_KN, "sum").tolist() == [3, -6, 3, 0, 0]
     assert disjoint_merge(phi_KN, "mean").tolist() == [3, -3, 1.5, 0, 0]
+    for mean, expected in ((False, [3, -6, 3, 0, 0]), (True, [3, -3, 1.5, 0, 0])):
+        statistics = TiesStatistics(((1.0,), (1.0,)), mean=mean)
+        assert statistics.phi(vectors_KN, 0).sum(0).tolist() == expected
 
 
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 0.9])
