@@ -57,11 +57,7 @@ def place(config: ClusterConfig, resources: Resources, slots: int | None) -> Pla
     """
     auto = config.workers == "auto"
     workers = _auto_workers(config, resources, slots) if auto else int(config.workers)
-    if slots is not None and workers > slots:
-        raise UserError(
-            f"cluster.workers: {workers} workers for {slots} images per step would leave "
-            f"{workers - slots} idle; use at most {slots}"
-        )
+    require_work(workers, slots)
     gpus = _gpus_per_worker(config, resources)
     if config.shards > 1 and 0 < gpus < 1:
         raise UserError(
@@ -74,6 +70,15 @@ def place(config: ClusterConfig, resources: Resources, slots: int | None) -> Pla
     if workers:
         _require_fit("GPU", workers, gpus, resources.gpus)
     return Placement(workers, config.shards, cpus, gpus)
+
+
+def require_work(workers: int, slots: int | None) -> None:
+    """Raise :class:`UserError` when a step has fewer images than there are workers."""
+    if slots is not None and workers > slots:
+        raise UserError(
+            f"cluster.workers: {workers} workers for {slots} images per step would leave "
+            f"{workers - slots} idle; use at most {slots}"
+        )
 
 
 def _auto_workers(config: ClusterConfig, resources: Resources, slots: int | None) -> int:

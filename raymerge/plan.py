@@ -32,7 +32,7 @@ from raymerge.models import (
     open_pretrained,
     resolve_model,
 )
-from raymerge.placement import Placement, Resources, place
+from raymerge.placement import Placement, Resources, place, require_work
 
 _FLOAT_BYTES = 4
 
@@ -225,6 +225,8 @@ def _placement(
     config: Config, resources: Resources | None, slots: int | None, found: _Findings
 ) -> Placement | None:
     if resources is None:
+        if config.cluster.workers != "auto":
+            found.attempt(lambda: require_work(int(config.cluster.workers), slots or None))
         return None
     return found.attempt(lambda: place(config.cluster, resources, slots or None))
 

@@ -44,6 +44,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests of the session may have a Ray open, which a merge would ask instead."""
+    monkeypatch.setattr("raymerge.session._uses_cluster", lambda config: False)
+
+
 @dataclass
 class Attempt:
     """A config that a test spoils, and the command that must refuse it without a trace."""
