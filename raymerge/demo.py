@@ -115,7 +115,8 @@ def _compare(demo: _Demo) -> dict[str, Any]:
         result = merge(config, overwrite=True, group=demo.group)
         rows[name] = results_json(config.method.name, result.scores)
         rows[name]["timings"] = {"seconds": dict(result.seconds)}
-        _say(f"{describe(config.method)}: {result.top1:.1%} ({perf_counter() - began:.0f} s)")
+        seconds = perf_counter() - began
+        _say(f"{name}: {describe(config.method)}: {result.top1:.1%} ({seconds:.0f} s)")
     return {"methods": rows, "uniform_scan": _uniform_scan(demo), "notes": list(_NOTES)}
 
 
