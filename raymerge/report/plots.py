@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raymerge.files import write_atomically
 from raymerge.report.curves import Series, lambda_series, scan_series
 from raymerge.report.data import Comparison, Lambdas, Run, load
 from raymerge.report.names import NOT_MERGED, layer_groups, method_title
 from raymerge.report.ranking import leaders, mean_top1
 from raymerge.report.svg import colour_range, spread
-from raymerge.report.write import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +68,8 @@ def _comparison_plots(comparison: Comparison) -> list[Path]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    return write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=_DPI))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=_DPI))
+    return path
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

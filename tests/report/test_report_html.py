@@ -20,6 +20,7 @@ from report_samples import (
     write_run,
 )
 
+from raymerge.errors import RunError
 from raymerge.report import write_plots, write_report
 from raymerge.report.markup import compact
 
@@ -270,7 +271,7 @@ def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(RunError, match=r"report\.html: cannot be written: no space left"):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == first
     assert set(tmp_path.iterdir()) == before
