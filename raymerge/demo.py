@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -82,11 +81,13 @@ def run_demo(
 
     Raises :class:`UserError` before any work if ``output`` holds something that no demo wrote.
     """
+    from raymerge.distributed.cluster import connected
+
     output = output.absolute()
     _check_output(output)
     began = perf_counter()
     workers = _workers()
-    with _cluster():
+    with connected(None, local_resources().cpus):
         paths = _zoo(zoo, seed, recipe or ZooRecipe())
         built = perf_counter()
         base = load_config(paths.config, [f"seed={seed}"])
@@ -170,14 +171,6 @@ def _workers() -> dict[str, Any]:
     if environment_address() or resources.gpus:
         return {"workers": "auto"}
     return {"workers": min(8, resources.cpus), "cpus_per_worker": 1}
-
-
-@contextmanager
-def _cluster() -> Iterator[None]:
-    from raymerge.distributed.cluster import connected
-
-    with connected(None, local_resources().cpus):
-        yield
 
 
 def _say(text: str) -> None:

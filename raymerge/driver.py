@@ -27,7 +27,8 @@ from raymerge.messages import (
     StepResult,
     WorkerSpec,
 )
-from raymerge.worker import MergeWorker, Progress
+from raymerge.progress import Progress
+from raymerge.worker import MergeWorker
 
 
 class WorkerGroup(Protocol):

@@ -124,7 +124,7 @@ def _score_written(config: Config, group: WorkerGroup, model: str | None) -> dic
         return score(config, group, model)
     except UserError as error:
         raise RunError(
-            f"{error}; the merged model is written, run `raymerge eval` again"
+            f"{error}; this was found after the merge: mend it, then run `raymerge eval`"
         ) from error
 
 

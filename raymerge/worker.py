@@ -7,7 +7,6 @@ collectives, so that replicated, sharded and in-process work are one code path.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -24,9 +23,8 @@ from raymerge.messages import (
     StepResult,
     WorkerSpec,
 )
+from raymerge.progress import Progress
 from raymerge.share import ServedModel, Share, choose_device
-
-Progress = Callable[[int], None]
 
 
 class MergeWorker:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from raymerge.checkpoints.visual import VisualCheckpoint
+from raymerge.config import TrimScope
 from raymerge.merging.layout import ParameterLayout, Piece, Shard
 from raymerge.merging.ties import TiesStatistics, elect_sign, trim, trim_threshold
-
-TrimScope = Literal["visual", "full", "tensor"]
 
 
 def task_vector_pieces(

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -30,7 +30,8 @@ from raymerge.messages import (
     WorkerSpec,
 )
 from raymerge.placement import Placement
-from raymerge.worker import MergeWorker, Progress
+from raymerge.progress import Progress
+from raymerge.worker import MergeWorker
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +221,7 @@ class ActorGroup:
             return RunError(
                 f"{self._who(rank)} did not start: {reason}; is raymerge installed on every node?"
             )
-        if isinstance(error, RayActorError | GetTimeoutError):
+        if isinstance(error, RayActorError):
             return WorkerLostError(
                 f"{self._who(rank)} died during {what} (killed, out of memory, or its node was "
                 "lost); the last saved state is kept, run again with --resume"

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Granularity = Literal["task", "block", "tensor"]
+from raymerge.config import Granularity
 
 CELL = 16384
 """Columns in one cell of the fixed grid over the flat vector. Shards are whole cells, and inner

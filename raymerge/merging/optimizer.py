@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Clamp = Literal["projected", "forward", "none"]
+from raymerge.config import Clamp
 
 
 @dataclass(frozen=True)
