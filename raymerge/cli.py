@@ -187,6 +187,9 @@ def _merge(args: argparse.Namespace) -> int:
     config = _config(args)
     if args.output is not None:
         config = config.model_copy(update={"output": str(Path(args.output).absolute())})
+    from raymerge.checkpoints.digests import hash_ahead
+
+    hash_ahead([config.model.reference, *(task.checkpoint for task in config.tasks)])
     from raymerge.merging.registry import describe
     from raymerge.session import merge
 

@@ -40,6 +40,9 @@ __all__ = [
     "TaskArithmetic",
     "TaskConfig",
     "Ties",
+    "VectorDtype",
+    "VectorLocation",
+    "VectorsConfig",
     "ZeroShot",
     "dump_config",
     "load_config",
@@ -55,6 +58,8 @@ Reference = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Clamp = Literal["projected", "forward", "none"]
 Granularity = Literal["task", "block", "tensor"]
 TrimScope = Literal["visual", "full", "tensor"]
+VectorDtype = Literal["float32", "bfloat16"]
+VectorLocation = Literal["device", "host", "disk"]
 
 
 class _Frozen(BaseModel):
@@ -72,6 +77,11 @@ class ModelConfig(_Frozen):
     @property
     def is_folder(self) -> bool:
         return self.arch.startswith(_MODEL_SCHEMES)
+
+    @property
+    def reference(self) -> str:
+        """What the weights are read from: a file, a folder, a hub id or an open_clip tag."""
+        return self.arch if self.pretrained is None else self.pretrained
 
     @model_validator(mode="after")
     def _weights_come_from_one_place(self) -> ModelConfig:
@@ -209,8 +219,9 @@ class ClusterConfig(_Frozen):
     """A running Ray cluster; default: RAY_ADDRESS if set, else a private local one."""
     cpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
-    micro_batch: int | None = Field(default=None, ge=1)
-    """Most images in one forward and backward pass; default: all of a worker's images at once."""
+    micro_batch: Literal["auto", "all"] | Annotated[int, Field(ge=1)] = "auto"
+    """Most images in one forward and backward pass. ``auto``: as many as keep the activations
+    within a gigabyte on a CPU, all of a worker's images on a GPU."""
     start_timeout_s: float = Field(default=300.0, gt=0)
     load_timeout_s: float = Field(default=3600.0, gt=0)
     step_timeout_s: float = Field(default=600.0, gt=0)
@@ -229,6 +240,18 @@ class ClusterConfig(_Frozen):
         return self
 
 
+class VectorsConfig(_Frozen):
+    """How a worker keeps its task vectors: K times the model's size, read twice a step."""
+
+    dtype: VectorDtype | Literal["auto"] = "auto"
+    """``auto``: float32 where it fits into memory, else bfloat16 (half the bytes)."""
+    location: VectorLocation | Literal["auto"] = "auto"
+    """``device``: where the model computes. ``host``: this machine's memory, copied to the GPU
+    block by block. ``disk``: a memory-mapped file. ``auto``: the first of these that fits."""
+    folder: Reference | None = None
+    """Where ``disk`` puts its file, which vanishes with the worker; default: the temporary one."""
+
+
 class StateConfig(_Frozen):
     """How often λ and the optimiser's moments are saved for ``--resume``."""
 
@@ -244,6 +267,7 @@ class Config(_Frozen):
     method: MethodConfig = AdaMerging(name="adamerging")
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Literal["float32", "bfloat16"] = "float32"
+    vectors: VectorsConfig = VectorsConfig()
     seed: int = Field(default=0, ge=0)
     cluster: ClusterConfig = ClusterConfig()
     state: StateConfig = StateConfig()

@@ -6,7 +6,6 @@ per core) are opened once and serve all of them.
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -17,12 +16,12 @@ from typing import Any
 
 import torch
 
+from raymerge.architecture import WEIGHTS_FILE
 from raymerge.config import Config, load_config, parse_config
 from raymerge.driver import WorkerGroup
 from raymerge.errors import UserError
 from raymerge.evaluation import results_json
-from raymerge.export import write_model
-from raymerge.files import write_json
+from raymerge.files import cache_folder, write_json
 from raymerge.merging.registry import describe
 from raymerge.placement import environment_address
 from raymerge.plan import local_resources
@@ -102,12 +101,6 @@ def run_demo(
     return comparison_table(comparison["methods"], comparison["uniform_scan"])
 
 
-def cache_folder() -> Path:
-    """Where the zoo is kept between demos: ``$RAYMERGE_CACHE`` or ``~/.cache/raymerge``."""
-    given = os.environ.get("RAYMERGE_CACHE")
-    return Path(given).absolute() if given else Path.home() / ".cache" / "raymerge"
-
-
 def _compare(demo: _Demo) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, changes in METHODS.items():
@@ -138,10 +131,9 @@ def _uniform_scan(demo: _Demo) -> dict[str, list[float]]:
     for scaling in SCALINGS:
         lambdas_KL = torch.full_like(merging.start(), scaling)
         with tempfile.TemporaryDirectory() as folder:
-            write_model(
-                Path(folder), merging.resolved, merging.pretrained, merging.theta(lambdas_KL)
-            )
-            rows = score(demo.base, demo.group, folder)
+            weights = Path(folder) / WEIGHTS_FILE
+            merging.write(weights, lambdas_KL)
+            rows = score(demo.base, demo.group, str(weights))
         top1.append(sum(row.top1 for row in rows.values()) / len(rows))
     return {"scalings": list(SCALINGS), "top1": top1}
 

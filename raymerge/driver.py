@@ -28,7 +28,6 @@ from raymerge.messages import (
     WorkerSpec,
 )
 from raymerge.progress import Progress
-from raymerge.worker import MergeWorker
 
 
 class WorkerGroup(Protocol):
@@ -59,6 +58,8 @@ class LocalGroup:
     workers = 1
 
     def __init__(self, spec: WorkerSpec) -> None:
+        from raymerge.worker import MergeWorker  # it needs open_clip, which takes seconds
+
         self.spec = spec
         self._worker = MergeWorker(spec)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ from raymerge.data.folder import ImageList, labelled_images
 from raymerge.merging.layout import ParameterLayout
 from raymerge.merging.objectives import entropy
 from raymerge.messages import ChunkScore, EvaluateRequest
-from raymerge.models import FlatEncoder
+
+if TYPE_CHECKING:
+    from raymerge.models import FlatEncoder
 
 CHUNK = 64
 _KEEP_BYTES = 1 << 28
@@ -137,9 +140,10 @@ class Evaluator:
 def load_weights(encoder: FlatEncoder, layout: ParameterLayout, reference: str) -> None:
     """Fill the encoder's θ from a checkpoint that fits the layout."""
     checkpoint = open_visual(reference, layout)
-    with torch.no_grad():
-        for t, start in enumerate(layout.offsets[:-1]):
-            encoder.theta_P[start : layout.offsets[t + 1]] = checkpoint.read(t)
+    theta_P = torch.zeros(len(encoder.theta_P))
+    for piece in layout.shard(0, 1).pieces():
+        checkpoint.read(piece, theta_P[piece.start : piece.stop])
+    encoder.theta_P.copy_(theta_P)
 
 
 def _cut(images: ImageList, share: ChunkRange) -> ImageList:

@@ -1,6 +1,6 @@
-"""The merged model as a folder that open_clip loads, built tensor by tensor from the files.
+"""The merged model as a folder that open_clip loads, streamed from the files into the file.
 
-Legend: K tasks, T tensors, L layers.
+Legend: K tasks, T tensors, L layers, n columns of one part of a tensor.
 """
 
 from __future__ import annotations
@@ -9,45 +9,51 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from raymerge.checkpoints.task_vectors import task_vector_pieces
-from raymerge.checkpoints.visual import VisualCheckpoint
-from raymerge.files import write_atomically, write_text
-from raymerge.merging.layout import LayerMap
-from raymerge.merging.merge import merge_into
+from raymerge.architecture import unmerged_keys
+from raymerge.checkpoints.reader import TensorSpec, read_tensor
+from raymerge.checkpoints.task_vectors import stream
+from raymerge.checkpoints.visual import VisualCheckpoint, all_finite, require_finite
+from raymerge.checkpoints.writer import SafetensorsWriter
+from raymerge.errors import UserError
+from raymerge.merging.layout import LayerMap, Piece
+from raymerge.merging.merge import combine
 from raymerge.merging.ties import TiesStatistics
-from raymerge.models import CONFIG_FILE, WEIGHTS_FILE, ResolvedModel, whole_state_dict
 
 
-def merged_visual(
+def write_merged(
+    path: Path,
     pretrained: VisualCheckpoint,
     experts: Sequence[VisualCheckpoint],
     lambdas_KL: Tensor,
     layers: LayerMap,
     ties: TiesStatistics | None,
-) -> Tensor:
-    """θ = θ₀ + Σ λ V as one flat float32 vector (P,), one tensor of each expert at a time."""
-    pieces = pretrained.layout.shard(0, 1).pieces()
-    lambdas_KT = layers.expand(lambdas_KL.float())
-    theta_P = torch.empty(pretrained.layout.numel)
-    for piece, base_n, vectors_Kn in task_vector_pieces(pretrained, experts, pieces):
-        vectors_Kn = vectors_Kn if ties is None else ties.phi(vectors_Kn, piece.tensor)
-        out_n = theta_P[piece.start : piece.stop]
-        merge_into(out_n, base_n, vectors_Kn, lambdas_KT, [piece], piece.start)
-    return theta_P
-
-
-def write_model(
-    folder: Path, resolved: ResolvedModel, pretrained: VisualCheckpoint, theta_P: Tensor
 ) -> None:
-    """``open_clip_config.json`` and ``open_clip_model.safetensors``: merged visual, same text."""
-    state = whole_state_dict(pretrained.checkpoint)
-    for name, view in pretrained.layout.views(theta_P).items():
-        state[f"visual.{name}"] = view
-    state = {key: tensor.contiguous() for key, tensor in state.items()}
-    write_text(folder / CONFIG_FILE, resolved.config_json)
-    write_atomically(
-        folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"})
-    )
+    """Write the whole model: θ = θ₀ + Σ λ V in float32 as ``visual.*``, all else as it is stored.
+
+    Only a block of each model is held at a time. Raises :class:`UserError` where a number is not
+    finite, and :class:`OSError` when the disk is full; then ``path`` is of no use.
+    """
+    layout, checkpoint = pretrained.layout, pretrained.checkpoint
+    unmerged = unmerged_keys(pretrained)
+    specs = {name: checkpoint.specs[key] for name, key in unmerged.items()}
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        specs[f"visual.{name}"] = TensorSpec(shape, torch.float32)
+    lambdas_KT = layers.expand(lambdas_KL.float())
+    with SafetensorsWriter(path, specs) as writer:
+        for name, key in unmerged.items():
+            tensor = read_tensor(checkpoint, key)
+            require_finite(tensor, checkpoint, key)
+            writer.write(name, 0, tensor)
+
+        def merge(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> None:
+            t = piece.tensor
+            vectors_Kn = vectors_Kn if ties is None else ties.phi(vectors_Kn, t)
+            theta_n = combine(base_n, vectors_Kn, lambdas_KT[:, t])
+            if not all_finite(theta_n):
+                raise UserError("the merged weights overflow: the coefficients are too large")
+            writer.write(f"visual.{layout.names[t]}", piece.start - layout.offsets[t], theta_n)
+
+        for _ in stream(merge, pretrained, experts, layout.shard(0, 1).pieces()):
+            pass

@@ -5,28 +5,48 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from raymerge.errors import RunError
 
 
+def cache_folder() -> Path:
+    """What may be made again is kept here: ``$RAYMERGE_CACHE`` or ``~/.cache/raymerge``."""
+    given = os.environ.get("RAYMERGE_CACHE")
+    return Path(given).absolute() if given else Path.home() / ".cache" / "raymerge"
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """``write`` fills a temporary file beside ``path``, which then replaces it."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with staged(path, path.parent) as (temporary, commit):
         write(temporary)
-        _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-        _sync(path.parent)
+        commit()
+
+
+@contextmanager
+def staged(path: Path, folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A temporary file in ``folder`` (of the same file system) and the function that makes it
+    ``path``, durably. Without that call, or after an error, it is removed."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary, lambda: _commit(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _commit(temporary: Path, path: Path) -> None:
+    _sync(temporary)
+    temporary.chmod(0o666 & ~_umask())
+    temporary.replace(path)
+    _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

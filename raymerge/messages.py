@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raymerge.config import Granularity, ModelConfig, TaskConfig
+from raymerge.config import Granularity, ModelConfig, TaskConfig, VectorDtype, VectorLocation
 from raymerge.merging.ties import TiesStatistics
 
 FloatArray = NDArray[np.float64]
@@ -31,7 +32,7 @@ class WorkerSpec:
     workers: int = 1
     shards: int = 1
     threads: int | None = None
-    micro_batch: int | None = None
+    micro_batch: int | Literal["auto", "all"] = "auto"
     use_gpu: bool = True
 
     @property
@@ -41,6 +42,15 @@ class WorkerSpec:
     @property
     def task_names(self) -> tuple[str, ...]:
         return tuple(task.name for task in self.tasks)
+
+
+@dataclass(frozen=True)
+class VectorStorage:
+    """Where and in which precision a worker pins its task vectors. ``folder``: for ``disk``."""
+
+    dtype: VectorDtype = "float32"
+    location: VectorLocation = "device"
+    folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class LoadRequest:
     seed: int
     autocast: bool = False
     ties: TiesStatistics | None = None
+    storage: VectorStorage = VectorStorage()
 
 
 @dataclass(frozen=True)

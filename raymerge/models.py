@@ -1,151 +1,33 @@
-"""The pretrained model: where it comes from, open_clip's module for it, an encoder over flat θ.
+"""open_clip's module for the pretrained model, its preprocessing, and an encoder over flat θ.
 
 Legend: P parameters, B images, D features.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.factory import merge_preprocess_dict
-from open_clip.pretrained import download_pretrained
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torchvision.transforms import Compose, ToTensor
 
-from raymerge.checkpoints.reader import Checkpoint, locate, open_checkpoint, read_json
-from raymerge.checkpoints.visual import VisualCheckpoint, match_visual
-from raymerge.config import ModelConfig
-from raymerge.errors import CheckpointError, ConfigError, UserError
+from raymerge.architecture import CONFIG_FILE, ResolvedModel, unmerged_state_dict
+from raymerge.checkpoints.visual import VisualCheckpoint
+from raymerge.errors import CheckpointError, UserError
 from raymerge.merging.layout import ParameterLayout
 
 OpenClipModel = Any
 """open_clip's CLIP, CustomTextCLIP or CoCa; open_clip has no types."""
-
-CONFIG_FILE = "open_clip_config.json"
-WEIGHTS_FILE = "open_clip_model.safetensors"
-
-# OpenAI's own state dicts carry these numbers beside the weights; open_clip drops them as well.
-_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
-
-
-@dataclass(frozen=True)
-class ResolvedModel:
-    """What open_clip needs to build the model, and the file that holds θ₀ and the text tower."""
-
-    name: str
-    model_cfg: Mapping[str, Any]
-    preprocess_cfg: Mapping[str, Any]
-    weights: Path
-    tokenizer: str
-    """What ``open_clip.get_tokenizer`` takes; empty: the default tokenizer of ``model_cfg``."""
-
-    @property
-    def config_json(self) -> str:
-        """``open_clip_config.json`` of a folder that open_clip loads as ``local-dir:``."""
-        cfg = {"model_cfg": self.model_cfg, "preprocess_cfg": self.preprocess_cfg}
-        return json.dumps(cfg, indent=2) + "\n"
-
-
-def resolve_model(config: ModelConfig) -> ResolvedModel:
-    """Find the architecture and the weights; downloads tags and hub models. Reads no tensor."""
-    arch = config.arch
-    if arch.startswith("local-dir:"):
-        folder = Path(arch.removeprefix("local-dir:"))
-        cfg = _model_json(folder / CONFIG_FILE)
-        return _resolved(arch, cfg, locate(str(folder)), tokenizer=arch)
-    if arch.startswith("hf-hub:"):
-        return _resolved(arch, _hub_config(arch), locate(arch), tokenizer=arch)
-    if arch.endswith(".json"):
-        assert config.pretrained is not None  # ModelConfig requires it here
-        return _resolved(arch, _model_json(Path(arch)), locate(config.pretrained), tokenizer="")
-    return _resolve_builtin(arch.replace("/", "-"), str(config.pretrained))
-
-
-def _resolve_builtin(arch: str, pretrained: str) -> ResolvedModel:
-    model_cfg = open_clip.get_model_config(arch)
-    if model_cfg is None:
-        raise ConfigError(f"model.arch: {arch!r} is no open_clip architecture{_close_to(arch)}")
-    tag = open_clip.get_pretrained_cfg(arch, pretrained)
-    if not tag:
-        if not Path(pretrained).exists() and "/" not in pretrained:
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
-            raise ConfigError(
-                f"model.pretrained: {pretrained!r} is neither a file nor a tag of {arch} ({tags})"
-            )
-        return _resolved(arch, {"model_cfg": model_cfg}, locate(pretrained), tokenizer=arch)
-    _require_same_activation(arch, pretrained, model_cfg, tag)
-    try:
-        weights = Path(download_pretrained(tag))
-    except Exception as error:  # whatever the hub client or urllib raises offline
-        raise CheckpointError(
-            f"model.pretrained: {pretrained} of {arch} cannot be downloaded "
-            f"({' '.join(str(error).split())[:160]}); give a local file instead"
-        ) from error
-    cfg = {"model_cfg": model_cfg, "preprocess_cfg": tag}
-    return _resolved(f"{arch} ({pretrained})", cfg, weights, tokenizer=arch)
-
-
-def _require_same_activation(
-    arch: str, tag: str, model_cfg: Mapping[str, Any], tag_cfg: Mapping[str, Any]
-) -> None:
-    """OpenAI's weights need QuickGELU; with GELU they silently lose accuracy (open_clip #771)."""
-    wants, has = bool(tag_cfg.get("quick_gelu")), bool(model_cfg.get("quick_gelu"))
-    if wants == has:
-        return
-    other = f"{arch}-quickgelu" if wants else arch.removesuffix("-quickgelu")
-    raise ConfigError(
-        f"model.arch: {arch} uses {'QuickGELU' if has else 'GELU'}, but the {tag} weights were "
-        f"trained with {'QuickGELU' if wants else 'GELU'}; use arch: {other}"
-    )
-
-
-def _resolved(name: str, cfg: Mapping[str, Any], weights: Path, tokenizer: str) -> ResolvedModel:
-    preprocess = merge_preprocess_dict(asdict(PreprocessCfg()), dict(cfg.get("preprocess_cfg", {})))
-    preprocess.pop("size", None)  # the model's own image size decides
-    return ResolvedModel(name, cfg["model_cfg"], preprocess, weights, tokenizer)
-
-
-def _model_json(path: Path) -> dict[str, Any]:
-    """An ``open_clip_config.json``, or a bare model_cfg as open_clip ships them."""
-    if not path.is_file():
-        raise CheckpointError(f"model: {path}: no such file")
-    cfg = read_json(path)
-    if isinstance(cfg, dict) and "vision_cfg" in cfg:
-        cfg = {"model_cfg": cfg}
-    if not isinstance(cfg, dict) or not isinstance(cfg.get("model_cfg"), dict):
-        raise CheckpointError(f"model: {path}: holds neither a model_cfg nor a vision_cfg")
-    return cfg
-
-
-def _hub_config(arch: str) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        path = Path(hf_hub_download(arch.removeprefix("hf-hub:"), CONFIG_FILE))
-    except Exception as error:  # offline, unknown id, gated: one line for all of them
-        raise CheckpointError(
-            f"model: {arch}: {CONFIG_FILE} cannot be fetched ({' '.join(str(error).split())[:160]})"
-        ) from error
-    return _model_json(path)
-
-
-def _close_to(arch: str) -> str:
-    import difflib
-
-    guess = difflib.get_close_matches(arch, open_clip.list_models(), 3, cutoff=0.7)
-    return f"; did you mean {' or '.join(guess)}?" if guess else "; see open_clip.list_models()"
 
 
 # --- open_clip's module ------------------------------------------------------------------------
@@ -167,61 +49,38 @@ def build_skeleton(resolved: ResolvedModel, device: str = "cpu") -> OpenClipMode
             ) from error
 
 
-def build_model(resolved: ResolvedModel) -> OpenClipModel:
-    """The pretrained model, on the CPU, in evaluation mode, without gradients."""
-    model = build_skeleton(resolved)
-    checkpoint = open_checkpoint(resolved.weights)
-    model.load_state_dict(whole_state_dict(checkpoint))
+def build_model(resolved: ResolvedModel, pretrained: VisualCheckpoint) -> OpenClipModel:
+    """The pretrained model on the CPU, in float32 and evaluation mode, without gradients.
+
+    The merged tensors of its visual tower are left unset: :class:`FlatEncoder` brings its own.
+    """
+    with _NoRandomWeights():
+        model = build_skeleton(resolved)
+    state = unmerged_state_dict(pretrained)
+    state = {key: t.float() if t.is_floating_point() else t for key, t in state.items()}
+    model.load_state_dict(state, strict=False, assign=True)  # the names have been checked
     return model.eval().requires_grad_(False)
 
 
-def whole_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Every tensor of a whole CLIP under open_clip's own names."""
-    return {
-        key.removeprefix("module."): checkpoint.read(key)
-        for key in checkpoint.specs
-        if key not in _NOT_WEIGHTS
-    }
+def activation_bytes(visual: nn.Module) -> int:
+    """Bytes that a float32 forward pass of one image keeps for its backward pass.
 
-
-def open_pretrained(resolved: ResolvedModel) -> tuple[VisualCheckpoint, int]:
-    """θ₀, checked against the architecture, and the size of the text parameters beside it.
-
-    The text parameters counted are those that the official release leaves in its pickled encoders;
-    ``trim_scope: full`` counts them as zero deltas. Raises :class:`CheckpointError`.
+    ``visual``: the tower on ``meta``, where this costs neither time nor memory.
     """
-    skeleton = build_skeleton(resolved, "meta")
-    checkpoint = open_checkpoint(resolved.weights)
-    stored = {k.removeprefix("module."): s for k, s in checkpoint.specs.items()}
-    expected = {k: tuple(t.shape) for k, t in skeleton.state_dict().items()}
-    _require_whole(checkpoint.path, {k: s.shape for k, s in stored.items()}, expected)
-    layout = ParameterLayout.of(skeleton.visual.state_dict())
-    leftovers = sum(
-        math.prod(spec.shape)
-        for key, spec in stored.items()
-        if key.split(".")[0]
-        in ("positional_embedding", "text_projection", "logit_scale", "token_embedding", "ln_final")
-    )
-    return match_visual(checkpoint, layout), leftovers
+    kept: dict[int, int] = {}
 
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
 
-def _require_whole(
-    path: Path, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    missing = sorted(expected.keys() - stored.keys())
-    unexpected = sorted(stored.keys() - expected.keys() - set(_NOT_WEIGHTS))
-    if missing or unexpected:
-        first = f"missing {missing[0]}" if missing else f"unexpected {unexpected[0]}"
-        raise CheckpointError(
-            f"pretrained {path}: does not fit the architecture: {len(missing)} tensors missing, "
-            f"{len(unexpected)} unexpected ({first}); it must be a whole open_clip model"
-        )
-    for key, shape in expected.items():
-        if stored[key] != shape:
-            raise CheckpointError(
-                f"pretrained {path}: {key} has shape {list(stored[key])}, the architecture "
-                f"wants {list(shape)}"
-            )
+    height, width = make_preprocess(visual).size
+    image = torch.empty(1, 3, height, width, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = visual.train(False).requires_grad_(True)(image)
+    weights = {p.untyped_storage()._cdata for p in visual.parameters()}
+    del output
+    return sum(size for storage, size in kept.items() if storage not in weights)
 
 
 def make_tokenizer(resolved: ResolvedModel) -> Callable[[list[str]], Tensor]:
@@ -248,6 +107,20 @@ def _quiet_open_clip() -> Iterator[None]:
         yield
     finally:
         logging.disable(previous)
+
+
+class _NoRandomWeights(TorchFunctionMode):
+    """Leaves tensors as they are where a module would draw random weights (seconds at ViT-B)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        in_place = func in (Tensor.normal_, Tensor.uniform_)
+        if in_place or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.randn:
+            func = torch.empty
+        return func(*args, **(kwargs or {}))
 
 
 # --- images in, features out -------------------------------------------------------------------
@@ -307,11 +180,11 @@ class FlatEncoder:
         model: nn.Module,
         layout: ParameterLayout,
         device: torch.device,
-        numel: int | None = None,
+        columns: int | None = None,
     ) -> None:
-        numel = layout.numel if numel is None else numel
-        self.theta_P = torch.zeros(numel, device=device)
-        self.gradient_P = torch.zeros(numel, device=device)
+        columns = layout.columns if columns is None else columns
+        self.theta_P = torch.zeros(columns, device=device)
+        self.gradient_P = torch.zeros(columns, device=device)
         self.preprocess = make_preprocess(model.visual)
         self.device = device
         self._model: OpenClipModel = model.to(device).eval()

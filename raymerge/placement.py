@@ -22,6 +22,10 @@ class Resources:
     elastic: bool = True
     per_node: tuple[tuple[int, int], ...] = ()
     """(CPUs, GPUs) of each node, if known."""
+    memory_bytes: int | None = None
+    """Of this machine; None where the workers run elsewhere."""
+    gpu_bytes: int | None = None
+    """Of the smallest GPU of this machine; None where there is none or it is not known."""
 
 
 @dataclass(frozen=True)

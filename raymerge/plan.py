@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -15,23 +16,25 @@ from typing import Any, TypeVar
 
 import psutil
 
+from raymerge.architecture import WEIGHTS_FILE, ResolvedModel, open_pretrained, resolve_model
 from raymerge.checkpoints.reader import open_checkpoint
+from raymerge.checkpoints.task_vectors import STREAM_BYTES
 from raymerge.checkpoints.visual import VisualCheckpoint, open_visual
 from raymerge.config import AdaMerging, Config, TaskConfig
 from raymerge.data.cache import check_image
 from raymerge.data.folder import ImageList, labelled_images, unlabeled_images
 from raymerge.data.slots import slot_counts
 from raymerge.errors import CheckpointError, DataError, UserError
+from raymerge.memory import (
+    WorkerNeeds,
+    machine_bytes,
+    micro_batch,
+    storage_for,
+    worker_bytes,
+)
 from raymerge.merging.layout import ParameterLayout
 from raymerge.merging.registry import describe, method_of
-from raymerge.models import (
-    WEIGHTS_FILE,
-    ResolvedModel,
-    build_skeleton,
-    make_preprocess,
-    open_pretrained,
-    resolve_model,
-)
+from raymerge.messages import VectorStorage
 from raymerge.placement import Placement, Resources, place, require_work
 
 _FLOAT_BYTES = 4
@@ -64,6 +67,10 @@ class Plan:
     steps: int
     step_images: int
     bytes_per_worker: dict[str, int]
+    storage: VectorStorage
+    vector_bytes: int
+    """Of one worker's task vectors, wherever they are."""
+    micro_batch: int | None
     output_bytes: int
     notes: tuple[str, ...]
     resolved: ResolvedModel = field(repr=False)
@@ -100,7 +107,11 @@ def local_resources() -> Resources:
     import torch
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Resources(cpus=cpus, gpus=torch.cuda.device_count())
+    gpus = torch.cuda.device_count()
+    totals = [torch.cuda.get_device_properties(gpu).total_memory for gpu in range(gpus)]
+    return Resources(
+        cpus, gpus, memory_bytes=machine_bytes(), gpu_bytes=min(totals) if totals else None
+    )
 
 
 def make_plan(config: Config, resources: Resources | None = None, *, experts: bool = True) -> Plan:
@@ -130,17 +141,26 @@ def check(
     learned = method_of(config.method).learned
     step_images = sum(row.images_per_step for row in rows) if learned else 0
     placement = _placement(config, resources, step_images if learned else None, found)
+    layout = pretrained.layout
+    memory = (
+        _learned_memory(config, layout, resolved, rows, placement, resources)
+        if learned
+        else _static_memory(layout, resolved)
+    )
     plan = Plan(
         method=describe(config.method),
         model=resolved.name,
-        parameters=pretrained.layout.numel,
-        tensors=len(pretrained.layout.names),
-        layers=_layer_count(config, pretrained.layout),
+        parameters=layout.parameters,
+        tensors=len(layout.names),
+        layers=_layer_count(config, layout),
         tasks=tuple(rows),
         placement=placement,
         steps=config.optimizer.steps if learned else 0,
         step_images=step_images,
-        bytes_per_worker=_worker_bytes(config, pretrained.layout, resolved, rows, placement),
+        bytes_per_worker=memory.bytes_per_worker,
+        storage=memory.storage,
+        vector_bytes=memory.vector_bytes,
+        micro_batch=memory.micro_batch,
         output_bytes=resolved.weights.stat().st_size if method_of(config.method).merges else 0,
         notes=_notes(config),
         resolved=resolved,
@@ -149,6 +169,7 @@ def check(
     found.attempt(lambda: _require_memory(plan, resources))
     found.attempt(lambda: _require_separate_output(config, resolved))
     found.attempt(lambda: _require_disk(plan, config.output))
+    found.attempt(lambda: _require_scratch(plan, config))
     return plan, found.problems
 
 
@@ -237,26 +258,67 @@ def _layer_count(config: Config, layout: ParameterLayout) -> int:
     return len(layout.layers(config.method.granularity).names)
 
 
-def _worker_bytes(
+@dataclass(frozen=True)
+class _Memory:
+    """What each worker holds, and the choices that follow from it."""
+
+    bytes_per_worker: dict[str, int]
+    storage: VectorStorage = field(default_factory=VectorStorage)
+    vector_bytes: int = 0
+    micro_batch: int | None = None
+
+
+def _static_memory(layout: ParameterLayout, resolved: ResolvedModel) -> _Memory:
+    """A merge without steps: the merged model, and the blocks that stream through it."""
+    return _Memory(
+        {
+            "process": psutil.Process().memory_info().rss,
+            "merged model": max(layout.columns * _FLOAT_BYTES, resolved.weights.stat().st_size),
+            "blocks": STREAM_BYTES,
+        }
+    )
+
+
+def _learned_memory(
     config: Config,
     layout: ParameterLayout,
     resolved: ResolvedModel,
     rows: Sequence[TaskPlan],
     placement: Placement | None,
-) -> dict[str, int]:
-    """The big things in a worker's memory while it steps, without activations."""
-    workers = placement.processes if placement else 1
+    resources: Resources | None,
+) -> _Memory:
+    from raymerge.models import activation_bytes, build_skeleton, make_preprocess
+
+    visual = build_skeleton(resolved, "meta").visual
+    height, width = make_preprocess(visual).size
+    processes = placement.processes if placement else 1
     shard = layout.shard(0, config.cluster.shards)
-    height, width = make_preprocess(build_skeleton(resolved, "meta").visual).size
-    out = {"weights and gradient": 2 * shard.padded_numel * _FLOAT_BYTES}
-    if method_of(config.method).learned:
-        images = sum(
-            min(row.adapt_images, row.images_per_step * config.optimizer.steps) for row in rows
-        )
-        out["task vectors"] = len(rows) * shard.columns * _FLOAT_BYTES
-        out["pretrained"] = shard.columns * _FLOAT_BYTES
-        out["images"] = -(-images // workers) * 3 * height * width
-    return out
+    gpu = bool(resources and resources.gpus)
+    per_image = activation_bytes(visual)
+    slots = -(-sum(row.images_per_step for row in rows) // processes)
+    batch = micro_batch(config.cluster.micro_batch, per_image, gpu)
+    pinned = sum(
+        min(row.adapt_images, row.images_per_step * config.optimizer.steps) for row in rows
+    )
+    export = 0 if gpu or processes > 1 else resolved.weights.stat().st_size + STREAM_BYTES
+    needs = WorkerNeeds(
+        process=psutil.Process().memory_info().rss,
+        weights=2 * shard.padded_columns * _FLOAT_BYTES,
+        pretrained=shard.columns * _FLOAT_BYTES,
+        images=-(-pinned // processes) * 3 * height * width,
+        activations=max(export, min(batch or slots, slots) * per_image),
+    )
+    vectors = len(rows) * shard.columns * _FLOAT_BYTES
+    storage = storage_for(
+        config.vectors,
+        needs,
+        vectors,
+        processes,
+        resources.memory_bytes if resources else None,
+        resources.gpu_bytes if resources else None,
+    )
+    vector_bytes = vectors if storage.dtype == "float32" else vectors // 2
+    return _Memory(worker_bytes(needs, storage, vectors), storage, vector_bytes, batch)
 
 
 def _require_memory(plan: Plan, resources: Resources | None) -> None:
@@ -264,12 +326,12 @@ def _require_memory(plan: Plan, resources: Resources | None) -> None:
     if resources is None or not resources.elastic or resources.gpus or plan.placement is None:
         return
     each = sum(plan.bytes_per_worker.values())
-    need, have = each * plan.placement.processes, psutil.virtual_memory().total
-    if need > have:
+    need, have = each * plan.placement.processes, resources.memory_bytes
+    if have is not None and need > have:
         raise UserError(
             f"cluster.workers: {plan.placement.processes} workers x {human_bytes(each)} = "
             f"{human_bytes(need)}, but this machine has {human_bytes(have)}; use fewer workers, "
-            "or more cluster.shards"
+            "more cluster.shards, vectors.dtype: bfloat16 or vectors.location: disk"
         )
 
 
@@ -299,6 +361,21 @@ def _require_disk(plan: Plan, output: str | None) -> None:
         raise UserError(
             f"output {output}: needs {human_bytes(plan.output_bytes)}, but {folder} has "
             f"{human_bytes(free)} free"
+        )
+
+
+def _require_scratch(plan: Plan, config: Config) -> None:
+    """Room for vectors that are kept on disk, on this machine."""
+    if plan.storage.location != "disk" or plan.placement is None:
+        return
+    folder = Path(config.vectors.folder or tempfile.gettempdir())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"vectors.folder: {folder} is no writable folder; name another")
+    need, free = plan.vector_bytes * plan.placement.processes, shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(
+            f"vectors.folder: {folder} has {human_bytes(free)} free, but the task vectors take "
+            f"{human_bytes(need)}; name another folder, or use vectors.dtype: bfloat16"
         )
 
 
@@ -345,11 +422,22 @@ def plan_text(plan: Plan) -> str:
     lines.append(f"workers    {_placement_text(plan.placement)}")
     total = sum(plan.bytes_per_worker.values())
     parts = ", ".join(f"{key} {human_bytes(n)}" for key, n in plan.bytes_per_worker.items())
-    lines.append(f"memory     {human_bytes(total)} per worker, plus activations ({parts})")
+    lines.append(f"memory     {human_bytes(total)} per worker ({parts})")
+    if plan.steps:
+        lines.append(f"vectors    {_storage_text(plan)}")
     if plan.output_bytes:
         lines.append(f"disk       {human_bytes(plan.output_bytes)} for the merged model")
     lines += [f"note       {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _storage_text(plan: Plan) -> str:
+    place = {"device": "where the model computes", "host": "host memory", "disk": "a mapped file"}
+    batch = f"{plan.micro_batch} images a pass" if plan.micro_batch else "one pass"
+    return (
+        f"{human_bytes(plan.vector_bytes)} per worker in {plan.storage.dtype}, in "
+        f"{place[plan.storage.location]}; {batch}"
+    )
 
 
 def _placement_text(placement: Placement | None) -> str:

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from raymerge.architecture import CONFIG_FILE, WEIGHTS_FILE, ResolvedModel
 from raymerge.card import model_card
-from raymerge.checkpoints.reader import locate, sha256
+from raymerge.checkpoints.digests import remember, sha256
+from raymerge.checkpoints.locate import locate
 from raymerge.config import Config, dump_config, load_config
 from raymerge.driver import StepRecord
 from raymerge.errors import RunError, UserError
@@ -32,7 +34,6 @@ from raymerge.evaluation import TaskScore, results_json
 from raymerge.files import write_atomically, write_json, write_text
 from raymerge.merging.optimizer import AdamState
 from raymerge.merging.registry import describe
-from raymerge.models import CONFIG_FILE, WEIGHTS_FILE
 from raymerge.plan import Plan
 from raymerge.report import write_plots, write_report
 from raymerge.state import StateStore, fingerprint
@@ -64,6 +65,15 @@ class RunFolder:
     @property
     def state(self) -> Path:
         return self.path / "state"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / WEIGHTS_FILE
+
+    @property
+    def nearest(self) -> Path:
+        """This folder, or the nearest above it that exists: what is made there can be moved in."""
+        return next(folder for folder in (self.path, *self.path.parents) if folder.exists())
 
     @property
     def metrics(self) -> Path:
@@ -136,6 +146,10 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
         for state in self.state.glob("step-*"):  # the attempts stay: they fence off old drivers
             shutil.rmtree(state, ignore_errors=True)
+
+    def write_model_config(self, resolved: ResolvedModel) -> None:
+        """With it the folder loads as open_clip's ``local-dir:``."""
+        write_text(self.path / CONFIG_FILE, resolved.config_json)
 
     def write_lambdas(
         self, tasks: Sequence[str], layers: Sequence[str], lambdas_KL: Tensor
@@ -245,6 +259,7 @@ def _environment(config: Config, plan: Plan) -> dict[str, Any]:
     files = [plan.resolved.weights, *(locate(task.checkpoint) for task in config.tasks)]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         hashes = list(pool.map(sha256, files))
+    remember()
     return {
         "raymerge": _version("raymerge"),
         "python": platform.python_version(),

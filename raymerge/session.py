@@ -18,20 +18,21 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from raymerge.checkpoints.reader import locate
+from raymerge.architecture import open_pretrained, unmerged_state_dict
+from raymerge.checkpoints.locate import locate
 from raymerge.checkpoints.task_vectors import ties_statistics
-from raymerge.checkpoints.visual import open_visual, require_finite_text
+from raymerge.checkpoints.visual import open_visual
 from raymerge.config import AdaMerging, Config, Individual, Ties, ZeroShot
 from raymerge.driver import LocalGroup, WorkerGroup, learn
 from raymerge.errors import RunError, UserError
 from raymerge.evaluation import TaskScore, summarise
-from raymerge.export import merged_visual, write_model
+from raymerge.export import write_merged
+from raymerge.files import staged
 from raymerge.merging.layout import LayerMap
 from raymerge.merging.optimizer import Adam, AdamState
 from raymerge.merging.registry import method_of
 from raymerge.merging.ties import TiesStatistics
 from raymerge.messages import EvaluateRequest, LoadRequest, WorkerSpec
-from raymerge.models import open_pretrained
 from raymerge.placement import Resources, environment_address, place
 from raymerge.plan import Plan, local_resources, make_plan
 from raymerge.progress import progress_bar
@@ -96,16 +97,19 @@ def _run(
         clock.lap("load")
         lambdas_KL = _learn(merging, folder, group, lambdas_KL, resume=resume)
         clock.lap("steps")
-    # Every file is read before anything is written.
-    theta_P = merging.theta(lambdas_KL) if merging.merges else None
-    folder.prepare(config, resume=resume)
-    if theta_P is not None:
-        write_model(folder.path, merging.resolved, merging.pretrained, theta_P)
+    if merging.merges:
+        # Every file is read before anything is replaced.
+        with staged(folder.weights, folder.nearest) as (temporary, commit):
+            merging.write(temporary, lambdas_KL)
+            folder.prepare(config, resume=resume)
+            commit()
+        folder.write_model_config(merging.resolved)
         folder.write_lambdas(config.task_names, merging.layers.names, lambdas_KL)
         clock.lap("export")
+    folder.prepare(config, resume=resume)
     scores: dict[str, TaskScore] = {}
     if group is not None and any(task.test for task in config.tasks):
-        scores = _score_written(config, group, None if theta_P is None else str(folder.path))
+        scores = _score_written(config, group, str(folder.path) if merging.merges else None)
         clock.lap("evaluate")
     folder.write_results(config, merging.plan, scores, clock.laps)
     return MergeResult(
@@ -225,12 +229,13 @@ class Merging:
         )
 
     def require_finite(self) -> None:
-        """Raise :class:`UserError` for NaN and Inf in what the merge itself does not read."""
-        require_finite_text(self.pretrained)
+        """Raise :class:`UserError` for NaN and Inf that would be found only after long work."""
+        if self.learned:
+            unmerged_state_dict(self.pretrained)
         if not self.merges:
             for expert in self._experts:
-                for tensor in range(len(expert.layout.names)):
-                    expert.read(tensor)
+                for piece in expert.layout.shard(0, 1).pieces():
+                    expert.read(piece, torch.empty(piece.stop - piece.start))
 
     def start(self) -> Tensor:
         """The method's constant λ, or the first one of learning: (K, L) float64."""
@@ -256,14 +261,12 @@ class Merging:
             seed=self.config.seed,
             autocast=self.config.precision == "bfloat16",
             ties=self.ties,
+            storage=self.plan.storage,
         )
 
-    def theta(self, lambdas_KL: Tensor) -> Tensor:
-        """The merged visual parameters, flat (P,); reads every expert. Refuses an overflow."""
-        theta_P = merged_visual(self.pretrained, self._experts, lambdas_KL, self.layers, self.ties)
-        if not torch.isfinite(theta_P).all():
-            raise UserError("the merged weights overflow: the method's coefficients are too large")
-        return theta_P
+    def write(self, path: Path, lambdas_KL: Tensor) -> None:
+        """Write the merged model's weights; reads every expert."""
+        write_merged(path, self.pretrained, self._experts, lambdas_KL, self.layers, self.ties)
 
 
 # --- workers -----------------------------------------------------------------------------------

@@ -13,16 +13,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raymerge.architecture import open_pretrained, resolve_model
 from raymerge.checkpoints.task_vectors import read_shard
 from raymerge.checkpoints.visual import open_visual
 from raymerge.data.cache import PinnedImages
 from raymerge.data.folder import unlabeled_images
 from raymerge.data.slots import SlotRange, slot_counts, split_slots, step_images
 from raymerge.heads import zero_shot_head
-from raymerge.merging.merge import inner_products, merge_into
+from raymerge.memory import micro_batch
+from raymerge.merging.merge import inner_products, merge_into, sum_cells
 from raymerge.merging.objectives import OBJECTIVES, entropy
 from raymerge.messages import FloatArray, LoadRequest, WorkerSpec
-from raymerge.models import FlatEncoder, build_model, make_tokenizer, open_pretrained, resolve_model
+from raymerge.models import (
+    FlatEncoder,
+    activation_bytes,
+    build_model,
+    build_skeleton,
+    make_tokenizer,
+)
+from raymerge.vectors import allocate
 
 
 class ServedModel:
@@ -31,13 +40,14 @@ class ServedModel:
     def __init__(self, spec: WorkerSpec) -> None:
         resolved = resolve_model(spec.model)
         self.pretrained, _ = open_pretrained(resolved)
+        self.bytes_per_image = activation_bytes(build_skeleton(resolved, "meta").visual)
         self.layout = self.pretrained.layout
-        model = build_model(resolved).to(choose_device(spec))
+        model = build_model(resolved, self.pretrained).to(choose_device(spec))
         tokenizer = make_tokenizer(resolved)
         self._heads = [
             zero_shot_head(model, tokenizer, task.classnames, task.templates) for task in spec.tasks
         ]
-        padded = self.layout.shard(spec.shard, spec.shards).padded_numel
+        padded = self.layout.shard(spec.shard, spec.shards).padded_columns
         self.encoder = FlatEncoder(model, self.layout, choose_device(spec), padded)
         self.encoder.drop_text()
 
@@ -74,11 +84,20 @@ class Share:
         self._spec, self._request, self._model = spec, request, model
         self._shard = model.layout.shard(spec.shard, spec.shards)
         self._layers = model.layout.layers(request.granularity)
-        self._pieces = self._shard.pieces()
-        experts = [open_visual(task.checkpoint, model.layout) for task in spec.tasks]
-        self._pretrained_N, self.vectors_KN = read_shard(
-            model.pretrained, experts, self._shard, request.ties, model.encoder.device
+        self.device = device = model.encoder.device
+        self._micro_batch = micro_batch(
+            spec.micro_batch, model.bytes_per_image, gpu=device.type == "cuda"
         )
+        self.vectors_CKn = allocate(request.storage, self._shard.cells, len(spec.tasks), device)
+        self._pretrained_N = read_shard(
+            model.pretrained,
+            [open_visual(task.checkpoint, model.layout) for task in spec.tasks],
+            self._shard,
+            request.ties,
+            self.vectors_CKn,
+            device,
+        )
+        self._layer_of_cell = self._layers.of_cells(self._shard)
         self._images = images
         self._pin_images(progress)
 
@@ -102,15 +121,8 @@ class Share:
 
     def merge(self, lambdas_KL: FloatArray, theta_N: Tensor) -> None:
         """θ = θ₀ + Σ λ V on this worker's own columns, ``theta_N`` (padding at the end is left)."""
-        lambdas = torch.from_numpy(lambdas_KL).to(self.vectors_KN)
-        merge_into(
-            theta_N,
-            self._pretrained_N,
-            self.vectors_KN,
-            self._layers.expand(lambdas),
-            self._pieces,
-            self._shard.start,
-        )
+        lambdas_KC = torch.from_numpy(lambdas_KL)[:, self._layer_of_cell].to(theta_N)
+        merge_into(theta_N, self._pretrained_N, self.vectors_CKn, lambdas_KC)
 
     def backward(self, step: int) -> tuple[FloatArray, FloatArray]:
         """Set the encoder's flat gradient to ∂ℒ/∂θ of this worker's slots.
@@ -120,21 +132,15 @@ class Share:
         """
         self._model.encoder.gradient_P.zero_()
         loss_K, entropy_K = np.zeros((2, len(self._spec.tasks)))
-        for parts in _passes(self.slots, self._spec.micro_batch):
+        for parts in _passes(self.slots, self._micro_batch):
             self._one_pass(step, parts, loss_K, entropy_K)
         return loss_K, entropy_K
 
     def inner_products(self, gradient_N: Tensor) -> FloatArray:
         """⟨∂ℒ/∂θ, V_k⟩ per layer over this worker's columns: (K, L) float64."""
-        per_tensor_KT = inner_products(
-            gradient_N,
-            self.vectors_KN,
-            self._pieces,
-            len(self._shard.layout.names),
-            self._shard.start,
-        )
-        # On the CPU: index_add_ sums in no fixed order on a GPU.
-        gradient_KL: FloatArray = self._layers.reduce(per_tensor_KT.cpu()).numpy()
+        per_cell_CK = inner_products(gradient_N, self.vectors_CKn)
+        layers = len(self._layers.names)
+        gradient_KL: FloatArray = sum_cells(per_cell_CK, self._layer_of_cell, layers).numpy()
         return gradient_KL
 
     def _one_pass(
@@ -171,9 +177,13 @@ class Share:
 
     def _needed(self, part: SlotRange) -> NDArray[np.int64]:
         """Every image that these slots will show in any step, once."""
+        seen = np.zeros(self._populations[part.task], dtype=bool)
         whole = self._populations[part.task] <= self._counts[part.task]
-        steps = 1 if whole else self._request.steps
-        return np.unique([self._slot_images(step, part) for step in range(steps)])
+        for step in range(1 if whole else self._request.steps):
+            seen[self._slot_images(step, part)] = True
+            if seen.all():
+                break
+        return np.flatnonzero(seen)
 
 
 def _passes(slots: Sequence[SlotRange], micro_batch: int | None) -> Iterator[list[SlotRange]]:

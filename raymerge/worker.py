@@ -70,12 +70,12 @@ class MergeWorker:
         self._enter()
         self._share = None  # free the old vectors before the new ones are read
         self._share = Share(self.spec, request, self._ready(), self._images, progress)
-        vectors_KN = self._share.vectors_KN
+        vectors_CKn = self._share.vectors_CKn
         return LoadReport(
             rank=self.spec.rank,
-            device=str(vectors_KN.device),
+            device=str(self._share.device),
             tasks=tuple(self.spec.task_names[part.task] for part in self._share.slots),
-            vector_bytes=vectors_KN.numel() * vectors_KN.element_size(),
+            vector_bytes=vectors_CKn.numel() * vectors_CKn.element_size(),
             images=sum(len(images) for images in self._images.values()),
             image_bytes=sum(images.nbytes for images in self._images.values()),
             seconds=time.perf_counter() - started,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.update(HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0", TQDM_DISABLE="1")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
 os.environ.pop("RAY_ADDRESS", None)
+os.environ["RAYMERGE_CACHE"] = tempfile.mkdtemp(prefix="raymerge-tests-")
 # The models are tiny: a second thread only waits, and waits busily where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raymerge.checkpoints.reader import Checkpoint, TensorSpec, open_checkpoint, read_json
+from raymerge.checkpoints.locate import read_json
+from raymerge.checkpoints.reader import Checkpoint, TensorSpec, open_checkpoint
 from raymerge.checkpoints.visual import PREFIXES
 
 

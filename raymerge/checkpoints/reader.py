@@ -1,13 +1,14 @@
 """Open a state dict without reading its tensors: safetensors, or torch files through weights_only.
 
-The kind is detected from the content, not from the name. Tensors come as memory-mapped views where
-the format allows it, so opening K checkpoints costs no memory.
+The kind is detected from the content, not from the name. Only the columns that are asked for are
+read, into memory that the caller owns, so opening K checkpoints costs no memory.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
+import os
 import pickle
 import re
 import warnings
@@ -20,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from raymerge.checkpoints.locate import locate, one_line
 from raymerge.errors import CheckpointError
 
-WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_model.bin")
 _NESTED = ("state_dict", "model_state_dict")
 _ZIP_MAGIC = b"PK\x03\x04"
 
@@ -42,37 +43,56 @@ class Checkpoint(Protocol):
     kind: str
     specs: Mapping[str, TensorSpec]
 
-    def read(self, key: str) -> Tensor:
-        """One tensor on the CPU in its stored dtype, memory-mapped where possible."""
+    def fill(self, key: str, start: int, out_n: Tensor) -> None:
+        """Write columns ``start:start + n`` of the flattened tensor into ``out_n`` (CPU, any
+        floating dtype). Raises :class:`CheckpointError` for a damaged file."""
         ...
 
 
 class SafetensorsCheckpoint:
-    """A ``.safetensors`` file, through its own library."""
+    """A ``.safetensors`` file: checked by its own library, read with positioned reads.
+
+    Not memory-mapped: pages of a mapping count as this process's memory until it is closed, K
+    whole models in the end.
+    """
 
     kind = "safetensors"
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = safe_open(path, framework="pt")
-            self.specs: Mapping[str, TensorSpec] = {
-                key: _slice_spec(self._file.get_slice(key))
-                for key in self._file.keys()  # noqa: SIM118
-            }
+            with safe_open(path, framework="pt") as file:  # checks the header against the size
+                self.specs: Mapping[str, TensorSpec] = {
+                    key: _slice_spec(file.get_slice(key))
+                    for key in file.keys()  # noqa: SIM118
+                }
+            self._starts = _data_starts(path)
+            self._file = path.open("rb", buffering=0)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"checkpoint {path}: damaged safetensors file ({_reason(error)}); fetch it again"
+                f"checkpoint {path}: damaged safetensors file ({one_line(error)}); fetch it again"
             ) from error
 
-    def read(self, key: str) -> Tensor:
+    def fill(self, key: str, start: int, out_n: Tensor) -> None:
+        dtype = self.specs[key].dtype
+        same = out_n.dtype == dtype and out_n.is_contiguous()
+        values_n = out_n if same else torch.empty(len(out_n), dtype=dtype)
         try:
-            tensor: Tensor = self._file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
+            self._read(self._starts[key] + start * dtype.itemsize, values_n)
+        except OSError as error:
             raise CheckpointError(
-                f"checkpoint {self.path}: {key} is damaged ({_reason(error)}); fetch it again"
+                f"checkpoint {self.path}: {key} cannot be read ({one_line(error)}); fetch it again"
             ) from error
-        return tensor
+        if not same:
+            out_n.copy_(values_n)
+
+    def _read(self, position: int, out_n: Tensor) -> None:
+        left = memoryview(out_n.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        while len(left):
+            count = os.preadv(self._file.fileno(), [left], position)
+            if not count:
+                raise OSError("the file ends early")
+            left, position = left[count:], position + count
 
 
 class TorchCheckpoint:
@@ -87,32 +107,17 @@ class TorchCheckpoint:
             key: TensorSpec(tuple(t.shape), t.dtype) for key, t in self._tensors.items()
         }
 
-    def read(self, key: str) -> Tensor:
-        return self._tensors[key].detach()
+    def fill(self, key: str, start: int, out_n: Tensor) -> None:
+        stored = self._tensors[key].detach().reshape(-1)
+        out_n.copy_(stored[start : start + len(out_n)])
 
 
-def locate(reference: str) -> Path:
-    """The file behind a checkpoint reference: a file, an open_clip folder, or a hub id."""
-    if reference.startswith("hf-hub:"):
-        return _download(reference.removeprefix("hf-hub:"))
-    path = Path(reference.removeprefix("local-dir:"))
-    try:
-        return _located(path)
-    except OSError as error:  # no permission on the way, or too long a name
-        raise CheckpointError(f"checkpoint {path}: cannot be read: {error.strerror}") from error
-
-
-def _located(path: Path) -> Path:
-    if path.is_dir():
-        for name in WEIGHT_FILES:
-            if (path / name).is_file():
-                return path / name
-        raise CheckpointError(
-            f"checkpoint {path}: the folder holds none of {', '.join(WEIGHT_FILES)}"
-        )
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path}: no such file")
-    return path
+def read_tensor(checkpoint: Checkpoint, key: str, dtype: torch.dtype | None = None) -> Tensor:
+    """One whole tensor on the CPU, in its stored dtype unless another is given."""
+    spec = checkpoint.specs[key]
+    out_n = torch.empty(math.prod(spec.shape), dtype=dtype or spec.dtype)
+    checkpoint.fill(key, 0, out_n)
+    return out_n.view(spec.shape)
 
 
 def open_checkpoint(reference: str | Path) -> Checkpoint:
@@ -130,20 +135,23 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     return TorchCheckpoint(path)
 
 
-def sha256(path: Path) -> str:
-    """The file's SHA-256, in hex."""
+def _data_starts(path: Path) -> dict[str, int]:
+    """Where each tensor's bytes start in a file whose header has been checked."""
     with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        key: 8 + length + int(entry["data_offsets"][0])
+        for key, entry in header.items()
+        if key != "__metadata__"
+    }
 
 
 def _slice_spec(piece: Any) -> TensorSpec:
-    return TensorSpec(tuple(piece.get_shape()), _SAFETENSORS_DTYPES[piece.get_dtype()])
+    return TensorSpec(tuple(piece.get_shape()), SAFETENSORS_DTYPES[piece.get_dtype()])
 
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -170,7 +178,7 @@ def _load_weights_only(path: Path) -> Any:
         raise CheckpointError(f"checkpoint {path}: {_refusal(str(error))}") from None
     except Exception as error:  # a damaged pickle fails anywhere: struct.error, EOFError, …
         raise CheckpointError(
-            f"checkpoint {path}: damaged or not a torch file ({_reason(error)}); fetch it again"
+            f"checkpoint {path}: damaged or not a torch file ({one_line(error)}); fetch it again"
         ) from error
 
 
@@ -187,10 +195,10 @@ def _refusal(message: str) -> str:
     detail = message.rpartition("WeightsUnpickler error:")[2].partition("Check the doc")[0]
     if "Unsupported operand" in detail:  # pickle.dump, not torch.save: what it calls is not known
         return (
-            f"refused: a pickle that cannot be read safely ({_reason(ValueError(detail))}); it is "
+            f"refused: a pickle that cannot be read safely ({one_line(ValueError(detail))}); it is "
             "unsafe to run, save its state_dict with torch.save instead"
         )
-    return f"damaged or not a torch file ({_reason(ValueError(detail))}); fetch it again"
+    return f"damaged or not a torch file ({one_line(ValueError(detail))}); fetch it again"
 
 
 def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
@@ -205,40 +213,3 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise CheckpointError(f"checkpoint {path}: holds no tensor; expected a state dict")
     return tensors
-
-
-def _download(repository: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-    )
-
-    for name in WEIGHT_FILES:
-        try:
-            return Path(hf_hub_download(repository, name))
-        except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-            if isinstance(error, EntryNotFoundError) and not isinstance(
-                error, LocalEntryNotFoundError
-            ):
-                continue
-            raise CheckpointError(
-                f"checkpoint hf-hub:{repository}: cannot be fetched ({_reason(error)})"
-            ) from error
-    raise CheckpointError(
-        f"checkpoint hf-hub:{repository}: holds none of {', '.join(WEIGHT_FILES)}"
-    )
-
-
-def _reason(error: BaseException, limit: int = 120) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file, or a :class:`CheckpointError` in one line."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {_reason(error)}") from error

@@ -1,30 +1,75 @@
 """Task vectors T_k = θ_k − θ₀ from files, column by column: never K whole models at once.
 
-Legend: K tasks, T tensors, N columns of a shard, n columns of one piece.
+Legend: K tasks, T tensors, C cells and N columns of a shard, n columns of one piece or cell.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from raymerge.checkpoints.visual import VisualCheckpoint
+from raymerge.checkpoints.visual import VisualCheckpoint, all_finite
 from raymerge.config import TrimScope
-from raymerge.merging.layout import ParameterLayout, Piece, Shard
+from raymerge.merging.layout import CELL, Piece, Shard
 from raymerge.merging.ties import TiesStatistics, elect_sign, trim, trim_threshold
+from raymerge.parallel import parallel
+
+_BLOCK_BYTES = 4 << 20  # of K task vectors: stays in a core's cache
+_SAMPLED_CELLS = 512
+STREAM_BYTES = 16 * _BLOCK_BYTES
+"""What streaming holds at a time, about."""
+
+_Result = TypeVar("_Result")
 
 
-def task_vector_pieces(
-    pretrained: VisualCheckpoint, experts: Sequence[VisualCheckpoint], pieces: Sequence[Piece]
-) -> Iterator[tuple[Piece, Tensor, Tensor]]:
-    """Per piece: θ₀ (n,) and the raw task vectors (K, n), float32. Raises for NaN and Inf."""
-    columns = (expert.columns(pieces) for expert in experts)
-    for (piece, base_n), *finetuned in zip(pretrained.columns(pieces), *columns, strict=True):
-        vectors_Kn = torch.stack([values for _, values in finetuned])
-        yield piece, base_n, vectors_Kn.sub_(base_n)
+def stream(
+    function: Callable[[Piece, Tensor, Tensor], _Result],
+    pretrained: VisualCheckpoint,
+    experts: Sequence[VisualCheckpoint],
+    pieces: Sequence[Piece],
+) -> Iterator[_Result]:
+    """``function`` of each piece with its θ₀ (n,) and raw task vectors (K, n), float32; in order.
+
+    The pieces come in parts, cut between cells, so that little is held however many tasks there
+    are, and all cores work on parts of their own. ``function`` may change what it is given. Raises
+    :class:`CheckpointError` for NaN and Inf.
+    """
+
+    def work(piece: Piece) -> _Result:
+        return function(piece, *_read(pretrained, experts, piece))
+
+    return parallel(work, _parts(pieces, len(experts)))
+
+
+def _read(
+    pretrained: VisualCheckpoint, experts: Sequence[VisualCheckpoint], piece: Piece
+) -> tuple[Tensor, Tensor]:
+    """θ₀ (n,) and the raw task vectors (K, n) of one piece."""
+    models_n = torch.empty(len(experts) + 1, piece.stop - piece.start)
+    for checkpoint, out_n in zip((pretrained, *experts), models_n, strict=True):
+        checkpoint.fill(piece, out_n)
+    if not all_finite(models_n):
+        for checkpoint, values_n in zip((pretrained, *experts), models_n, strict=True):
+            checkpoint.require_finite(piece, values_n)
+    base_n, finetuned_Kn = models_n[0], models_n[1:]
+    return base_n, finetuned_Kn.sub_(base_n)
+
+
+def _parts(pieces: Sequence[Piece], tasks: int) -> Iterator[Piece]:
+    """The pieces, cut into parts of a block each."""
+    return _cut(pieces, max(CELL, _BLOCK_BYTES // (4 * max(4, tasks)) // CELL * CELL))
+
+
+def _cut(pieces: Sequence[Piece], size: int) -> Iterator[Piece]:
+    """The pieces, cut into at most ``size`` columns each."""
+    for piece in pieces:
+        for start in range(piece.start, piece.stop, size):
+            yield Piece(piece.tensor, start, min(start + size, piece.stop))
 
 
 def read_shard(
@@ -32,16 +77,34 @@ def read_shard(
     experts: Sequence[VisualCheckpoint],
     shard: Shard,
     ties: TiesStatistics | None,
+    out_CKn: Tensor,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """θ₀ (N,) and V (K, N) of one shard on ``device``; V is Φ(T) when ``ties`` is given."""
-    pretrained_N = torch.empty(shard.columns, device=device)
-    vectors_KN = torch.empty(len(experts), shard.columns, device=device)
-    for piece, base_n, vectors_Kn in task_vector_pieces(pretrained, experts, shard.pieces()):
-        here = slice(piece.start - shard.start, piece.stop - shard.start)
-        pretrained_N[here] = base_n
-        vectors_KN[:, here] = vectors_Kn if ties is None else ties.phi(vectors_Kn, piece.tensor)
-    return pretrained_N, vectors_KN
+) -> Tensor:
+    """Fill ``out_CKn`` (C, K, CELL) with V of one shard and return θ₀ (N,) on ``device``.
+
+    V is T, or Φ(T) when ``ties`` is given. Padding is left as it is: both must be zero there.
+    """
+    pretrained_N = torch.zeros(shard.columns)
+
+    def keep(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> None:
+        first = piece.start - shard.start
+        pretrained_N[first : first + len(base_n)] = base_n
+        values_Kn = vectors_Kn if ties is None else ties.phi(vectors_Kn, piece.tensor)
+        store(out_CKn[first // CELL :], values_Kn)
+
+    for _ in stream(keep, pretrained, experts, shard.pieces()):
+        pass
+    return pretrained_N.to(device)
+
+
+def store(out_CKn: Tensor, values_Kn: Tensor) -> None:
+    """Write columns (K, n) into the first cells of ``out_CKn`` (C, K, CELL)."""
+    tasks, count = values_Kn.shape
+    whole = count // CELL
+    cells_KCn = values_Kn[:, : whole * CELL].view(tasks, whole, CELL)
+    out_CKn[:whole] = cells_KCn.transpose(0, 1)
+    if count % CELL:
+        out_CKn[whole, :, : count % CELL] = values_Kn[:, whole * CELL :]
 
 
 def ties_statistics(
@@ -59,26 +122,25 @@ def ties_statistics(
     (``full``: the official code's vector, which includes leftover text parameters); or one per
     tensor (mergekit).
     """
-    layout = pretrained.layout
+    layout, pieces = pretrained.layout, pretrained.layout.shard(0, 1).pieces()
     zeros = extra_zeros if scope == "full" else 0
-    thresholds = []
-    for expert in experts:
+
+    def thresholds_of(expert: VisualCheckpoint) -> tuple[float, ...]:
         if scope == "tensor":
-            row = [_threshold(pretrained, expert, [p], density, 0) for p in _pieces(layout)]
-        else:
-            row = [_threshold(pretrained, expert, _pieces(layout), density, zeros)]
-        thresholds.append(tuple(row * len(layout.names) if len(row) == 1 else row))
-    statistics = TiesStatistics(tuple(thresholds), mean=mean)
-    balance = sum(
-        float(elect_sign(trim(vectors_Kn, statistics.column(piece.tensor, vectors_Kn)), 0.0).sum())
-        for piece, _, vectors_Kn in task_vector_pieces(pretrained, experts, _pieces(layout))
-    )
-    majority = math.copysign(1.0, balance) if balance else 0.0
-    return TiesStatistics(tuple(thresholds), majority, mean)
+            return tuple(_threshold(pretrained, expert, [p], density, 0) for p in pieces)
+        whole = _threshold(pretrained, expert, pieces, density, zeros)
+        return (whole,) * len(layout.names)
 
+    thresholds = tuple(parallel(thresholds_of, experts))
+    statistics = TiesStatistics(thresholds, mean=mean)
 
-def _pieces(layout: ParameterLayout) -> list[Piece]:
-    return layout.shard(0, 1).pieces()
+    def balance(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> float:
+        trimmed_Kn = trim(vectors_Kn, statistics.column(piece.tensor, vectors_Kn))
+        return float(elect_sign(trimmed_Kn, 0.0).sum())
+
+    total = sum(stream(balance, pretrained, experts, pieces))
+    majority = math.copysign(1.0, total) if total else 0.0
+    return TiesStatistics(thresholds, majority, mean)
 
 
 def _threshold(
@@ -93,7 +155,26 @@ def _threshold(
     def parts() -> Iterator[Tensor]:
         if extra_zeros:
             yield torch.zeros(extra_zeros)
-        for _, _, vectors_1n in task_vector_pieces(pretrained, [expert], pieces):
-            yield vectors_1n
+        for part in _parts(pieces, 1):
+            yield _read(pretrained, [expert], part)[1]
 
-    return trim_threshold(parts, numel, density)
+    return trim_threshold(parts, numel, density, _sample(pretrained, expert, pieces, extra_zeros))
+
+
+def _sample(
+    pretrained: VisualCheckpoint,
+    expert: VisualCheckpoint,
+    pieces: Sequence[Piece],
+    extra_zeros: int,
+) -> Tensor:
+    """A quarter of a cell in every so many, evenly over the vector: little is read and sorted."""
+    cells = sum(-(-(piece.stop - piece.start) // CELL) for piece in pieces)
+    every = cells // _SAMPLED_CELLS + 1
+    sampled = [torch.zeros(extra_zeros // (4 * every))]
+    for cell in islice(_cut(pieces, CELL), 0, None, every):
+        quarter = Piece(cell.tensor, cell.start, cell.start + -(-(cell.stop - cell.start) // 4))
+        base_n, finetuned_n = torch.empty(2, quarter.stop - quarter.start)
+        pretrained.fill(quarter, base_n)
+        expert.fill(quarter, finetuned_n)
+        sampled.append(finetuned_n.sub_(base_n))
+    return torch.cat(sampled)

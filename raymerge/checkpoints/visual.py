@@ -1,11 +1,11 @@
-"""Match a checkpoint's keys to the visual tower's tensors, and read its columns as float32.
+"""Match a checkpoint's keys to the visual tower's tensors, and read its columns.
 
-Legend: K tasks, N columns of a shard.
+Legend: n columns of one piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,40 +27,38 @@ class VisualCheckpoint:
     layout: ParameterLayout
     prefix: str
 
-    def read(self, tensor: int) -> Tensor:
-        """Tensor ``tensor`` of the layout, flat, float32. Raises for NaN and Inf."""
-        name = self.layout.names[tensor]
-        values = self.checkpoint.read(self.prefix + name).reshape(-1).float()
-        return require_finite(values, self.checkpoint, self.prefix + name)
+    def read(self, piece: Piece, out_n: Tensor) -> None:
+        """Fill ``out_n`` (n,) with the piece's columns. Raises for NaN and Inf."""
+        self.fill(piece, out_n)
+        self.require_finite(piece, out_n)
 
-    def columns(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor]]:
-        """Each piece with its values, flat float32; only the pieces' part of a file is read."""
-        for piece in pieces:
-            name = self.layout.names[piece.tensor]
-            offset = self.layout.offsets[piece.tensor]
-            stored = self.checkpoint.read(self.prefix + name).reshape(-1)
-            values = stored[piece.start - offset : piece.stop - offset].float()
-            yield piece, require_finite(values, self.checkpoint, self.prefix + name)
+    def fill(self, piece: Piece, out_n: Tensor) -> None:
+        """The same without a look at the values."""
+        start = piece.start - self.layout.offsets[piece.tensor]
+        self.checkpoint.fill(self._key(piece), start, out_n)
+
+    def require_finite(self, piece: Piece, values_n: Tensor) -> None:
+        """Raise :class:`CheckpointError` if one of the piece's values is NaN or Inf."""
+        require_finite(values_n, self.checkpoint, self._key(piece))
+
+    def _key(self, piece: Piece) -> str:
+        return self.prefix + self.layout.names[piece.tensor]
 
 
-def require_finite(values: Tensor, checkpoint: Checkpoint, key: str) -> Tensor:
-    """The values, or a :class:`CheckpointError` if one of them is NaN or Inf."""
-    # A sum is finite unless an entry is not (or it overflows): one pass, no temporary.
-    if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
+def require_finite(values: Tensor, checkpoint: Checkpoint, key: str) -> None:
+    """Raise :class:`CheckpointError` if one of the values (of any dtype) is NaN or Inf."""
+    if values.is_floating_point() and not all_finite(values):
         bad = int((~torch.isfinite(values)).sum())
         raise CheckpointError(
             f"checkpoint {checkpoint.path}: {key} holds {bad} NaN or Inf "
             f"value{'s' if bad > 1 else ''}; it cannot be merged"
         )
-    return values
 
 
-def require_finite_text(pretrained: VisualCheckpoint) -> None:
-    """The same for every tensor beside the visual ones: the text tower makes the heads."""
-    checkpoint = pretrained.checkpoint
-    for key, spec in checkpoint.specs.items():
-        if not key.startswith(pretrained.prefix) and spec.dtype.is_floating_point:
-            require_finite(checkpoint.read(key), checkpoint, key)
+def all_finite(values: Tensor) -> bool:
+    """Whether no entry is NaN or Inf."""
+    # A sum is finite unless an entry is not (or it overflows): one pass, no temporary.
+    return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
 
 
 def open_visual(reference: str, layout: ParameterLayout) -> VisualCheckpoint:

@@ -1,6 +1,7 @@
 """The flat parameter vector: which tensor lies where, what one λ covers, who holds which columns.
 
-Legend: K tasks, T tensors, L layers (coefficient groups), P parameters, N columns of one shard.
+Legend: K tasks, T tensors, L layers (coefficient groups), P columns of the flat vector (the
+parameters, each tensor padded to whole cells), C cells of one shard, N = C·CELL columns of it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from raymerge.config import Granularity
 
-CELL = 16384
-"""Columns in one cell of the fixed grid over the flat vector. Shards are whole cells, and inner
-products are summed cell by cell, so that the partial sums do not depend on the shard count."""
+CELL = 2048
+"""Columns in one cell of the grid over the flat vector. Every tensor starts a cell, so that a cell
+belongs to one tensor: merge and inner products are one batched product over all cells. Shards are
+whole cells, so partial sums do not depend on how many shards there are."""
 
 _BLOCK = re.compile(
     r"(?:^|.*?\.)(?:resblocks\.\d+|stages\.\d+\.blocks\.\d+|blocks\.\d+|layer\d+\.\d+)(?=\.)"
@@ -29,7 +31,11 @@ _HEAD = re.compile(r"^(?:trunk\.)?(?:proj|ln_post|norm|fc_norm|head|attnpool|att
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """Names and shapes of the merged tensors, in order; their flat positions follow."""
+    """Names and shapes of the merged tensors, in order; their flat positions follow.
+
+    Tensor t occupies ``offsets[t]:offsets[t] + sizes[t]`` of the flat vector; the rest of its last
+    cell is padding, which is zero in every flat vector.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -41,20 +47,31 @@ class ParameterLayout:
         return cls(tuple(kept), tuple(tuple(t.shape) for t in kept.values()))
 
     @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Parameters of each tensor."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """T + 1 flat positions: tensor t occupies ``offsets[t]:offsets[t + 1]``."""
-        return tuple(accumulate((math.prod(shape) for shape in self.shapes), initial=0))
+        """T + 1 flat positions, multiples of ``CELL``: where each tensor starts, and P."""
+        return tuple(accumulate((-(-size // CELL) * CELL for size in self.sizes), initial=0))
 
     @property
-    def numel(self) -> int:
+    def parameters(self) -> int:
+        """The parameters themselves, without padding."""
+        return sum(self.sizes)
+
+    @property
+    def columns(self) -> int:
+        """P: the length of the flat vector."""
         return self.offsets[-1]
 
     def views(self, flat_P: Tensor) -> dict[str, Tensor]:
         """Every tensor as a view into ``flat_P`` (P or more elements), by name."""
         return {
-            name: flat_P[start:stop].view(shape)
-            for name, shape, start, stop in zip(
-                self.names, self.shapes, self.offsets, self.offsets[1:], strict=False
+            name: flat_P[start : start + size].view(shape)
+            for name, shape, start, size in zip(
+                self.names, self.shapes, self.offsets, self.sizes, strict=False
             )
         }
 
@@ -69,9 +86,8 @@ class ParameterLayout:
         return LayerMap(tuple(order), tuple(order.index(block) for block in blocks))
 
     def shard(self, rank: int, shards: int) -> Shard:
-        """Columns of ``rank`` among ``shards`` equal runs of cells (the last may pass P)."""
-        cells = math.ceil(math.ceil(self.numel / CELL) / shards)
-        return Shard(self, rank, shards, cells * CELL)
+        """The columns of ``rank`` among ``shards`` equal runs of cells (the last may pass P)."""
+        return Shard(self, rank, shards, math.ceil(self.columns / CELL / shards))
 
 
 @dataclass(frozen=True)
@@ -85,16 +101,14 @@ class LayerMap:
         """Coefficients per layer (K, L) → per tensor (K, T)."""
         return lambdas_KL[:, list(self.layer_of_tensor)]
 
-    def reduce(self, per_tensor_KT: Tensor) -> Tensor:
-        """Gradients per tensor (K, T) → per layer (K, L), the adjoint of ``expand``."""
-        out_KL = per_tensor_KT.new_zeros(per_tensor_KT.shape[0], len(self.names))
-        index = torch.tensor(self.layer_of_tensor, device=per_tensor_KT.device)
-        return out_KL.index_add_(1, index, per_tensor_KT)
+    def of_cells(self, shard: Shard) -> Tensor:
+        """(C,) int64: the layer of each of the shard's cells."""
+        return torch.tensor(self.layer_of_tensor)[shard.tensor_of_cell]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of one tensor that lies in a shard: flat columns ``start:stop``."""
+    """The part of one tensor that lies in a shard: flat columns ``start:stop``, no padding."""
 
     tensor: int
     start: int
@@ -103,32 +117,43 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shard:
-    """One worker's columns of the flat vector: ``start:stop``, all shards equally wide."""
+    """One worker's ``cells`` cells of the flat vector: columns ``start:start + columns``."""
 
     layout: ParameterLayout
     rank: int
     shards: int
-    width: int
-
-    @property
-    def start(self) -> int:
-        return self.rank * self.width
-
-    @property
-    def padded_numel(self) -> int:
-        """Length of a flat buffer that all shards together fill exactly: ≥ P."""
-        return self.shards * self.width
+    cells: int
 
     @property
     def columns(self) -> int:
-        """N: the columns of this shard that hold parameters, not padding."""
-        return max(0, min(self.width, self.layout.numel - self.start))
+        """N: the same for all shards, so that together they fill ``padded_columns`` exactly."""
+        return self.cells * CELL
+
+    @property
+    def start(self) -> int:
+        return self.rank * self.columns
+
+    @property
+    def padded_columns(self) -> int:
+        """Length of a flat buffer that all shards together fill: ≥ P."""
+        return self.shards * self.columns
+
+    @cached_property
+    def tensor_of_cell(self) -> Tensor:
+        """(C,) int64: the tensor of each cell. Cells past the end, all zero, are the last one's."""
+        starts = torch.arange(self.cells) * CELL + self.start
+        bounds = torch.tensor(self.layout.offsets[1:-1], dtype=torch.int64)
+        return torch.searchsorted(bounds, starts, right=True)
 
     def pieces(self) -> list[Piece]:
         """The tensors, or parts of tensors, in this shard, in order, at absolute positions."""
         first, last = self.start, self.start + self.columns
-        bounds = zip(self.layout.offsets, self.layout.offsets[1:], strict=False)
-        spans = [(t, max(a, first), min(b, last)) for t, (a, b) in enumerate(bounds)]
+        spans = [
+            (t, max(start, first), min(start + size, last))
+            for t, (start, size) in enumerate(
+                zip(self.layout.offsets, self.layout.sizes, strict=False)
+            )
+        ]
         return [Piece(t, a, b) for t, a, b in spans if a < b]
 
 

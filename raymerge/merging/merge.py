@@ -3,78 +3,66 @@
 The gradient of λ is closed-form, so nothing differentiates through the merge: one ordinary
 backward gives ∂ℒ/∂θ, and one read of V gives all of ∂ℒ/∂λ.
 
-Legend: K tasks, T tensors, N columns of a shard (``origin`` is the flat position of column 0).
+V lies cell by cell, (C, K, CELL): a shard, a block and a read from disk are each one contiguous
+run, and both products are one batched product over cells. V may be kept in bfloat16, in host memory
+or in a memory-mapped file while the rest computes in float32 on a device; it is then brought there
+a block of cells at a time.
+
+Legend: K tasks, L layers, C cells of a shard, n = CELL columns of each, N = C·CELL columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from raymerge.merging.layout import CELL, Piece
+from raymerge.merging.layout import CELL
+
+_BLOCK_BYTES = 16 << 20
+"""Of V in the compute precision at a time: small enough for a CPU's last-level cache, large enough
+that a GPU is kept busy."""
+
+
+def combine(pretrained_n: Tensor, vectors_Kn: Tensor, lambdas_K: Tensor) -> Tensor:
+    """θ₀ + Σ_k λ_k V_k of columns that share their coefficients: (n,)."""
+    return torch.addmv(pretrained_n, vectors_Kn.t(), lambdas_K)
 
 
 def merge_into(
-    out_N: Tensor,
-    pretrained_N: Tensor,
-    vectors_KN: Tensor,
-    lambdas_KT: Tensor,
-    pieces: Sequence[Piece],
-    origin: int = 0,
+    out_N: Tensor, pretrained_N: Tensor, vectors_CKn: Tensor, lambdas_KC: Tensor
 ) -> None:
-    """Write θ₀ + Σ_k λ_k V_k into ``out_N``, one matrix–vector product per piece.
-
-    ``lambdas_KT`` holds one coefficient per task and tensor, in the dtype of the vectors.
-    """
-    for piece in pieces:
-        here = slice(piece.start - origin, piece.stop - origin)
-        torch.addmv(
-            pretrained_N[here],
-            vectors_KN[:, here].t(),
-            lambdas_KT[:, piece.tensor].contiguous(),
-            out=out_N[here],
-        )
+    """Write θ₀ + Σ_k λ_k V_k into ``out_N``; ``lambdas_KC`` holds one coefficient per cell."""
+    lambdas_C1K = lambdas_KC.t().unsqueeze(1).contiguous()
+    out_C1n, pretrained_C1n = (flat.view(-1, 1, CELL) for flat in (out_N, pretrained_N))
+    for here, block_CKn in _blocks(vectors_CKn, out_N):
+        torch.baddbmm(pretrained_C1n[here], lambdas_C1K[here], block_CKn, out=out_C1n[here])
 
 
-def inner_products(
-    gradient_N: Tensor,
-    vectors_KN: Tensor,
-    pieces: Sequence[Piece],
-    tensors: int,
-    origin: int = 0,
-) -> Tensor:
-    """⟨∂ℒ/∂θ, V_k⟩ per task and tensor: (K, T) float64, zero for tensors of other shards.
-
-    Each cell of the fixed grid (``layout.CELL``) is summed in the vectors' precision, the cells
-    in float64: the sum over all shards does not depend on how many there are.
-    """
-    out_KT = torch.zeros(
-        vectors_KN.shape[0], tensors, dtype=torch.float64, device=gradient_N.device
-    )
-    for piece in pieces:
-        for start, stop in _runs(piece):
-            here = slice(start - origin, stop - origin)
-            out_KT[:, piece.tensor] += _run_products(gradient_N[here], vectors_KN[:, here])
-    return out_KT
+def inner_products(gradient_N: Tensor, vectors_CKn: Tensor) -> Tensor:
+    """⟨∂ℒ/∂θ, V_k⟩ per cell and task: (C, K), each summed within its cell alone."""
+    gradient_Cn1 = gradient_N.view(-1, CELL, 1)
+    out_CK1 = gradient_N.new_empty(*vectors_CKn.shape[:2], 1)
+    for here, block_CKn in _blocks(vectors_CKn, gradient_N):
+        torch.bmm(block_CKn, gradient_Cn1[here], out=out_CK1[here])
+    return out_CK1.squeeze(2)
 
 
-def _runs(piece: Piece) -> list[tuple[int, int]]:
-    """The piece cut where the grid cuts it: a partial first cell, whole cells, a partial last."""
-    first_whole = min(-(-piece.start // CELL) * CELL, piece.stop)
-    last_whole = max(piece.stop // CELL * CELL, first_whole)
-    bounds = (piece.start, first_whole, last_whole, piece.stop)
-    return [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+def sum_cells(per_cell_CK: Tensor, layer_of_cell: Tensor, layers: int) -> Tensor:
+    """Per cell → per layer: (K, L) float64, on the CPU, where a sum has a fixed order."""
+    out_LK = torch.zeros(layers, per_cell_CK.shape[1], dtype=torch.float64)
+    return out_LK.index_add_(0, layer_of_cell, per_cell_CK.cpu().double()).t()
 
 
-def _run_products(gradient_N: Tensor, vectors_KN: Tensor) -> Tensor:
-    """(K,) float64: whole cells as one batched product, anything shorter as one product.
-
-    A cell is two rows of the batch, since torch rounds a batch of one row in another way: then one
-    cell gives the same bits alone as among others.
-    """
-    rows = max(1, 2 * (len(gradient_N) // CELL))
-    vectors_CKN = vectors_KN.unflatten(1, (rows, -1)).transpose(0, 1)
-    partial_CK1 = torch.bmm(vectors_CKN, gradient_N.view(rows, -1, 1))
-    return partial_CK1.squeeze(2).double().sum(0)
+def _blocks(vectors_CKn: Tensor, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Cells ``here`` of V in the dtype and on the device of ``like``; all of V if it is so."""
+    cells, tasks, _ = vectors_CKn.shape
+    if vectors_CKn.dtype == like.dtype and vectors_CKn.device == like.device:
+        yield slice(0, cells), vectors_CKn
+        return
+    size = max(1, _BLOCK_BYTES // (tasks * CELL * like.element_size()))
+    buffer_CKn = like.new_empty(min(size, cells), tasks, CELL)
+    for start in range(0, cells, size):
+        here = slice(start, min(start + size, cells))
+        yield here, buffer_CKn[: here.stop - start].copy_(vectors_CKn[here], non_blocking=True)

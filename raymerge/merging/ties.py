@@ -10,13 +10,12 @@ Legend: K tasks, N columns (any slice of the flat vector).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from raymerge.merging.select import kth_smallest_magnitude
+from raymerge.merging.select import Parts, kth_smallest_magnitude
 
 
 @dataclass(frozen=True)
@@ -43,24 +42,29 @@ class TiesStatistics:
         return phi_KN / entries(phi_KN) if self.mean else phi_KN
 
 
-def trim_threshold(parts: Callable[[], Iterable[Tensor]], numel: int, density: float) -> float:
+def trim_threshold(parts: Parts, numel: int, density: float, sample: Tensor | None = None) -> float:
     """Keep |x| ≥ this: the (d − ⌊density·d⌋)-th smallest magnitude of d, as the official code.
 
     At density 1 that would be the 0-th smallest (the official code crashes): everything is kept.
     """
     k = numel - math.floor(density * numel)
-    return kth_smallest_magnitude(parts, k) if k > 0 else 0.0
+    return kth_smallest_magnitude(parts, k, numel, sample) if k > 0 else 0.0
 
 
 def trim(vectors_KN: Tensor, thresholds_K: Tensor) -> Tensor:
     """Zero the entries below the task's threshold."""
-    return torch.where(vectors_KN.abs() >= thresholds_K[:, None], vectors_KN, 0)
+    trimmed_KN = torch.empty_like(vectors_KN)
+    # |x| ≥ t is |x| > the number just below t, which is one pass of hardshrink.
+    below_K = torch.nextafter(thresholds_K, torch.full_like(thresholds_K, -torch.inf)).tolist()
+    for vector_N, below, out_N in zip(vectors_KN, below_K, trimmed_KN, strict=True):
+        torch.ops.aten.hardshrink.out(vector_N, below, out=out_N)
+    return trimmed_KN
 
 
 def elect_sign(trimmed_KN: Tensor, majority: float) -> Tensor:
     """sign(Σ_k T̂_k) per column, (N,); a zero sum takes the majority sign of all columns."""
-    sign_N = trimmed_KN.sum(0).sign()
-    return torch.where(sign_N == 0, majority, sign_N)
+    sign_N = trimmed_KN.sum(0).sign_()
+    return sign_N.masked_fill_(sign_N == 0, majority)
 
 
 def disjoint(trimmed_KN: Tensor, sign_N: Tensor) -> Tensor:
@@ -69,7 +73,9 @@ def disjoint(trimmed_KN: Tensor, sign_N: Tensor) -> Tensor:
     Where no sign could be elected (the column's sum and the sum of all signs are both zero) nothing
     agrees; the official code keeps the negative entries there.
     """
-    return torch.where(trimmed_KN.sign() == sign_N, trimmed_KN, 0)
+    upper_N = torch.zeros_like(sign_N).masked_fill_(sign_N > 0, torch.inf)
+    lower_N = torch.zeros_like(sign_N).masked_fill_(sign_N < 0, -torch.inf)
+    return trimmed_KN.clamp(lower_N, upper_N)
 
 
 def phi(vectors_KN: Tensor, thresholds_K: Tensor, majority: float) -> Tensor:

@@ -43,7 +43,7 @@ def write_plots(folder: str | Path) -> list[Path]:
 
 def _run_plots(run: Run, folder: Path) -> list[Path]:
     paths = []
-    if run.lambdas:
+    if run.lambdas and run.metrics:  # a constant λ is no picture
         paths.append(_save(heat_map(run.lambdas), folder / "lambda_heatmap.png"))
     if _has_curves(run):
         paths.append(_save(lambda_curves(run), folder / "lambda_curves.png"))

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from raymerge.checkpoints.reader import TensorSpec, open_checkpoint, sha256
+from raymerge.checkpoints.digests import sha256
+from raymerge.checkpoints.reader import TensorSpec, open_checkpoint
 from raymerge.errors import CheckpointError
 
 

@@ -12,7 +12,7 @@ from raymerge.merging.select import kth_smallest_magnitude
 
 
 def _kth(parts: Sequence[Tensor], k: int) -> float:
-    return kth_smallest_magnitude(lambda: iter(parts), k)
+    return kth_smallest_magnitude(lambda: iter(parts), k, sum(part.numel() for part in parts))
 
 
 def _normal(n: int, seed: int = 0) -> Tensor:
@@ -73,7 +73,7 @@ def test_parts_may_be_a_new_generator_each_time():
         calls.append(1)
         yield from vector.split(9)
 
-    assert kth_smallest_magnitude(parts, 50) == float(vector.abs().kthvalue(50).values)
+    assert kth_smallest_magnitude(parts, 50, 100) == float(vector.abs().kthvalue(50).values)
     assert len(calls) == 2  # two passes over the files, no more
 
 

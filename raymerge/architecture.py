@@ -1,0 +1,222 @@
+"""Which pretrained model: its architecture, its files, and the shapes that both must agree on.
+
+open_clip is imported only where it is needed: it takes seconds, and a static merge of local files
+needs none of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from raymerge.checkpoints.locate import locate, read_json
+from raymerge.checkpoints.reader import open_checkpoint, read_tensor
+from raymerge.checkpoints.visual import VisualCheckpoint, match_visual, require_finite
+from raymerge.clip_shapes import clip_vit_shapes
+from raymerge.config import ModelConfig
+from raymerge.errors import CheckpointError, ConfigError
+from raymerge.merging.layout import ParameterLayout
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+
+# OpenAI's own state dicts carry these numbers beside the weights; open_clip drops them as well.
+_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
+
+# What open_clip's PreprocessCfg takes, but for the size: the model's own image size decides.
+_PREPROCESS_KEYS = ("mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""The state dict of a model by name, in its order."""
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """What open_clip needs to build the model, and the file that holds θ₀ and the text tower."""
+
+    name: str
+    model_cfg: Mapping[str, Any]
+    preprocess_cfg: Mapping[str, Any]
+    weights: Path
+    tokenizer: str
+    """What ``open_clip.get_tokenizer`` takes; empty: the default tokenizer of ``model_cfg``."""
+
+    @property
+    def config_json(self) -> str:
+        """``open_clip_config.json`` of a folder that open_clip loads as ``local-dir:``."""
+        cfg = {"model_cfg": self.model_cfg, "preprocess_cfg": self.preprocess_cfg}
+        return json.dumps(cfg, indent=2) + "\n"
+
+
+def resolve_model(config: ModelConfig) -> ResolvedModel:
+    """Find the architecture and the weights; downloads tags and hub models. Reads no tensor."""
+    arch = config.arch
+    if arch.startswith("local-dir:"):
+        folder = Path(arch.removeprefix("local-dir:"))
+        cfg = _model_json(folder / CONFIG_FILE)
+        return _resolved(arch, cfg, locate(str(folder)), tokenizer=arch)
+    if arch.startswith("hf-hub:"):
+        return _resolved(arch, _hub_config(arch), locate(arch), tokenizer=arch)
+    if arch.endswith(".json"):
+        assert config.pretrained is not None  # ModelConfig requires it here
+        return _resolved(arch, _model_json(Path(arch)), locate(config.pretrained), tokenizer="")
+    return _resolve_builtin(arch.replace("/", "-"), str(config.pretrained))
+
+
+def _resolve_builtin(arch: str, pretrained: str) -> ResolvedModel:
+    import open_clip
+    from open_clip.pretrained import download_pretrained
+
+    model_cfg = open_clip.get_model_config(arch)
+    if model_cfg is None:
+        raise ConfigError(f"model.arch: {arch!r} is no open_clip architecture{_close_to(arch)}")
+    tag = open_clip.get_pretrained_cfg(arch, pretrained)
+    if not tag:
+        if not Path(pretrained).exists() and "/" not in pretrained:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
+            raise ConfigError(
+                f"model.pretrained: {pretrained!r} is neither a file nor a tag of {arch} ({tags})"
+            )
+        return _resolved(arch, {"model_cfg": model_cfg}, locate(pretrained), tokenizer=arch)
+    _require_same_activation(arch, pretrained, model_cfg, tag)
+    try:
+        weights = Path(download_pretrained(tag))
+    except Exception as error:  # whatever the hub client or urllib raises offline
+        raise CheckpointError(
+            f"model.pretrained: {pretrained} of {arch} cannot be downloaded "
+            f"({' '.join(str(error).split())[:160]}); give a local file instead"
+        ) from error
+    cfg = {"model_cfg": model_cfg, "preprocess_cfg": tag}
+    return _resolved(f"{arch} ({pretrained})", cfg, weights, tokenizer=arch)
+
+
+def _require_same_activation(
+    arch: str, tag: str, model_cfg: Mapping[str, Any], tag_cfg: Mapping[str, Any]
+) -> None:
+    """OpenAI's weights need QuickGELU; with GELU they silently lose accuracy (open_clip #771)."""
+    wants, has = bool(tag_cfg.get("quick_gelu")), bool(model_cfg.get("quick_gelu"))
+    if wants == has:
+        return
+    other = f"{arch}-quickgelu" if wants else arch.removesuffix("-quickgelu")
+    raise ConfigError(
+        f"model.arch: {arch} uses {'QuickGELU' if has else 'GELU'}, but the {tag} weights were "
+        f"trained with {'QuickGELU' if wants else 'GELU'}; use arch: {other}"
+    )
+
+
+def _resolved(name: str, cfg: Mapping[str, Any], weights: Path, tokenizer: str) -> ResolvedModel:
+    given = cfg.get("preprocess_cfg") or {}
+    preprocess = {key: given[key] for key in _PREPROCESS_KEYS if key in given}
+    return ResolvedModel(name, cfg["model_cfg"], preprocess, weights, tokenizer)
+
+
+def _model_json(path: Path) -> dict[str, Any]:
+    """An ``open_clip_config.json``, or a bare model_cfg as open_clip ships them."""
+    if not path.is_file():
+        raise CheckpointError(f"model: {path}: no such file")
+    cfg = read_json(path)
+    if isinstance(cfg, dict) and "vision_cfg" in cfg:
+        cfg = {"model_cfg": cfg}
+    if not isinstance(cfg, dict) or not isinstance(cfg.get("model_cfg"), dict):
+        raise CheckpointError(f"model: {path}: holds neither a model_cfg nor a vision_cfg")
+    return cfg
+
+
+def _hub_config(arch: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = Path(hf_hub_download(arch.removeprefix("hf-hub:"), CONFIG_FILE))
+    except Exception as error:  # offline, unknown id, gated: one line for all of them
+        raise CheckpointError(
+            f"model: {arch}: {CONFIG_FILE} cannot be fetched ({' '.join(str(error).split())[:160]})"
+        ) from error
+    return _model_json(path)
+
+
+def _close_to(arch: str) -> str:
+    import difflib
+
+    import open_clip
+
+    guess = difflib.get_close_matches(arch, open_clip.list_models(), 3, cutoff=0.7)
+    return f"; did you mean {' or '.join(guess)}?" if guess else "; see open_clip.list_models()"
+
+
+# --- the weights ---------------------------------------------------------------------------------
+
+
+def unmerged_keys(pretrained: VisualCheckpoint) -> dict[str, str]:
+    """What is stored beside the merged tensors (the text tower, integer buffers): open_clip's own
+    name → the key in the file."""
+    skipped = {*_NOT_WEIGHTS, *(f"visual.{name}" for name in pretrained.layout.names)}
+    names = {key.removeprefix("module."): key for key in pretrained.checkpoint.specs}
+    return {name: key for name, key in names.items() if name not in skipped}
+
+
+def unmerged_state_dict(pretrained: VisualCheckpoint) -> dict[str, Tensor]:
+    """These tensors, as they are stored. Raises :class:`CheckpointError` for NaN and Inf."""
+    checkpoint = pretrained.checkpoint
+    state = {}
+    for name, key in unmerged_keys(pretrained).items():
+        state[name] = read_tensor(checkpoint, key)
+        require_finite(state[name], checkpoint, key)
+    return state
+
+
+def open_pretrained(resolved: ResolvedModel) -> tuple[VisualCheckpoint, int]:
+    """θ₀, checked against the architecture, and the size of the text parameters beside it.
+
+    The text parameters counted are those that the official release leaves in its pickled encoders;
+    ``trim_scope: full`` counts them as zero deltas. Raises :class:`CheckpointError`.
+    """
+    layout, expected = model_shapes(resolved)
+    checkpoint = open_checkpoint(resolved.weights)
+    stored = {k.removeprefix("module."): s for k, s in checkpoint.specs.items()}
+    _require_whole(checkpoint.path, {k: s.shape for k, s in stored.items()}, expected)
+    leftovers = sum(
+        math.prod(spec.shape)
+        for key, spec in stored.items()
+        if key.split(".")[0]
+        in ("positional_embedding", "text_projection", "logit_scale", "token_embedding", "ln_final")
+    )
+    return match_visual(checkpoint, layout), leftovers
+
+
+def model_shapes(resolved: ResolvedModel) -> tuple[ParameterLayout, Shapes]:
+    """The layout of the visual tower, and the shapes of the whole model's state dict."""
+    expected = clip_vit_shapes(resolved.model_cfg)
+    if expected is not None:
+        visual = {k: s for k, s in expected.items() if k.startswith("visual.")}
+        names = tuple(name.removeprefix("visual.") for name in visual)
+        return ParameterLayout(names, tuple(visual.values())), expected
+    from raymerge.models import build_skeleton
+
+    skeleton = build_skeleton(resolved, "meta")
+    expected = {k: tuple(t.shape) for k, t in skeleton.state_dict().items()}
+    return ParameterLayout.of(skeleton.visual.state_dict()), expected
+
+
+def _require_whole(
+    path: Path, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    missing = sorted(expected.keys() - stored.keys())
+    unexpected = sorted(stored.keys() - expected.keys() - set(_NOT_WEIGHTS))
+    if missing or unexpected:
+        first = f"missing {missing[0]}" if missing else f"unexpected {unexpected[0]}"
+        raise CheckpointError(
+            f"pretrained {path}: does not fit the architecture: {len(missing)} tensors missing, "
+            f"{len(unexpected)} unexpected ({first}); it must be a whole open_clip model"
+        )
+    for key, shape in expected.items():
+        if stored[key] != shape:
+            raise CheckpointError(
+                f"pretrained {path}: {key} has shape {list(stored[key])}, the architecture "
+                f"wants {list(shape)}"
+            )
