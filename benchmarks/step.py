@@ -1,174 +1,159 @@
-"""One adaptive step at ViT-B/32 size: seconds, peak memory, against a bare forward and backward.
+"""One adaptive step: raymerge, a bare forward and backward, and its peers, on the same inputs.
 
-    python benchmarks/step.py [--tasks 8] [--batch 16] [--steps 5] [--world DIR]
+    python benchmarks/step.py --tasks 8 --batch 16 --cases bare bare-passes raymerge raymerge-bf16
+    python benchmarks/step.py --peers PYTHON --fusion-bench CLONE --adamerging CLONE --cases …
 
-Random weights and noise images of the real sizes, made once in DIR. One JSON line per case: the
-bare forward and backward of the same number of images, in-process, and W = 1 and 2 Ray workers.
-Peak memory is the sum of proportional set sizes over the process tree, sampled every 0.2 s.
+Each case is a process of its own; their steps are interleaved, so that all see the same machine
+(``--one-by-one`` where they do not fit into memory together). The first step of each is left out.
+λ after the last step is compared with raymerge's in float32.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
-import yaml
-from PIL import Image
-from safetensors.torch import save_file
+from case import make_case, make_inputs
+from measure import Stepper, machine, median, say
 
-ARCH = "ViT-B-32"
-CLASSES = 10
+HERE = Path(__file__).parent
 
 
 def main() -> None:
     args = _arguments()
-    world = Path(args.world or tempfile.mkdtemp(prefix="raymerge-step-"))
-    make_world(world, args.tasks, images=args.batch * 2)
-    print(json.dumps(bare(args.tasks * args.batch, args.steps)), flush=True)
-    for workers in args.workers:
-        print(json.dumps(run(world, args, workers)), flush=True)
+    case = make_case(args.root, args.tasks, args.batch, args.arch)
+    make_inputs(case)
+    rates = say(**machine())
+    limit = limit_s(args, rates)
+    with tempfile.TemporaryDirectory() as folder:
+        lasts = _run(args, case, Path(folder))
+        lambdas = {
+            name: dict(np.load(path))
+            for name in lasts
+            if (path := Path(folder, f"{name}.npz")).exists()
+        }
+    bare = lasts["bare"]["median_s"] if "bare" in lasts else None
+    for name, last in lasts.items():
+        say(
+            case=name,
+            tasks=args.tasks,
+            batch=args.batch,
+            steps=args.steps,
+            limit_s=limit["bfloat16" if name.endswith("bf16") else "float32"],
+            ratio_to_bare=last["median_s"] / bare if bare else None,
+            lambda_difference=_difference(lambdas, name),
+            **last,
+        )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--shards", type=int, default=1)
-    parser.add_argument("--world")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--arch", default="ViT-B-32")
+    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir(), "raymerge-cases"))
+    parser.add_argument("--cases", nargs="+", default=["bare", "raymerge"], choices=[*_COMMANDS])
+    parser.add_argument("--one-by-one", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peers", default=sys.executable, help="the Python that has the peers")
+    parser.add_argument("--fusion-bench", type=Path, help="a clone")
+    parser.add_argument("--adamerging", type=Path, help="a clone")
     return parser.parse_args()
 
 
-def make_world(root: Path, tasks: int, images: int) -> None:
-    """``root/pretrained``, ``root/experts``, ``root/data`` and ``root/merge.yaml``."""
+def _own(what: str, *more: str) -> list[str]:
+    return [sys.executable, str(HERE / "one_step.py"), "--what", what, *more]
+
+
+_COMMANDS = {
+    "bare": lambda args: _own("bare"),
+    "bare-passes": lambda args: _own("bare", "--pass", "30"),
+    "bare-bf16": lambda args: _own("bare", "--precision", "bfloat16"),
+    "raymerge": lambda args: _own("raymerge"),
+    "raymerge-bf16": lambda args: _own(
+        "raymerge", "--precision", "bfloat16", "--vectors", "bfloat16"
+    ),
+    "raymerge-bf16-vectors": lambda args: _own("raymerge", "--vectors", "bfloat16"),
+    "raymerge-1-actor": lambda args: _own("raymerge", "--workers", "1"),
+    "raymerge-2-actors": lambda args: _own("raymerge", "--workers", "2"),
+    "fusion_bench": lambda args: [
+        args.peers, str(HERE / "peers" / "fusion_bench_step.py"), "--repo", str(args.fusion_bench)
+    ],
+    "adamerging": lambda args: [
+        args.peers, str(HERE / "peers" / "adamerging_step.py"), "--repo", str(args.adamerging)
+    ],
+}  # fmt: skip
+
+
+def _run(args: argparse.Namespace, case: Path, folder: Path) -> dict[str, dict[str, float]]:
+    groups = [[name] for name in args.cases] if args.one_by_one else [args.cases]
+    lasts = {}
+    for names in groups:
+        steppers = [_start(args, name, case, folder) for name in names]
+        for _ in range(args.steps):
+            for stepper in steppers:
+                stepper.step()
+        for stepper in steppers:
+            last = stepper.finish()
+            last.pop("tasks", None), last.pop("batch", None)
+            timed = stepper.seconds[1:] or stepper.seconds
+            lasts[stepper.name] = {**last, "median_s": median(timed), "min_s": min(timed)}
+    return lasts
+
+
+def _start(args: argparse.Namespace, name: str, case: Path, folder: Path) -> Stepper:
+    threads = 1 if name == "raymerge-2-actors" else args.threads
+    command = [*_COMMANDS[name](args), "--case", case, "--steps", args.steps, "--pause"]
+    return Stepper(name, [*command, "--threads", threads, "--out", folder / f"{name}.npz"])
+
+
+def limit_s(args: argparse.Namespace, rates: dict[str, object]) -> dict[str, float]:
+    """Seconds of a step at the measured rates: FLOPs of the passes plus two reads of V."""
+    flops = 3 * args.tasks * args.batch * forward_flops(args.arch)
+    parameters = visual_parameters(args.arch)
+    out = {}
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        compute = flops / (float(str(rates[f"{dtype}_gflops"])) * 1e9)
+        read = 2 * args.tasks * parameters * size / (float(str(rates["read_gb_s"])) * 1e9)
+        out[dtype] = compute + read
+    return out
+
+
+def _visual(arch: str) -> torch.nn.Module:
     import open_clip
 
-    if not (root / "pretrained" / "open_clip_model.safetensors").exists():
-        (root / "pretrained").mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(0)
-        state = {k: v.contiguous() for k, v in open_clip.create_model(ARCH).state_dict().items()}
-        save_file(state, root / "pretrained" / "open_clip_model.safetensors")
-        cfg = {"model_cfg": open_clip.get_model_config(ARCH)}
-        (root / "pretrained" / "open_clip_config.json").write_text(json.dumps(cfg))
-    for k in range(tasks):
-        _make_task(root, k, images)
-    (root / "merge.yaml").write_text(yaml.safe_dump(_config(tasks)))
+    with torch.device("meta"):
+        visual: torch.nn.Module = open_clip.CLIP(**open_clip.get_model_config(arch)).visual
+    return visual.eval()
 
 
-def _make_task(root: Path, k: int, images: int) -> None:
-    from safetensors.torch import load_file
-
-    path = root / "experts" / f"task{k}.safetensors"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        generator = torch.Generator().manual_seed(k)
-        state = load_file(root / "pretrained" / "open_clip_model.safetensors")
-        visual = {key: t for key, t in state.items() if key.startswith("visual.")}
-        save_file(
-            {n: t + 1e-3 * torch.randn(t.shape, generator=generator) for n, t in visual.items()},
-            path,
-        )
-    folder = root / "data" / f"task{k}"
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(k)
-    for i in range(len(list(folder.iterdir())), images):
-        pixels = rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i:04d}.jpg")
+def visual_parameters(arch: str) -> int:
+    return sum(p.numel() for p in _visual(arch).parameters())
 
 
-def _config(tasks: int) -> dict[str, object]:
-    names = [f"class {c}" for c in range(CLASSES)]
-    return {
-        "model": "local-dir:pretrained",
-        "tasks": [
-            {
-                "name": f"task{k}",
-                "checkpoint": f"experts/task{k}.safetensors",
-                "classnames": names,
-                "adapt": f"data/task{k}",
-            }
-            for k in range(tasks)
-        ],
-        "method": "adamerging",
-    }
+def forward_flops(arch: str) -> int:
+    """Of one image."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    visual = _visual(arch)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        visual(torch.empty(1, 3, *visual.image_size, device="meta"))
+    total: int = counter.get_total_flops()
+    return total
 
 
-def bare(images: int, steps: int) -> dict[str, object]:
-    """Forward and backward of the visual tower alone, same images, fp32, all threads."""
-    import open_clip
-
-    visual = open_clip.create_model(ARCH).visual.eval()
-    pixels = torch.randn(images, 3, 224, 224)
-    seconds = []
-    for _ in range(steps):
-        began = time.perf_counter()
-        visual.zero_grad(set_to_none=False)
-        visual(pixels).square().sum().backward()
-        seconds.append(time.perf_counter() - began)
-    return {"case": "bare", "images": images, "seconds_per_step": statistics.median(seconds[1:])}
-
-
-def run(world: Path, args: argparse.Namespace, workers: int) -> dict[str, object]:
-    """A whole ``raymerge merge`` as its own process; steps after the first count."""
-    with tempfile.TemporaryDirectory() as output:
-        command = [sys.executable, "-m", "raymerge", "merge", str(world / "merge.yaml")]
-        for override in (
-            f"optimizer.steps={args.steps}",
-            f"optimizer.batch_size={args.batch}",
-            f"cluster.workers={workers}",
-            f"cluster.shards={args.shards if workers else 1}",
-        ):
-            command += ["-o", override]
-        began = time.perf_counter()
-        process = subprocess.Popen([*command, "--output", f"{output}/run"], stderr=subprocess.PIPE)
-        peak = _watch(process)
-        if process.returncode:
-            assert process.stderr is not None
-            raise SystemExit(process.stderr.read().decode()[-2000:])
-        wall = time.perf_counter() - began
-        lines = Path(output, "run", "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line) for line in lines][1:]
-    return {
-        "case": f"workers={workers}" + (f", shards={args.shards}" if args.shards > 1 else ""),
-        "tasks": args.tasks,
-        "batch": args.batch,
-        "seconds_per_step": statistics.median(step["seconds"] for step in steps),
-        "phases": {
-            phase: statistics.median(step["phases"][phase] for step in steps)
-            for phase in steps[0]["phases"]
-        },
-        "peak_gb": peak / 1e9,
-        "whole_process_s": wall,
-    }
-
-
-def _watch(process: subprocess.Popen[bytes]) -> float:
-    """Peak bytes of the process and all its descendants while it runs."""
-    peak = 0.0
-    drain = threading.Thread(target=process.wait)
-    drain.start()
-    tree = psutil.Process(process.pid)
-    while drain.is_alive():
-        total = 0
-        try:
-            for member in [tree, *tree.children(recursive=True)]:
-                total += member.memory_full_info().pss
-        except psutil.Error:
-            pass
-        peak = max(peak, total)
-        drain.join(0.2)
-    return peak
+def _difference(lambdas: dict[str, dict[str, np.ndarray]], name: str) -> float | None:
+    """Largest |Δλ| to raymerge in float32, layers matched by name."""
+    if name not in lambdas or "raymerge" not in lambdas:
+        return None
+    ours, other = lambdas["raymerge"], lambdas[name]
+    order = [list(other["names"]).index(layer) for layer in ours["names"]]
+    return float(np.abs(ours["lambdas"] - other["lambdas"][:, order]).max())
 
 
 if __name__ == "__main__":

@@ -295,8 +295,8 @@ _PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "optimizer": {"batch_size": 16, "batches": 2, "lr": 1e-3, "steps": 500},
         "method": {"clamp": "forward", "init": 0.3},
     },
-    # A fifth of the paper's steps: a large rate that falls to zero.
-    "fast": {"optimizer": {"batch_size": 16, "lr": 1e-2, "steps": 100, "schedule": "cosine"}},
+    # A tenth of the paper's steps: a large rate that falls to zero (benchmarks/schedule.py).
+    "fast": {"optimizer": {"batch_size": 16, "lr": 2e-2, "steps": 50, "schedule": "cosine"}},
 }
 
 
@@ -421,6 +421,9 @@ def _resolve_paths(data: dict[str, Any], root: Path, source: str) -> None:
         ]
     if isinstance(data.get("output"), str):
         data["output"] = _absolute(data["output"], root)
+    vectors = data.get("vectors")
+    if isinstance(vectors, dict) and isinstance(vectors.get("folder"), str):
+        data["vectors"] = {**vectors, "folder": _absolute(vectors["folder"], root)}
 
 
 def _resolve_model(model: dict[str, Any], root: Path) -> None:
@@ -509,7 +512,10 @@ def _is_union_tag(loc: Sequence[int | str], i: int) -> bool:
     parent = loc[i - 1] if i else None
     if parent == "method":
         return i == 1 and loc[i] in METHOD_NAMES
-    return parent in ("workers", "cpus_per_worker", "gpus_per_worker")
+    return parent in (
+        *("workers", "cpus_per_worker", "gpus_per_worker", "micro_batch"),
+        *("dtype", "location"),
+    )
 
 
 def _did_you_mean(loc: Sequence[int | str]) -> str:
@@ -529,6 +535,7 @@ def _sibling_fields(loc: Sequence[int | str]) -> Iterable[str]:
         "optimizer": OptimizerConfig,
         "cluster": ClusterConfig,
         "state": StateConfig,
+        "vectors": VectorsConfig,
     }
     return sections[str(loc[0])].model_fields
 

@@ -119,7 +119,7 @@ _NOTES = (
     "its numbers are not those of the paper's checkpoints.",
     "The best uniform λ is chosen with the test labels, which no merging method may see.",
     "Learned methods adapt on 300 unlabeled images per task, disjoint from the test images.",
-    "AdaMerging rows use the preset `fast`: 100 steps, learning rate 1e-2 falling along a cosine; "
+    "AdaMerging rows use the preset `fast`: 50 steps, learning rate 2e-2 falling along a cosine; "
     "adamerging_500 is the paper's 500 steps at a constant 1e-3.",
 )
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,6 +72,8 @@ class Plan:
     vector_bytes: int
     """Of one worker's task vectors, wherever they are."""
     micro_batch: int | None
+    step_s: float | None
+    """About, from a short probe of this machine; None where the workers run elsewhere."""
     output_bytes: int
     notes: tuple[str, ...]
     resolved: ResolvedModel = field(repr=False)
@@ -161,6 +164,7 @@ def check(
         storage=memory.storage,
         vector_bytes=memory.vector_bytes,
         micro_batch=memory.micro_batch,
+        step_s=memory.step_s,
         output_bytes=resolved.weights.stat().st_size if method_of(config.method).merges else 0,
         notes=_notes(config),
         resolved=resolved,
@@ -266,6 +270,7 @@ class _Memory:
     storage: VectorStorage = field(default_factory=VectorStorage)
     vector_bytes: int = 0
     micro_batch: int | None = None
+    step_s: float | None = None
 
 
 def _static_memory(layout: ParameterLayout, resolved: ResolvedModel) -> _Memory:
@@ -287,7 +292,10 @@ def _learned_memory(
     placement: Placement | None,
     resources: Resources | None,
 ) -> _Memory:
+    import torch
+
     from raymerge.models import activation_bytes, build_skeleton, make_preprocess
+    from raymerge.speed import forward_flops, step_seconds
 
     visual = build_skeleton(resolved, "meta").visual
     height, width = make_preprocess(visual).size
@@ -318,7 +326,13 @@ def _learned_memory(
         resources.gpu_bytes if resources else None,
     )
     vector_bytes = vectors if storage.dtype == "float32" else vectors // 2
-    return _Memory(worker_bytes(needs, storage, vectors), storage, vector_bytes, batch)
+    step_s = None
+    if resources is not None and resources.elastic:
+        sharing = 1 if gpu else processes  # workers on one machine share the cores of the probe
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        step_s = step_seconds(forward_flops(visual), slots * sharing, vector_bytes * sharing, dtype)
+    held = worker_bytes(needs, storage, vectors)
+    return _Memory(held, storage, vector_bytes, batch, step_s)
 
 
 def _require_memory(plan: Plan, resources: Resources | None) -> None:
@@ -418,7 +432,9 @@ def plan_text(plan: Plan) -> str:
         for task in plan.tasks
     ]
     if plan.steps:
-        lines.append(f"steps      {plan.steps}, each with {plan.step_images} images")
+        lines.append(
+            f"steps      {plan.steps}, each with {plan.step_images} images{_time_text(plan)}"
+        )
     lines.append(f"workers    {_placement_text(plan.placement)}")
     total = sum(plan.bytes_per_worker.values())
     parts = ", ".join(f"{key} {human_bytes(n)}" for key, n in plan.bytes_per_worker.items())
@@ -429,6 +445,13 @@ def plan_text(plan: Plan) -> str:
         lines.append(f"disk       {human_bytes(plan.output_bytes)} for the merged model")
     lines += [f"note       {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _time_text(plan: Plan) -> str:
+    if plan.step_s is None:
+        return ""
+    whole = timedelta(seconds=round(plan.steps * plan.step_s))
+    return f"; about {plan.step_s:.2g} s each on this machine, {whole} in all"
 
 
 def _storage_text(plan: Plan) -> str:

@@ -124,8 +124,11 @@ class RunFolder:
                 "config differs from it; resume with that one, or give another folder"
             )
 
-    def prepare(self, config: Config, *, resume: bool) -> None:
-        """Make the folder and write the config; a run that is replaced loses its own files only."""
+    def prepare(self, config: Config, *, resume: bool, keep: Path | None = None) -> None:
+        """Make the folder and write the config; a run that is replaced loses its own files only.
+
+        ``keep``: a temporary file of this run.
+        """
         if self._prepared:
             return
         try:
@@ -135,7 +138,8 @@ class RunFolder:
         if not resume:
             self._remove_own_files()
         for left in self.path.glob(".*.tmp"):  # by a run that was killed while it wrote
-            left.unlink(missing_ok=True)
+            if left != keep:
+                left.unlink(missing_ok=True)
         write_text(self.path / "config.yaml", dump_config(config))
         self._prepared = True
 

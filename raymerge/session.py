@@ -101,7 +101,7 @@ def _run(
         # Every file is read before anything is replaced.
         with staged(folder.weights, folder.nearest) as (temporary, commit):
             merging.write(temporary, lambdas_KL)
-            folder.prepare(config, resume=resume)
+            folder.prepare(config, resume=resume, keep=temporary)
             commit()
         folder.write_model_config(merging.resolved)
         folder.write_lambdas(config.task_names, merging.layers.names, lambdas_KL)
@@ -230,7 +230,7 @@ class Merging:
 
     def require_finite(self) -> None:
         """Raise :class:`UserError` for NaN and Inf that would be found only after long work."""
-        if self.learned:
+        if self.learned or not self.merges:
             unmerged_state_dict(self.pretrained)
         if not self.merges:
             for expert in self._experts:

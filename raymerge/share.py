@@ -7,6 +7,7 @@ b images of one task, C classes, D features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -89,19 +90,21 @@ class Share:
             spec.micro_batch, model.bytes_per_image, gpu=device.type == "cuda"
         )
         self.vectors_CKn = allocate(request.storage, self._shard.cells, len(spec.tasks), device)
-        self._pretrained_N = read_shard(
-            model.pretrained,
-            [open_visual(task.checkpoint, model.layout) for task in spec.tasks],
-            self._shard,
-            request.ties,
-            self.vectors_CKn,
-            device,
-        )
         self._layer_of_cell = self._layers.of_cells(self._shard)
         self._images = images
-        self._pin_images(progress)
+        with ThreadPoolExecutor(1) as aside:  # images decode while checkpoints are read
+            pinned = aside.submit(self._pin_images, progress, torch.get_num_threads())
+            self._pretrained_N = read_shard(
+                model.pretrained,
+                [open_visual(task.checkpoint, model.layout) for task in spec.tasks],
+                self._shard,
+                request.ties,
+                self.vectors_CKn,
+                device,
+            )
+            pinned.result()
 
-    def _pin_images(self, progress: Callable[[int], None] | None) -> None:
+    def _pin_images(self, progress: Callable[[int], None] | None, threads: int) -> None:
         """Decode the images that this worker's slots will show, unless they are held already."""
         spec = self._spec
         sources = [
@@ -116,7 +119,7 @@ class Share:
             held = self._images.get(part.task)
             if held is None or not held.holds(needed):
                 self._images[part.task] = PinnedImages(
-                    sources[part.task], needed, self._model.encoder.preprocess, progress
+                    sources[part.task], needed, self._model.encoder.preprocess, progress, threads
                 )
 
     def merge(self, lambdas_KL: FloatArray, theta_N: Tensor) -> None:

@@ -149,13 +149,16 @@ class StateStore:
 
 
 def fingerprint(config: Config) -> str:
-    """SHA-256 of what decides λ at a step: not the cluster, nor the output, nor (at a constant
-    rate) how many steps are asked for."""
+    """SHA-256 of what decides λ at a step: not the cluster, nor the output, nor where the vectors
+    lie, nor (at a constant rate) how many steps are asked for."""
     data = config.model_dump(mode="json", exclude={"cluster", "output", "state"})
     if config.optimizer.schedule == "constant":
         del data["optimizer"]["steps"]
     for task in data["tasks"]:
         del task["test"]
+    del data["vectors"]["folder"]
+    if config.vectors.dtype != "auto":  # else the place decides the precision
+        del data["vectors"]["location"]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

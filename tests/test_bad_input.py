@@ -469,7 +469,7 @@ def test_openai_weights_without_quickgelu_are_refused_before_any_download(
     def download(*args: object, **kwargs: object) -> None:
         raise AssertionError("downloaded")
 
-    monkeypatch.setattr("raymerge.models.download_pretrained", download)
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", download)
     attempt.data["model"] = {"arch": arch, "pretrained": tag}
     for command in ("plan", "merge"):
         attempt.refused("model.arch", "QuickGELU", right, command=command)
@@ -690,6 +690,19 @@ def test_pretrained_model_with_a_nan_is_never_merged(
     attempt.refused("open_clip_model.safetensors", key, "1 NaN or Inf value;")
 
 
+@pytest.mark.parametrize("method", ["individual", "ties-sum", "adamerging"])
+def test_a_nan_leaves_the_run_that_was_to_be_replaced_as_it_was(
+    attempt: Attempt, method: str
+) -> None:
+    config = write_config(attempt.folder / "config.yaml", attempt.data | {"method": "average"})
+    attempt.raymerge.ok("merge", config, "--output", attempt.output)
+    state = attempt.expert_state()
+    state["visual.ln_post.bias"][-1] = float("nan")
+    save_file(state, attempt.expert())
+    attempt.data["method"] = METHODS[method]
+    attempt.refused("expert.safetensors", "1 NaN or Inf value;", argv=("--overwrite",))
+
+
 def test_a_merge_that_overflows(attempt: Attempt) -> None:
     attempt.data["method"] = {"name": "task_arithmetic", "scaling": 1e300}
     attempt.refused("overflow", "coefficients")
@@ -866,16 +879,49 @@ def test_shards_that_do_not_divide_the_workers(attempt: Attempt, workers: int, s
 def test_workers_that_do_not_fit_into_memory(
     attempt: Attempt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Memory:
-        total = 10_000_000
+    class Process:
+        def memory_info(self) -> Process:
+            return self
 
+        rss = 100_000_000
+
+    class Memory:
+        total = 400_000_000
+
+    monkeypatch.setattr(psutil, "Process", Process)
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
     attempt.data["cluster"]["workers"] = 2
     config = write_config(attempt.folder / "config.yaml", attempt.data)
     attempt.raymerge.ok("plan", config)  # two fit, four do not
     attempt.data["cluster"]["workers"] = 4
     for command in ("plan", "merge"):
-        attempt.refused("4 workers x", "10.0 MB", "cluster.shards", command=command)
+        words = ("4 workers x", "400.0 MB", "cluster.shards", "vectors.dtype", "vectors.location")
+        attempt.refused(*words, command=command)
+
+
+@pytest.mark.parametrize("folder", ["gone", "file"])
+def test_vectors_folder_that_is_none(attempt: Attempt, folder: str) -> None:
+    (attempt.folder / "file").write_text("")
+    path = str(attempt.folder / folder)
+    attempt.data["vectors"] = {"location": "disk", "folder": path}
+    for command in ("plan", "merge"):
+        attempt.refused("vectors.folder", path, "is no writable folder", command=command)
+
+
+def test_vectors_folder_without_room(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1_000_000)  # for four vectors of 630 kB
+    full = attempt.folder / "full"
+    full.mkdir()
+    disk_usage = shutil.disk_usage
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage if Path(path) == full else disk_usage(path)
+    )
+    attempt.data["vectors"] = {
+        "dtype": "float32",
+        "location": "disk",
+        "folder": str(full),
+    }
+    attempt.refused("vectors.folder", "1.0 MB free", "2.5 MB", "vectors.dtype: bfloat16")
 
 
 def test_more_gpus_than_there_are(attempt: Attempt) -> None:

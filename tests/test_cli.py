@@ -460,14 +460,15 @@ def in_save(step):
     state._write_synced = wrapped
 
 def in_export():
-    session.write_model = kill
+    session.write_merged = kill
 
 def in_weights():
     import raymerge.export as export
-    def save(state, path, metadata):
-        path.write_bytes(bytes(1000))
-        kill()
-    export.save_file = save
+    export.SafetensorsWriter.write = kill
+
+def in_commit():
+    import raymerge.files as files
+    files._commit = kill
 
 def in_results():
     rundir.RunFolder.write_results = kill
@@ -496,6 +497,7 @@ ACCIDENTS = {
     "step-6-the-last": "after_step(6)",
     "in-export": "in_export()",
     "in-weights": "in_weights()",
+    "in-commit": "in_commit()",
     "in-results": "in_results()",
 }
 SIX = ("-o", "optimizer.steps=6", "-o", "state.every_steps=2")

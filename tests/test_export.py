@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -10,12 +11,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from world import RESNET, write_model
 
+from raymerge.architecture import ResolvedModel, open_pretrained, resolve_model
+from raymerge.checkpoints import task_vectors
 from raymerge.checkpoints.task_vectors import ties_statistics
 from raymerge.checkpoints.visual import open_visual
 from raymerge.config import ModelConfig
-from raymerge.export import merged_visual, write_model
-from raymerge.models import ResolvedModel, open_pretrained, resolve_model
+from raymerge.errors import CheckpointError, UserError
+from raymerge.export import write_merged
+from raymerge.merging.layout import CELL
+from raymerge.rundir import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -31,108 +37,190 @@ def opened(world, resolved):
 
 
 def _flat(checkpoint) -> Tensor:
-    return torch.cat([checkpoint.read(t) for t in range(len(checkpoint.layout.names))])
+    """θ of a checkpoint, with the padding of its layout."""
+    flat_P = torch.zeros(checkpoint.layout.columns)
+    for piece in checkpoint.layout.shard(0, 1).pieces():
+        checkpoint.read(piece, flat_P[piece.start : piece.stop])
+    return flat_P
 
 
-def _merged(opened, lambdas_KL: Tensor, granularity: str = "tensor", ties=None) -> Tensor:
+def _write(path: Path, opened, lambdas_KL: Tensor, granularity: str = "tensor", ties=None) -> Path:
     pretrained, experts = opened
     layers = pretrained.layout.layers(granularity)
     lambdas_KL = lambdas_KL.expand(len(experts), len(layers.names)).double()
-    return merged_visual(pretrained, experts, lambdas_KL, layers, ties)
+    write_merged(path, pretrained, experts, lambdas_KL, layers, ties)
+    return path
+
+
+@pytest.fixture
+def merged(tmp_path):
+    """The merged θ of the written file, and nothing but what was there beside it."""
+
+    def merged(opened, lambdas_KL: Tensor, granularity: str = "tensor", ties=None) -> Tensor:
+        path = _write(tmp_path / "merged.safetensors", opened, lambdas_KL, granularity, ties)
+        return _flat(open_visual(str(path), opened[0].layout))
+
+    return merged
 
 
 # --- oracle 2 on files -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("granularity", ["task", "block", "tensor"])
-def test_lambda_zero_is_the_pretrained_model_bit_for_bit(opened, granularity):
-    assert torch.equal(_merged(opened, torch.zeros(4, 1), granularity), _flat(opened[0]))
+def test_lambda_zero_is_the_pretrained_model_bit_for_bit(merged, opened, granularity):
+    assert torch.equal(merged(opened, torch.zeros(4, 1), granularity), _flat(opened[0]))
 
 
 @pytest.mark.parametrize("k", range(4))
-def test_lambda_unit_vector_is_that_expert(opened, k):
-    merged_P = _merged(opened, torch.eye(4)[:, k : k + 1])
+def test_lambda_unit_vector_is_that_expert(merged, opened, k):
+    merged_P = merged(opened, torch.eye(4)[:, k : k + 1])
     torch.testing.assert_close(merged_P, _flat(opened[1][k]), rtol=0, atol=5e-7)
 
 
-def test_lambda_one_over_k_is_the_average(opened):
+def test_lambda_one_over_k_is_the_average(merged, opened):
     mean_P = torch.stack([_flat(expert).double() for expert in opened[1]]).mean(0)
-    merged_P = _merged(opened, torch.full((4, 1), 0.25))
+    merged_P = merged(opened, torch.full((4, 1), 0.25))
     torch.testing.assert_close(merged_P.double(), mean_P, rtol=0, atol=1e-6)
 
 
-def test_one_task_with_lambda_one_is_its_expert(opened):
-    merged_P = _merged((opened[0], opened[1][2:3]), torch.ones(1, 1))
+def test_one_task_with_lambda_one_is_its_expert(merged, opened):
+    merged_P = merged((opened[0], opened[1][2:3]), torch.ones(1, 1))
     torch.testing.assert_close(merged_P, _flat(opened[1][2]), rtol=0, atol=5e-7)
 
 
-def test_every_layer_takes_its_own_coefficients(opened):
+def test_every_layer_takes_its_own_coefficients(merged, opened):
     pretrained, experts = opened
     layers = pretrained.layout.layers("tensor")
     lambdas_KL = torch.rand(4, len(layers.names), generator=torch.Generator().manual_seed(0))
-    merged_P = _merged(opened, lambdas_KL)
-    merged = pretrained.layout.views(merged_P)
+    views = pretrained.layout.views(merged(opened, lambdas_KL).double())
+    base = pretrained.layout.views(_flat(pretrained).double())
+    finetuned = [pretrained.layout.views(_flat(expert).double()) for expert in experts]
     for t, name in enumerate(layers.names):
-        base = pretrained.read(t).double()
-        terms = zip(lambdas_KL[:, t].double(), experts, strict=True)
-        expected = base + sum(x * (expert.read(t).double() - base) for x, expert in terms)
-        torch.testing.assert_close(merged[name].flatten().double(), expected, rtol=0, atol=1e-6)
+        terms = zip(lambdas_KL[:, t].double(), finetuned, strict=True)
+        expected = base[name] + sum(x * (expert[name] - base[name]) for x, expert in terms)
+        torch.testing.assert_close(views[name], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("mean", [False, True])
-def test_ties_is_the_sum_of_phi(opened, mean):
+def test_ties_is_the_sum_of_phi(merged, opened, mean):
     pretrained, experts = opened
     statistics = ties_statistics(pretrained, experts, density=0.2, scope="visual", mean=mean)
-    merged_P = _merged(opened, torch.full((4, 1), 0.3), ties=statistics)
+    merged_P = merged(opened, torch.full((4, 1), 0.3), ties=statistics)
     vectors_KP = torch.stack([_flat(expert) for expert in experts]) - _flat(pretrained)
     phi_KP = statistics.phi(vectors_KP, 0)
     expected_P = _flat(pretrained) + 0.3 * phi_KP.sum(0)
     torch.testing.assert_close(merged_P, expected_P, rtol=0, atol=1e-6)
-    changed = (merged_P != _flat(pretrained)).double().mean()
+    changed = (merged_P != _flat(pretrained)).sum() / pretrained.layout.parameters
     assert 0.2 < changed < 0.8  # between one task's entries and all four disjoint
+
+
+# --- the file ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_cells", [1, 3])
+def test_the_blocks_do_not_change_a_byte(opened, tmp_path, monkeypatch, block_cells):
+    lambdas_KL = torch.full((4, 1), 0.3)
+    whole = _write(tmp_path / "whole", opened, lambdas_KL)
+    monkeypatch.setattr(task_vectors, "_BLOCK_BYTES", 4 * 4 * block_cells * CELL)
+    monkeypatch.setattr(task_vectors, "_LEAST_COLUMNS", CELL)
+    assert _write(tmp_path / "parts", opened, lambdas_KL).read_bytes() == whole.read_bytes()
+
+
+def _with(folder: Path, source: Path, key: str, value: float) -> Path:
+    state = load_file(source)
+    state[key].view(-1)[3] = value
+    save_file(state, folder / "bad.safetensors")
+    return folder / "bad.safetensors"
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_a_nan_in_an_expert_is_refused_by_name(world, opened, tmp_path, k):
+    pretrained, experts = opened
+    path = _with(tmp_path, Path(world.config["tasks"][k]["checkpoint"]), "visual.proj", torch.nan)
+    experts = [*experts[:k], open_visual(str(path), pretrained.layout), *experts[k + 1 :]]
+    with pytest.raises(CheckpointError, match=r"bad\.safetensors: visual\.proj holds 1 NaN"):
+        _write(tmp_path / "out", (pretrained, experts), torch.zeros(4, 1))
+
+
+def test_a_nan_in_the_text_tower_is_refused_by_name(resolved, opened, tmp_path):
+    path = _with(tmp_path, resolved.weights, "text_projection", torch.inf)
+    pretrained, _ = open_pretrained(replace(resolved, weights=path))
+    with pytest.raises(CheckpointError, match=r"bad\.safetensors: text_projection holds 1 NaN"):
+        _write(tmp_path / "out", (pretrained, opened[1]), torch.zeros(4, 1))
+
+
+def test_weights_that_overflow_are_refused(opened, tmp_path):
+    with pytest.raises(UserError, match="overflow: the coefficients are too large"):
+        _write(tmp_path / "out", opened, torch.full((4, 1), 1e39, dtype=torch.float64))
 
 
 # --- the folder --------------------------------------------------------------------------------
 
 
+def _write_folder(path: Path, resolved: ResolvedModel, opened) -> Path:
+    folder = RunFolder(path)
+    path.mkdir()
+    _write(folder.weights, opened, torch.full((4, 1), 0.3))
+    folder.write_model_config(resolved)
+    return path
+
+
 def test_open_clip_loads_the_folder_with_the_merged_tower_and_the_old_text(
     opened, resolved, world, tmp_path
 ):
-    theta_P = _merged(opened, torch.full((4, 1), 0.3))
-    write_model(tmp_path, resolved, opened[0], theta_P)
-    loaded, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    out = _write_folder(tmp_path / "out", resolved, opened)
+    loaded, _, transform = open_clip.create_model_and_transforms(f"local-dir:{out}")
     visual = loaded.visual.state_dict()
-    views = opened[0].layout.views(theta_P)
-    assert visual.keys() == views.keys()
-    assert all(torch.equal(visual[name], view) for name, view in views.items())
-
+    experts = [load_file(task["checkpoint"]) for task in world.config["tasks"]]
     before, _, transform_before = open_clip.create_model_and_transforms(resolved.name)
+    for name, base in before.visual.state_dict().items():
+        moved = sum(0.3 * (expert[f"visual.{name}"] - base) for expert in experts)
+        torch.testing.assert_close(visual[name], base + moved, rtol=0, atol=1e-6)
+
     text = {k: v for k, v in before.state_dict().items() if not k.startswith("visual.")}
     assert text
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in text.items())
     with Image.open(next((world.root / "data").rglob("*.png"))) as image:
         assert torch.equal(transform(image), transform_before(image))
-    written = load_file(tmp_path / "open_clip_model.safetensors")
+    written = load_file(out / "open_clip_model.safetensors")
     assert written.keys() == before.state_dict().keys()
 
 
+def test_integer_buffers_are_written_as_they_are_so_that_open_clip_loads_strictly(tmp_path):
+    """A ResNet counts its batches."""
+    model = write_model(tmp_path / "m", RESNET)
+    state = {k: v.clone().contiguous() for k, v in model.state_dict().items()}
+    state["visual.bn1.num_batches_tracked"] += 41
+    save_file(state, tmp_path / "m" / "open_clip_model.safetensors")
+    resolved = resolve_model(ModelConfig(arch=f"local-dir:{tmp_path / 'm'}"))
+    pretrained, _ = open_pretrained(resolved)
+    out = _write_folder(tmp_path / "out", resolved, (pretrained, [pretrained] * 4))
+    loaded = open_clip.create_model(f"local-dir:{out}")
+    loaded.load_state_dict(load_file(out / "open_clip_model.safetensors"), strict=True)
+    assert loaded.visual.bn1.num_batches_tracked == 41
+    assert torch.equal(loaded.visual.conv1.weight, model.visual.conv1.weight)
+
+
 def test_writing_twice_gives_the_same_bytes(opened, resolved, tmp_path):
-    theta_P = _merged(opened, torch.full((4, 1), 0.3))
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        write_model(tmp_path / name, resolved, opened[0], theta_P)
+    one, two = (_write_folder(tmp_path / name, resolved, opened) for name in ("a", "b"))
     for name in ("open_clip_model.safetensors", "open_clip_config.json"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
-def test_a_pretrained_file_with_a_module_prefix_is_written_without_it(world, resolved, tmp_path):
-    weights: Path = tmp_path / "w.safetensors"
+def test_a_pretrained_file_with_a_module_prefix_is_written_without_it(resolved, tmp_path):
     state = load_file(resolved.weights)
-    save_file({f"module.{key}": value for key, value in state.items()}, weights)
-    wrapped = ResolvedModel("x", resolved.model_cfg, resolved.preprocess_cfg, weights, "")
-    pretrained, _ = open_pretrained(wrapped)
-    (tmp_path / "out").mkdir()
-    write_model(tmp_path / "out", wrapped, pretrained, _flat(pretrained))
-    written = load_file(tmp_path / "out" / "open_clip_model.safetensors")
+    save_file({f"module.{k}": v for k, v in state.items()}, tmp_path / "w.safetensors")
+    pretrained, _ = open_pretrained(replace(resolved, weights=tmp_path / "w.safetensors"))
+    written = load_file(_write(tmp_path / "out", (pretrained, [pretrained]), torch.zeros(1, 1)))
     assert written.keys() == state.keys()
     assert all(torch.equal(written[key], state[key]) for key in state)
+
+
+def test_the_text_tower_keeps_its_stored_dtype_and_the_merged_one_is_float32(resolved, tmp_path):
+    state = {key: value.half() for key, value in load_file(resolved.weights).items()}
+    save_file(state, tmp_path / "w.safetensors")
+    pretrained, _ = open_pretrained(replace(resolved, weights=tmp_path / "w.safetensors"))
+    written = load_file(_write(tmp_path / "out", (pretrained, [pretrained]), torch.ones(1, 1)))
+    for key, value in state.items():
+        assert written[key].dtype == (torch.float32 if key.startswith("visual.") else torch.float16)
+        assert torch.equal(written[key], value.to(written[key].dtype))

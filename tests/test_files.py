@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
 
 from raymerge.errors import RunError
-from raymerge.files import write_atomically, write_json, write_text
+from raymerge.files import cache_folder, staged, write_atomically, write_json, write_text
 
 
 def test_the_new_content_replaces_the_old(tmp_path):
@@ -84,3 +85,49 @@ def test_json_that_no_reader_takes_is_not_written(tmp_path):
         write_json(path, {"a": float("nan")})
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- staged: the file before its folder --------------------------------------------------------
+
+
+def test_a_staged_file_appears_where_it_belongs_only_when_committed(tmp_path):
+    path = tmp_path / "out" / "x"
+    with staged(path, tmp_path) as (temporary, commit):
+        temporary.write_text("new")
+        assert temporary.parent == tmp_path
+        assert not path.parent.exists()
+        path.parent.mkdir()
+        commit()
+        assert path.read_text() == "new"
+    assert sorted(tmp_path.rglob("*")) == [path.parent, path]
+
+
+@pytest.mark.parametrize("error", [None, ValueError("x"), KeyboardInterrupt()])
+def test_without_a_commit_nothing_is_left(tmp_path, error):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with (
+        contextlib.suppress(ValueError, KeyboardInterrupt),
+        staged(path, tmp_path) as (temporary, _),
+    ):
+        temporary.write_text("new")
+        if error is not None:
+            raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_staged_in_is_a_run_error(tmp_path):
+    with (
+        pytest.raises(RunError, match="x: cannot be written: No such file"),
+        staged(tmp_path / "x", tmp_path / "gone"),
+    ):
+        raise AssertionError("not entered")
+
+
+def test_the_cache_folder_is_the_environments(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYMERGE_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("RAYMERGE_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "raymerge"

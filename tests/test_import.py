@@ -110,6 +110,27 @@ def test_every_public_name_is_there() -> None:
         _ = raymerge.nonsense
 
 
+def test_a_static_merge_of_plain_vits_imports_no_model_no_ray_and_no_plots(
+    world: World, tmp_path: Path
+) -> None:
+    data = config_data(world)
+    for task in data["tasks"]:
+        del task["test"]
+    config = write_config(tmp_path / "config.yaml", data)
+    code = """
+import sys
+from raymerge.cli import main
+config, out = sys.argv[1:]
+for method in ("average", "task_arithmetic", "ties"):
+    assert main(["merge", config, "--output", f"{out}/{method}", "-o", f"method={method}"]) == 0
+"""
+    loaded = _loaded(code, config, tmp_path)
+    assert "torch" in loaded
+    assert not loaded & {"open_clip", "torchvision", "timm", "ray", "matplotlib"}
+    assert (tmp_path / "ties" / "report.html").exists()
+    assert not (tmp_path / "ties" / "lambda_heatmap.png").exists()
+
+
 def test_local_work_never_imports_ray(world: World, tmp_path: Path) -> None:
     """Static merges, also with ``workers: 3`` where no image is scored, and in-process learning."""
     data = config_data(world, cluster={"workers": 3, "cpus_per_worker": 1})

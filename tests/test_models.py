@@ -12,19 +12,18 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from world import MODEL_CFG
+from world import MODEL_CFG, RESNET, write_model
 
+from raymerge.architecture import ResolvedModel, open_pretrained, resolve_model
 from raymerge.config import ModelConfig
 from raymerge.errors import CheckpointError, ConfigError
 from raymerge.merging.layout import ParameterLayout
 from raymerge.models import (
     FlatEncoder,
-    ResolvedModel,
+    activation_bytes,
     build_model,
     build_skeleton,
     make_preprocess,
-    open_pretrained,
-    resolve_model,
 )
 
 
@@ -170,16 +169,19 @@ def test_the_models_own_mean_and_std_are_used(resolved, folder):
 
 
 def _encoder(resolved: ResolvedModel, padding: int = 0) -> tuple[FlatEncoder, ParameterLayout]:
-    layout = ParameterLayout.of(build_skeleton(resolved, "meta").visual.state_dict())
-    model = build_model(resolved)
-    return FlatEncoder(model, layout, torch.device("cpu"), layout.numel + padding), layout
+    pretrained, _ = open_pretrained(resolved)
+    layout, model = pretrained.layout, build_model(resolved, pretrained)
+    return FlatEncoder(model, layout, torch.device("cpu"), layout.columns + padding), layout
 
 
 def _fill(encoder: FlatEncoder, layout: ParameterLayout, model: torch.nn.Module) -> None:
+    _set(encoder.theta_P, layout, model.visual.state_dict())
+
+
+def _set(flat_P: torch.Tensor, layout: ParameterLayout, state: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
-        state = model.visual.state_dict()
-        flat_P = torch.cat([state[name].flatten() for name in layout.names])
-        encoder.theta_P[: layout.numel] = flat_P
+        for name, view in layout.views(flat_P).items():
+            view.copy_(state[name])
 
 
 @pytest.fixture
@@ -221,21 +223,16 @@ def test_the_flat_gradient_is_autograds_and_accumulates(resolved, reference, pix
     reference.zero_grad()
     features_BD = reference.encode_image(encoder.preprocess.normalise(pixels), normalize=True)
     (features_BD * weights_BD).sum().backward()
+    expected_P = torch.zeros_like(once_P)  # and so zero in the padding
     gradients = {name: p.grad for name, p in reference.visual.named_parameters()}
-    expected_P = torch.cat([gradients[name].flatten() for name in layout.names])
-    torch.testing.assert_close(once_P[: layout.numel], expected_P, rtol=1e-4, atol=1e-6)
-    assert once_P[layout.numel :].count_nonzero() == 0
+    _set(expected_P, layout, gradients)
+    torch.testing.assert_close(once_P, expected_P, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(encoder.gradient_P, 2 * once_P)
 
 
 def test_batchnorm_statistics_are_merged_but_have_no_gradient(pixels):
     """A ResNet tower: its running means and variances are part of θ, its counters are not."""
-    cfg = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
-        "text_cfg": MODEL_CFG["text_cfg"],
-    }
-    resolved = ResolvedModel("resnet", cfg, {}, Path("unused"), "")
+    resolved = ResolvedModel("resnet", RESNET, {}, Path("unused"), "")
     torch.manual_seed(0)
     model = build_skeleton(resolved)
     layout = ParameterLayout.of(model.visual.state_dict())
@@ -244,8 +241,7 @@ def test_batchnorm_statistics_are_merged_but_have_no_gradient(pixels):
     state = {k: v.clone() for k, v in model.visual.state_dict().items()}
     state["bn1.running_var"] += 3.0
     encoder = FlatEncoder(model, layout, torch.device("cpu"))
-    with torch.no_grad():
-        encoder.theta_P.copy_(torch.cat([state[name].flatten() for name in layout.names]))
+    _set(encoder.theta_P, layout, state)
     encoder.features(pixels).sum().backward()
     views = layout.views(encoder.gradient_P)
     assert views["bn1.running_var"].count_nonzero() == 0
@@ -284,14 +280,102 @@ def test_bfloat16_autocast_gives_float32_features_of_norm_one(resolved, referenc
     torch.testing.assert_close(half_BD, full_BD, rtol=0, atol=0.03)
 
 
+# --- what a pass keeps for its backward pass ---------------------------------------------------
+
+
+def _tower(device: str = "meta", **changes: int) -> torch.nn.Module:
+    cfg = {**MODEL_CFG, "vision_cfg": {**MODEL_CFG["vision_cfg"], **changes}}
+    return build_skeleton(ResolvedModel("x", cfg, {}, Path("unused"), ""), device).visual
+
+
+@pytest.mark.parametrize("image_size", [32, 64])
+def test_activation_bytes_are_what_autograd_saves_on_the_cpu(image_size):
+    tower = _tower("cpu", image_size=image_size).train(False)
+    weights = {p.data_ptr() for p in tower.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = tower(torch.randn(8, 3, image_size, image_size))
+    saved = sum(size for pointer, size in kept.items() if pointer not in weights) / 8
+    assert output.shape == (8, 24)
+    assert activation_bytes(_tower(image_size=image_size)) == pytest.approx(saved, rel=0.25)
+
+
+def test_activation_bytes_are_linear_in_the_layers():
+    one, two, five = (activation_bytes(_tower(layers=n)) for n in (1, 2, 5))
+    assert 0 < two - one < one + two
+    assert five - two == 3 * (two - one)
+
+
+@pytest.mark.parametrize("arch", ["RN50", "convnext_base", "ViT-B-16-SigLIP", "EVA02-B-16"])
+def test_activation_bytes_are_known_for_other_kinds_of_towers(arch):
+    """At least an output and an image; at most a few hundred megabytes."""
+    assert 10**6 < activation_bytes(build_skeleton(_builtin(arch), "meta").visual) < 10**9
+
+
 # --- where the model comes from ----------------------------------------------------------------
 
 
-def test_the_built_model_is_open_clips(resolved, reference):
-    built = build_model(resolved).state_dict()
-    expected = reference.state_dict()
-    assert built.keys() == expected.keys()
-    assert all(torch.equal(built[key], expected[key]) for key in expected)
+TEXTS = torch.arange(48).view(3, 16) * 1013 % 49408
+
+
+def _build(resolved: ResolvedModel) -> torch.nn.Module:
+    return build_model(resolved, open_pretrained(resolved)[0])
+
+
+def _same_but_for_the_merged(built: torch.nn.Module, reference: torch.nn.Module) -> None:
+    """The merged tensors are left to :class:`FlatEncoder`; all else is open_clip's own."""
+    merged = {f"visual.{name}" for name in ParameterLayout.of(reference.visual.state_dict()).names}
+    ours, expected = built.state_dict(), reference.state_dict()
+    assert ours.keys() == expected.keys()
+    for key in expected.keys() - merged:
+        assert ours[key].dtype == expected[key].dtype, key
+        assert torch.equal(ours[key], expected[key]), key
+    assert torch.equal(built.encode_text(TEXTS), reference.encode_text(TEXTS))
+
+
+def test_the_built_model_is_open_clips_but_for_the_merged_weights(resolved, reference):
+    built = _build(resolved)
+    _same_but_for_the_merged(built, reference)
+    assert not built.training
+    assert not any(p.requires_grad for p in built.parameters())
+
+
+CUSTOM_TEXT = {**MODEL_CFG, "custom_text": True, "quick_gelu": True}
+
+
+@pytest.mark.parametrize("cfg", [RESNET, CUSTOM_TEXT], ids=["resnet", "custom text"])
+def test_models_of_other_kinds_are_open_clips_too(tmp_path, cfg, pixels):
+    """Built without drawing random weights, and yet whole: their buffers are kept or read."""
+    torch.manual_seed(1)
+    write_model(tmp_path / "m", cfg)
+    reference = open_clip.create_model(f"local-dir:{tmp_path / 'm'}").eval()
+    resolved = resolve_model(ModelConfig(arch=f"local-dir:{tmp_path / 'm'}"))
+    _same_but_for_the_merged(_build(resolved), reference)
+    encoder, layout = _encoder(resolved)
+    _fill(encoder, layout, reference)
+    images = encoder.preprocess.normalise(pixels)
+    expected_BD = reference.encode_image(images, normalize=True)
+    torch.testing.assert_close(encoder.features(pixels), expected_BD, rtol=1e-5, atol=1e-6)
+
+
+def test_text_weights_stored_in_half_precision_become_float32(folder, tmp_path, reference):
+    state = load_file(folder / "open_clip_model.safetensors")
+    save_file({k: v.half() for k, v in state.items()}, tmp_path / "half.safetensors")
+    (tmp_path / "m.json").write_text(json.dumps(MODEL_CFG))
+    config = ModelConfig(
+        arch=str(tmp_path / "m.json"), pretrained=str(tmp_path / "half.safetensors")
+    )
+    built = _build(resolve_model(config))
+    assert {t.dtype for t in built.state_dict().values()} == {torch.float32}
+    key = "token_embedding.weight"
+    assert torch.equal(built.state_dict()[key], state[key].half().float())
+    exact = reference.encode_text(TEXTS)
+    torch.testing.assert_close(built.encode_text(TEXTS), exact, rtol=0, atol=0.01)
 
 
 def _sources(folder: Path, tmp_path: Path) -> dict[str, ModelConfig]:
@@ -310,8 +394,7 @@ def _sources(folder: Path, tmp_path: Path) -> dict[str, ModelConfig]:
     "kind", ["local-dir", "bare model_cfg", "open_clip_config", "folder as weights"]
 )
 def test_every_way_to_name_the_model_gives_the_same_one(folder, tmp_path, reference, kind):
-    built = build_model(resolve_model(_sources(folder, tmp_path)[kind])).state_dict()
-    assert all(torch.equal(built[key], t) for key, t in reference.state_dict().items())
+    _same_but_for_the_merged(_build(resolve_model(_sources(folder, tmp_path)[kind])), reference)
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"module." + k: v for k, v in s.items()}])
@@ -321,10 +404,13 @@ def test_a_torch_checkpoint_of_the_whole_model_will_do(folder, tmp_path, referen
     (tmp_path / "m.json").write_text(json.dumps(MODEL_CFG))
     config = ModelConfig(arch=str(tmp_path / "m.json"), pretrained=str(tmp_path / "epoch_32.pt"))
     resolved = resolve_model(config)
-    assert torch.equal(build_model(resolved).visual.proj, reference.visual.proj)
+    _same_but_for_the_merged(_build(resolved), reference)
     pretrained, _ = open_pretrained(resolved)
-    index = pretrained.layout.names.index("proj")
-    assert torch.equal(pretrained.read(index), reference.visual.proj.detach().flatten())
+    for piece in pretrained.layout.shard(0, 1).pieces():
+        read_n = torch.empty(piece.stop - piece.start)
+        pretrained.read(piece, read_n)
+        stored = reference.visual.state_dict()[pretrained.layout.names[piece.tensor]]
+        assert torch.equal(read_n, stored.flatten())
 
 
 def test_an_unknown_architecture_is_named_with_what_was_meant():

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from commands import Commands, config_data, tree, write_config
 from safetensors.torch import load_file
@@ -17,6 +18,15 @@ from raymerge.placement import Resources
 from raymerge.plan import Plan, check, human_bytes, make_plan, plan_text
 
 HERE = Resources(cpus=2)
+
+
+class _Process:
+    """One whose size does not change between two plans."""
+
+    rss = 100_000_000
+
+    def memory_info(self) -> _Process:
+        return self
 
 
 @pytest.fixture
@@ -59,15 +69,71 @@ def test_images_and_bytes_of_a_step(
     plan = _plan(world, optimizer=optimizer)
     assert (plan.steps, plan.step_images) == (optimizer["steps"], 4 * per_task)
     assert [task.images_per_step for task in plan.tasks] == [per_task] * 4
-    padded = -(-sum(visual) // CELL) * CELL
-    assert plan.bytes_per_worker == {
+    padded = sum(-(-size // CELL) * CELL for size in visual)
+    held = dict(plan.bytes_per_worker)
+    assert held.pop("process") > 0
+    assert held.pop("activations") > 0
+    assert held == {
         "weights and gradient": 2 * 4 * padded,
-        "task vectors": 4 * 4 * sum(visual),
-        "pretrained": 4 * sum(visual),
+        "pretrained": 4 * padded,
+        "task vectors": 4 * 4 * padded,
         "images": 4 * pinned * 3 * 32 * 32,
     }
+    assert plan.vector_bytes == held["task vectors"]
     weights = world.root / "pretrained" / "open_clip_model.safetensors"
     assert plan.output_bytes == weights.stat().st_size
+
+
+def test_activations_are_of_the_images_of_one_pass(world: World) -> None:
+    """Two workers, each with half of a step's 48 images."""
+    optimizer, cluster = {"batch_size": 12}, {"workers": 2}
+    one, six, rest, auto = (
+        _plan(world, optimizer=optimizer, cluster={**cluster, "micro_batch": images})
+        for images in (1, 6, "all", "auto")
+    )
+    assert [plan.micro_batch for plan in (one, six, rest)] == [1, 6, None]
+    per_image = one.bytes_per_worker["activations"]
+    assert six.bytes_per_worker["activations"] == 6 * per_image
+    assert rest.bytes_per_worker["activations"] == 24 * per_image
+    assert auto.bytes_per_worker["activations"] == 24 * per_image  # they are small
+    assert auto.micro_batch is not None
+    assert auto.micro_batch > 24
+
+
+@pytest.mark.parametrize(
+    ("vectors", "held", "whole"),
+    [
+        ({"dtype": "float32"}, 4, 4),
+        ({"dtype": "bfloat16"}, 2, 2),
+        ({"location": "host"}, 4, 4),
+        ({"location": "disk", "dtype": "float32"}, 0, 4),
+        ({"location": "disk", "dtype": "bfloat16"}, 0, 2),
+        ({"location": "disk"}, 0, 2),
+    ],
+)
+def test_vectors_take_what_their_storage_says(
+    world: World, vectors: dict[str, str], held: int, whole: int
+) -> None:
+    plan, plain = _plan(world, vectors=vectors), _plan(world)
+    numbers = plain.vector_bytes // 4
+    assert plan.bytes_per_worker["task vectors"] == held * numbers
+    assert plan.vector_bytes == whole * numbers
+    assert (plain.storage.dtype, plain.storage.location) == ("float32", "device")
+    assert f"{human_bytes(plan.vector_bytes)} per worker in" in plan_text(plan)
+
+
+def test_on_a_small_machine_the_vectors_give_way(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First their precision, then their place; the rest stays."""
+    monkeypatch.setattr(psutil, "Process", _Process)
+    plain = _plan(world)
+    rest = sum(plain.bytes_per_worker.values()) - plain.vector_bytes
+    room = {"float32": 1.2, "bfloat16": 0.7, "disk": 0.2}
+    for expected, part in room.items():
+        memory = int((rest + part * plain.vector_bytes) / 0.92)
+        storage = make_plan(world.parse(), Resources(cpus=2, memory_bytes=memory)).storage
+        assert expected in (storage.dtype, storage.location)
 
 
 @pytest.mark.parametrize(("granularity", "layers"), [("task", 1), ("block", 4), ("tensor", 32)])
@@ -79,7 +145,9 @@ def test_layers_by_granularity(world: World, granularity: str, layers: int) -> N
 def test_a_static_method_takes_no_steps_and_no_vectors(world: World) -> None:
     plan = _plan(world, method={"name": "average"})
     assert (plan.steps, plan.step_images, plan.layers) == (0, 0, 1)
-    assert list(plan.bytes_per_worker) == ["weights and gradient"]
+    assert list(plan.bytes_per_worker) == ["process", "merged model", "blocks"]
+    assert (plan.vector_bytes, plan.micro_batch) == (0, None)
+    assert "vectors " not in plan_text(plan)
 
 
 def test_a_method_that_merges_nothing_needs_no_disk(world: World) -> None:
@@ -107,10 +175,10 @@ def test_adapting_on_test_images_is_said(world: World) -> None:
 
 
 def test_only_headers_are_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(self: object, key: str) -> None:
+    def fill(self: object, key: str, *rest: object) -> None:
         raise AssertionError(f"read {key}")
 
-    monkeypatch.setattr("raymerge.checkpoints.reader.SafetensorsCheckpoint.read", read)
+    monkeypatch.setattr("raymerge.checkpoints.reader.SafetensorsCheckpoint.fill", fill)
     for method in ("average", "ties", "adamerging"):
         assert _plan(world, method={"name": method}).parameters
 

@@ -125,6 +125,25 @@ def test_the_recorded_config_is_the_config(world: World, folder: RunFolder) -> N
 # --- what is replaced, what stays --------------------------------------------------------------
 
 
+def test_the_nearest_folder_is_the_one_that_exists(tmp_path: Path) -> None:
+    assert RunFolder(tmp_path / "a" / "b").nearest == tmp_path
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert RunFolder(tmp_path / "a" / "b").nearest == tmp_path / "a" / "b"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_killed_run_was_writing_is_removed_but_not_this_runs(
+    world: World, folder: RunFolder, resume: bool
+) -> None:
+    folder.path.mkdir()
+    left, own = (folder.path / f".weights.{name}.tmp" for name in ("left", "own"))
+    left.write_text("")
+    own.write_text("")
+    folder.prepare(world.parse(), resume=resume, keep=own)
+    assert not left.exists()
+    assert own.exists()
+
+
 def test_overwrite_replaces_only_what_raymerge_wrote(world: World, tmp_path: Path) -> None:
     out = tmp_path / "out"
     merge(_local(world, out, optimizer={"steps": 2}))

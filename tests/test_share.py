@@ -18,13 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from raymerge.architecture import open_pretrained, resolve_model
 from raymerge.checkpoints.task_vectors import ties_statistics
 from raymerge.checkpoints.visual import open_visual
 from raymerge.config import Config
 from raymerge.data.slots import slot_counts, step_images
 from raymerge.heads import zero_shot_head
-from raymerge.messages import LoadRequest, StepRequest, StepResult, WorkerSpec
-from raymerge.models import open_pretrained, resolve_model
+from raymerge.messages import LoadRequest, StepRequest, StepResult, VectorStorage, WorkerSpec
 from raymerge.share import ServedModel, Share
 from raymerge.worker import MergeWorker
 
@@ -200,6 +200,31 @@ def test_bfloat16_autocast_gives_nearly_the_same_gradient(lone, literal):
     assert np.abs(result.gradient - _step(lone, _request("task")).gradient).max() > 0
 
 
+@pytest.mark.parametrize("location", ["host", "disk"])
+def test_where_the_vectors_lie_changes_no_bit(lone, tmp_path, location):
+    whole = _step(lone, _request())
+    elsewhere = _step(lone, _request(storage=VectorStorage("float32", location, str(tmp_path))))
+    assert np.array_equal(elsewhere.gradient, whole.gradient)
+    assert np.array_equal(elsewhere.loss, whole.loss)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_vectors_in_bfloat16_give_the_gradient_of_the_rounded_vectors(lone, literal):
+    """Not merely nearly: autograd through the merge of V rounded to bfloat16."""
+    exact = literal.vectors
+    literal.vectors = [
+        {name: t.float().bfloat16().double() for name, t in v.items()} for v in exact
+    ]
+    try:
+        losses_K, gradient_KL = _autograd(literal, "tensor")
+    finally:
+        literal.vectors = exact
+    result = _step(lone, _request(storage=VectorStorage("bfloat16")))
+    _assert_close(result.gradient, gradient_KL)
+    np.testing.assert_allclose(result.loss, losses_K, rtol=1e-4)
+    assert np.abs(result.gradient - _step(lone, _request()).gradient).max() > 0
+
+
 # --- one worker ---------------------------------------------------------------------------------
 
 
@@ -215,7 +240,7 @@ def test_a_step_keeps_no_state(lone):
     assert (again.step, again.rank, again.generation) == (1, 0, 7)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 100])
+@pytest.mark.parametrize("micro_batch", [1, 3, 100, "all"])
 def test_micro_batches_sum_to_the_whole_batch(lone, config, micro_batch):
     whole = _step(lone, _request())
     cut = _worker(config, _request(), micro_batch=micro_batch).step(StepRequest(0, _lambdas()))
@@ -232,7 +257,9 @@ def test_a_step_before_load_is_refused(config):
 def test_the_report_says_what_is_held(lone, config):
     report = lone["worker"].load(_request())
     layout = open_pretrained(resolve_model(config.model))[0].layout
-    assert report.vector_bytes == 4 * K * layout.numel
+    assert report.vector_bytes == 4 * K * layout.columns
+    in_bfloat16 = lone["worker"].load(_request(storage=VectorStorage("bfloat16")))
+    assert in_bfloat16.vector_bytes == 2 * K * layout.columns
     assert report.tasks == config.task_names
     assert report.rank == 0
 
@@ -272,7 +299,8 @@ def test_shards_give_the_gradient_of_the_whole(lone, config, shards):
     width = models[0].encoder.theta_P.numel() // shards
     columns = [slice(rank * width, (rank + 1) * width) for rank in range(shards)]
 
-    assert sum(share.vectors_KN.numel() for share in shares) == K * models[0].layout.numel
+    held = sum(share.vectors_CKn.numel() for share in shares)
+    assert held == K * models[0].layout.shard(0, shards).padded_columns
     for share, model, here in zip(shares, models, columns, strict=True):
         share.merge(_lambdas(), model.encoder.theta_P[here])
     gathered = torch.cat([m.encoder.theta_P[here] for m, here in zip(models, columns, strict=True)])

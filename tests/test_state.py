@@ -254,6 +254,7 @@ TASK = {"name": "a", "checkpoint": "a.pt", "classnames": ["x", "y"], "adapt": "d
         {"cluster": {"workers": 4, "shards": 2}},
         {"state": {"every_steps": 1}},
         {"optimizer": {"steps": 900}},
+        {"vectors": {"folder": "scratch"}},
         {"tasks": [{**TASK, "test": None}, {**TASK, "name": "b", "test": "u"}]},
     ],
 )
@@ -270,6 +271,8 @@ def test_what_does_not_decide_lambda_may_change(changes):
         {"optimizer": {"lr": 0.1}},
         {"optimizer": {"batch_size": 4}},
         {"precision": "bfloat16"},
+        {"vectors": {"dtype": "bfloat16"}},
+        {"vectors": {"location": "disk"}},  # whose precision is left open
         {"tasks": [TASK]},
         {"tasks": [{**TASK, "name": "b"}, TASK]},
         {"tasks": [{**TASK, "adapt": "e"}, {**TASK, "name": "b"}]},
@@ -280,6 +283,13 @@ def test_what_does_not_decide_lambda_may_change(changes):
 )
 def test_what_decides_lambda_must_not(changes):
     assert fingerprint(_config(**changes)) != fingerprint(_config())
+
+
+def test_with_a_given_precision_the_vectors_may_move():
+    def of(**vectors):
+        return fingerprint(_config(vectors={"dtype": "float32", **vectors}))
+
+    assert of() == of(location="host") == of(location="disk", folder="scratch")
 
 
 def test_more_steps_may_be_asked_for_only_at_a_constant_rate(world):

@@ -26,6 +26,12 @@ MODEL_CFG = {
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 1, "layers": 1},
 }
+RESNET = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+    "text_cfg": MODEL_CFG["text_cfg"],
+}
+"""With running statistics, which are merged, and integer buffers, which are not."""
 CLASSES = {"colour": ["red", "green", "blue"], "shade": ["dark", "light"], "tone": ["warm", "cold"]}
 CLASSES["shape"] = ["a b", "c_d", "E-f", "g"]
 

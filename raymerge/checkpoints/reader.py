@@ -11,9 +11,11 @@ import math
 import os
 import pickle
 import re
+import resource
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +27,7 @@ from raymerge.checkpoints.locate import locate, one_line
 from raymerge.errors import CheckpointError
 
 _NESTED = ("state_dict", "model_state_dict")
+_SPARE_FILES = 32
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
@@ -61,13 +64,13 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            self._file = _open(path)
             with safe_open(path, framework="pt") as file:  # checks the header against the size
                 self.specs: Mapping[str, TensorSpec] = {
                     key: _slice_spec(file.get_slice(key))
                     for key in file.keys()  # noqa: SIM118
                 }
             self._starts = _data_starts(path)
-            self._file = path.open("rb", buffering=0)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"checkpoint {path}: damaged safetensors file ({one_line(error)}); fetch it again"
@@ -133,6 +136,15 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     if path.suffix == ".safetensors" or (len(head) == 9 and head[8:9] == b"{"):
         return SafetensorsCheckpoint(path)
     return TorchCheckpoint(path)
+
+
+def _open(path: Path) -> FileIO:
+    """Open for reading; a thousand experts are more files than a process may open by default."""
+    file = path.open("rb", buffering=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if file.fileno() > soft - _SPARE_FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return file
 
 
 def _data_starts(path: Path) -> dict[str, int]:

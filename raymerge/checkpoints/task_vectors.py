@@ -20,6 +20,7 @@ from raymerge.merging.ties import TiesStatistics, elect_sign, trim, trim_thresho
 from raymerge.parallel import parallel
 
 _BLOCK_BYTES = 4 << 20  # of K task vectors: stays in a core's cache
+_LEAST_COLUMNS = 8 * CELL  # with very many tasks: shorter reads cost more than they save
 _SAMPLED_CELLS = 512
 STREAM_BYTES = 16 * _BLOCK_BYTES
 """What streaming holds at a time, about."""
@@ -62,7 +63,7 @@ def _read(
 
 def _parts(pieces: Sequence[Piece], tasks: int) -> Iterator[Piece]:
     """The pieces, cut into parts of a block each."""
-    return _cut(pieces, max(CELL, _BLOCK_BYTES // (4 * max(4, tasks)) // CELL * CELL))
+    return _cut(pieces, max(_LEAST_COLUMNS, _BLOCK_BYTES // (4 * max(4, tasks)) // CELL * CELL))
 
 
 def _cut(pieces: Sequence[Piece], size: int) -> Iterator[Piece]:

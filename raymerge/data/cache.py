@@ -64,16 +64,19 @@ def _has_end_marker(path: Path) -> bool:
 
 
 def decode_all(
-    paths: Sequence[Path], preprocess: Preprocess, progress: Callable[[int], None] | None = None
+    paths: Sequence[Path],
+    preprocess: Preprocess,
+    progress: Callable[[int], None] | None = None,
+    threads: int | None = None,
 ) -> Tensor:
-    """(N, 3, H, W) uint8, in the order of ``paths``, decoded by one thread per core."""
+    """(N, 3, H, W) uint8, in the order of ``paths``; ``threads``: default one per core."""
     height, width = preprocess.size
     out_N3HW = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
 
     def work(i: int) -> None:
         out_N3HW[i] = decode(paths[i], preprocess)
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         for _ in pool.map(work, range(len(paths))):
             if progress is not None:
                 progress(1)
@@ -103,10 +106,11 @@ class PinnedImages:
         needed: NDArray[np.int64],
         preprocess: Preprocess,
         progress: Callable[[int], None] | None = None,
+        threads: int | None = None,
     ) -> None:
         self._needed = np.unique(needed)
         paths = [images.paths[i] for i in self._needed]
-        self._pixels_N3HW = decode_all(paths, preprocess, progress)
+        self._pixels_N3HW = decode_all(paths, preprocess, progress, threads)
 
     def holds(self, indices: NDArray[np.int64]) -> bool:
         """Whether every one of these images is pinned."""

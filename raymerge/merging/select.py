@@ -67,6 +67,8 @@ def _kth_inside(parts: Parts, k: int, low: float, high: float) -> float | None:
         return low if rank + _copies(parts, low) >= 1 else None
     if rank <= len(kept):
         return float(kept.kthvalue(rank).values)
+    if low == high:  # its copies are in up_to_low
+        return None
     return high if rank - len(kept) <= _copies(parts, high) else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import pickle
 from collections import OrderedDict
@@ -15,8 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from raymerge.checkpoints.digests import sha256
-from raymerge.checkpoints.reader import TensorSpec, open_checkpoint
+from raymerge.checkpoints.reader import TensorSpec, open_checkpoint, read_tensor
 from raymerge.errors import CheckpointError
 
 
@@ -60,7 +58,7 @@ def test_every_format_reads_back_bit_for_bit(tmp_path, writer, name):
         key: TensorSpec(tuple(t.shape), t.dtype) for key, t in state.items()
     }
     for key, tensor in state.items():
-        read = checkpoint.read(key)
+        read = read_tensor(checkpoint, key)
         assert read.dtype == tensor.dtype
         assert torch.equal(read, tensor)
         assert not read.requires_grad
@@ -70,6 +68,39 @@ def test_a_safetensors_suffix_is_taken_at_its_word(tmp_path):
     torch.save(_state(), tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"x\.safetensors: damaged safetensors file"):
         open_checkpoint(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("out", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_fill_writes_any_columns_of_the_flattened_tensor_in_any_float_dtype(tmp_path, writer, out):
+    state = _state()
+    WRITERS[writer](state, tmp_path / "x")
+    checkpoint = open_checkpoint(tmp_path / "x")
+    for key in ("visual.proj", "visual.bias", "visual.gain"):
+        flat = state[key].flatten()
+        for start, stop in ((0, len(flat)), (2, 5), (4, 5), (3, 3)):
+            out_n = torch.full((stop - start,), torch.nan, dtype=out)
+            checkpoint.fill(key, start, out_n)
+            assert torch.equal(out_n, flat[start:stop].to(out))
+            strided_n = torch.full((2, stop - start), torch.nan, dtype=out).t()[:, 0]
+            checkpoint.fill(key, start, strided_n)
+            assert torch.equal(strided_n, flat[start:stop].to(out))
+
+
+def test_a_tensor_is_read_in_the_dtype_asked_for(tmp_path):
+    save_file(_state(), tmp_path / "x.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "x.safetensors")
+    read = read_tensor(checkpoint, "visual.gain", torch.float32)
+    assert torch.equal(read, _state()["visual.gain"].float())
+
+
+def test_a_file_that_was_cut_after_it_was_opened_is_a_checkpoint_error(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file(_state(), path)
+    checkpoint = open_checkpoint(path)
+    os.truncate(path, path.stat().st_size - 60)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: .* cannot be read \(the file ends"):
+        [read_tensor(checkpoint, key) for key in checkpoint.specs]
 
 
 # --- damage ------------------------------------------------------------------------------------
@@ -156,7 +187,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
 def _read_everything(path: Path) -> None:
     checkpoint = open_checkpoint(path)
     for key in checkpoint.specs:
-        checkpoint.read(key)
+        read_tensor(checkpoint, key)
 
 
 # --- safety ------------------------------------------------------------------------------------
@@ -215,7 +246,7 @@ def test_a_whole_pickled_module_is_refused_by_name(tmp_path):
         open_checkpoint(tmp_path / "x.pt")
 
 
-# --- folders, hashes ---------------------------------------------------------------------------
+# --- folders -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reference", ["{}", "local-dir:{}", "{}/open_clip_model.safetensors"])
@@ -230,8 +261,3 @@ def test_safetensors_win_over_the_pickle_beside_them(tmp_path):
     assert set(open_checkpoint(tmp_path).specs) == {"old"}
     save_file({"new": torch.zeros(1)}, tmp_path / "open_clip_model.safetensors")
     assert set(open_checkpoint(tmp_path).specs) == {"new"}
-
-
-def test_sha256_is_the_files_digest(tmp_path):
-    (tmp_path / "x").write_bytes(b"abc" * 700_000)
-    assert sha256(tmp_path / "x") == hashlib.sha256(b"abc" * 700_000).hexdigest()

@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raymerge.checkpoints.task_vectors import read_shard, task_vector_pieces, ties_statistics
+from raymerge.checkpoints import task_vectors
+from raymerge.checkpoints.task_vectors import read_shard, store, stream, ties_statistics
 from raymerge.checkpoints.visual import VisualCheckpoint, open_visual
 from raymerge.errors import CheckpointError
-from raymerge.merging.layout import CELL, ParameterLayout
+from raymerge.merging.layout import CELL, ParameterLayout, Piece
 
 SHAPES = {"a": (50, 3), "b": (CELL,), "c": (7,), "d": (2 * CELL - 100,), "e": ()}
 LAYOUT = ParameterLayout(tuple(SHAPES), tuple(SHAPES.values()))
-P = LAYOUT.numel
+P = LAYOUT.parameters
 CPU = torch.device("cpu")
 # Tensors of very different magnitude: a threshold over the whole is not one per tensor.
 SCALES = torch.cat([torch.full((math.prod(s),), 2.0**-i) for i, s in enumerate(SHAPES.values())])
@@ -44,42 +45,100 @@ def files(tmp_path_factory, vectors_KP, base_P) -> tuple[VisualCheckpoint, list[
 
 
 def _write(path: Path, flat_P: Tensor) -> VisualCheckpoint:
-    save_file({f"visual.{n}": v.clone() for n, v in LAYOUT.views(flat_P).items()}, path)
+    parts = zip(LAYOUT.names, flat_P.split(list(LAYOUT.sizes)), LAYOUT.shapes, strict=True)
+    save_file({f"visual.{name}": part.reshape(shape).clone() for name, part, shape in parts}, path)
     return open_visual(str(path), LAYOUT)
 
 
-def test_pieces_are_the_differences_to_the_pretrained_model(files, vectors_KP, base_P):
+def _unpadded(flat: Tensor) -> Tensor:
+    """Columns of the flat vector → the P parameters; what lies between them must be zero."""
+    spans = list(zip(LAYOUT.offsets, LAYOUT.sizes, strict=False))
+    kept = torch.cat([flat[..., start : start + size] for start, size in spans], -1)
+    assert flat.count_nonzero() == kept.count_nonzero()
+    return kept
+
+
+def _read_shards(files, shards: int = 1, ties=None, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+    """θ₀ (P,) and V (K, P), put together from all shards."""
+    pretrained, experts = files
+    base, vectors = [], []
+    for rank in range(shards):
+        shard = LAYOUT.shard(rank, shards)
+        out_CKn = torch.zeros(shard.cells, len(experts), CELL, dtype=dtype)
+        base.append(read_shard(pretrained, experts, shard, ties, out_CKn, CPU))
+        vectors.append(out_CKn.transpose(0, 1).flatten(1))
+    return _unpadded(torch.cat(base)), _unpadded(torch.cat(vectors, 1))
+
+
+def _set_block(monkeypatch, cells: int) -> None:
+    monkeypatch.setattr(task_vectors, "_BLOCK_BYTES", 4 * 4 * cells * CELL)
+    monkeypatch.setattr(task_vectors, "_LEAST_COLUMNS", CELL)
+
+
+def _positions(piece: Piece) -> slice:
+    """Where the piece's columns are among the P parameters."""
+    start = sum(LAYOUT.sizes[: piece.tensor]) + piece.start - LAYOUT.offsets[piece.tensor]
+    return slice(start, start + piece.stop - piece.start)
+
+
+@pytest.mark.parametrize("block_cells", [1, 2, 1000])
+def test_the_stream_is_of_the_differences_to_the_pretrained_model_in_order(
+    monkeypatch, files, vectors_KP, base_P, block_cells
+):
+    _set_block(monkeypatch, block_cells)
+    pieces = LAYOUT.shard(0, 1).pieces()
+    streamed = stream(lambda *given: given, *files, pieces)
     seen = []
-    for piece, base_n, vectors_Kn in task_vector_pieces(*files, LAYOUT.shard(0, 1).pieces()):
-        seen.append(piece.tensor)
-        assert torch.equal(base_n, base_P[piece.start : piece.stop])
-        assert torch.equal(vectors_Kn, vectors_KP[:, piece.start : piece.stop])
-    assert seen == list(range(len(SHAPES)))
+    for piece, base_n, vectors_Kn in streamed:
+        seen.append(piece)
+        assert piece.stop - piece.start <= block_cells * CELL
+        assert torch.equal(base_n, base_P[_positions(piece)])
+        assert torch.equal(vectors_Kn, vectors_KP[:, _positions(piece)])
+    assert [_positions(piece).start for piece in seen] == sorted(
+        {_positions(piece).start for piece in seen}
+    )
+    assert sum(piece.stop - piece.start for piece in seen) == P
+    assert all((piece.start - LAYOUT.offsets[piece.tensor]) % CELL == 0 for piece in seen)
 
 
-@pytest.mark.parametrize("shards", [1, 2, 3, 5])
+@pytest.mark.parametrize("shards", [1, 2, 3, 5, 20])
 def test_shards_hold_their_columns_and_together_all(files, vectors_KP, base_P, shards):
-    held = [read_shard(*files, LAYOUT.shard(rank, shards), None, CPU) for rank in range(shards)]
-    assert torch.equal(torch.cat([base_N for base_N, _ in held]), base_P)
-    assert torch.equal(torch.cat([vectors_KN for _, vectors_KN in held], 1), vectors_KP)
+    read_P, read_KP = _read_shards(files, shards)
+    assert torch.equal(read_P, base_P)
+    assert torch.equal(read_KP, vectors_KP)
+
+
+def test_vectors_are_stored_in_the_dtype_of_their_memory(files, vectors_KP, base_P):
+    read_P, read_KP = _read_shards(files, 2, dtype=torch.bfloat16)
+    assert torch.equal(read_P, base_P)
+    assert torch.equal(read_KP, vectors_KP.bfloat16())
+
+
+@pytest.mark.parametrize("count", [1, CELL - 1, CELL, CELL + 1, 3 * CELL, 3 * CELL + 7])
+def test_store_lays_columns_cell_by_cell_and_leaves_the_rest(count):
+    values_Kn = torch.randn(3, count, generator=torch.Generator().manual_seed(0))
+    out_CKn = torch.full((5, 3, CELL), -1.0)
+    store(out_CKn, values_Kn)
+    flat_KN = out_CKn.transpose(0, 1).flatten(1)
+    assert torch.equal(flat_KN[:, :count], values_Kn)
+    assert (flat_KN[:, count:] == -1).all()
 
 
 def test_reading_leaves_the_files_as_they_were(files, base_P):
-    """θ₀ comes as a memory-mapped view; subtracting must not write into it."""
-    list(task_vector_pieces(*files, LAYOUT.shard(0, 1).pieces()))
-    base_N, vectors_KN = read_shard(*files, LAYOUT.shard(0, 1), None, CPU)
-    base_N.zero_()
-    vectors_KN.zero_()
-    again_N, _ = read_shard(*files, LAYOUT.shard(0, 1), None, CPU)
-    assert torch.equal(again_N, base_P)
+    for read in _read_shards(files):
+        read.zero_()
+    assert torch.equal(_read_shards(files)[0], base_P)
 
 
-def test_nan_in_one_expert_is_refused_when_its_columns_are_read(tmp_path, files, base_P):
+@pytest.mark.parametrize("broken", [0, 1])
+def test_nan_in_one_model_is_refused_when_its_columns_are_read(tmp_path, files, base_P, broken):
     broken_P = base_P.clone()
-    broken_P[LAYOUT.offsets[3] + 5] = torch.nan
-    expert = _write(tmp_path / "broken.safetensors", broken_P)
+    broken_P[sum(LAYOUT.sizes[:3]) + 5] = torch.nan
+    bad = _write(tmp_path / "broken.safetensors", broken_P)
+    models = [files[0], *files[1]]
+    models[broken] = bad
     with pytest.raises(CheckpointError, match=r"broken\.safetensors: visual\.d holds 1 NaN"):
-        read_shard(files[0], [expert], LAYOUT.shard(0, 1), None, CPU)
+        _read_shards((models[0], models[1:]))
 
 
 # --- TIES, against whole vectors ---------------------------------------------------------------
@@ -100,8 +159,7 @@ def _streamed(
     files, density: float, scope: str, zeros: int = 0, shards: int = 1, mean: bool = False
 ):
     statistics = ties_statistics(*files, density=density, scope=scope, extra_zeros=zeros, mean=mean)
-    parts = [read_shard(*files, LAYOUT.shard(r, shards), statistics, CPU) for r in range(shards)]
-    return statistics, torch.cat([vectors_KN for _, vectors_KN in parts], 1)
+    return statistics, _read_shards(files, shards, statistics)[1]
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -116,6 +174,18 @@ def test_scope_full_trims_over_the_leftover_zeros_as_well(files, vectors_KP, zer
     statistics, phi_KP = _streamed(files, 0.2, "full", zeros)
     assert torch.equal(phi_KP, _whole_ties(vectors_KP, 0.2, zeros))
     assert len({*statistics.thresholds[0]}) == 1
+
+
+@pytest.mark.parametrize("sampled_cells", [1, 2, 512])
+@pytest.mark.parametrize("block_cells", [1, 1000])
+def test_neither_the_sample_nor_the_blocks_change_ties(
+    monkeypatch, files, vectors_KP, sampled_cells, block_cells
+):
+    monkeypatch.setattr(task_vectors, "_SAMPLED_CELLS", sampled_cells)
+    _set_block(monkeypatch, block_cells)
+    for zeros in (0, 10_000):
+        _, phi_KP = _streamed(files, 0.2, "full", zeros)
+        assert torch.equal(phi_KP, _whole_ties(vectors_KP, 0.2, zeros))
 
 
 def test_scope_full_keeps_a_larger_part_of_the_visual_vector(files, vectors_KP):
@@ -137,9 +207,9 @@ def test_scope_visual_does_not_count_the_leftovers(files):
 def test_scope_tensor_trims_each_tensor_by_itself(files, vectors_KP):
     statistics, _ = _streamed(files, 0.2, "tensor")
     for k, row in enumerate(vectors_KP):
-        for t, view in enumerate(LAYOUT.views(row).values()):
-            n = view.numel()
-            expected = view.abs().flatten().kthvalue(n - math.floor(0.2 * n)).values
+        for t, part in enumerate(row.split(list(LAYOUT.sizes))):
+            n = len(part)
+            expected = part.abs().kthvalue(n - math.floor(0.2 * n)).values
             assert statistics.thresholds[k][t] == float(expected)
     assert len({*statistics.thresholds[0]}) > 2
 
@@ -148,14 +218,13 @@ def test_scope_tensor_trims_each_tensor_by_itself(files, vectors_KP):
 def test_scope_tensor_is_ties_with_one_vector_per_tensor(files, vectors_KP, shards):
     """Only the zero-sum columns of a tensor look beyond it, at the majority of the whole."""
     statistics, phi_KP = _streamed(files, 0.2, "tensor", shards=shards)
-    views = zip(LAYOUT.offsets, LAYOUT.offsets[1:], strict=False)
-    for t, (start, stop) in enumerate(views):
+    parts = zip(*(x.split(list(LAYOUT.sizes), 1) for x in (vectors_KP, phi_KP)), strict=True)
+    for t, (part, phi) in enumerate(parts):
         thresholds_K1 = torch.tensor([[row[t]] for row in statistics.thresholds])
-        part = vectors_KP[:, start:stop]
         trimmed = part * (part.abs() >= thresholds_K1)
         total = trimmed.sum(0)
         sign = torch.where(total == 0, torch.tensor(statistics.majority), total.sign())
-        assert torch.equal(phi_KP[:, start:stop], trimmed * (trimmed.sign() == sign))
+        assert torch.equal(phi, trimmed * (trimmed.sign() == sign))
 
 
 def test_density_one_only_elects(files, vectors_KP):

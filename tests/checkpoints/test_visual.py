@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raymerge.checkpoints.visual import PREFIXES, VisualCheckpoint, open_visual
+from raymerge.checkpoints.visual import PREFIXES, VisualCheckpoint, all_finite, open_visual
 from raymerge.errors import CheckpointError
-from raymerge.merging.layout import CELL, ParameterLayout
+from raymerge.merging.layout import CELL, ParameterLayout, Piece
 
 SHAPES = {
     "conv1.weight": (4, 3, 2, 2),
@@ -38,7 +38,25 @@ def _open(tmp_path: Path, state: dict[str, Tensor]) -> VisualCheckpoint:
 
 
 def _flat(state: dict[str, Tensor]) -> Tensor:
-    return torch.cat([t.float().flatten() for t in state.values()])
+    flat_P = torch.zeros(LAYOUT.columns)
+    for view, tensor in zip(LAYOUT.views(flat_P).values(), state.values(), strict=True):
+        view.copy_(tensor)
+    return flat_P
+
+
+def _read(opened: VisualCheckpoint, tensor: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    start, size = LAYOUT.offsets[tensor], LAYOUT.sizes[tensor]
+    out_n = torch.full((size,), torch.nan, dtype=dtype)
+    opened.read(Piece(tensor, start, start + size), out_n)
+    return out_n
+
+
+def _read_all(opened: VisualCheckpoint, shards: int = 1) -> Tensor:
+    read_P = torch.zeros(LAYOUT.columns)
+    for rank in range(shards):
+        for piece in LAYOUT.shard(rank, shards).pieces():
+            opened.read(piece, read_P[piece.start : piece.stop])
+    return read_P
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -46,8 +64,7 @@ def test_prefixes_of_the_field(tmp_path, prefix):
     state = _state(prefix)
     opened = _open(tmp_path, state)
     assert opened.prefix == prefix
-    read = torch.cat([opened.read(t) for t in range(len(SHAPES))])
-    assert torch.equal(read, _flat(state))
+    assert torch.equal(_read_all(opened), _flat(state))
 
 
 @pytest.mark.parametrize("prefix", ["visual.", "module.visual.", "model.visual."])
@@ -59,15 +76,13 @@ def test_tensors_beside_the_visual_tower_are_left_alone(tmp_path, prefix):
 
 def test_integer_buffers_in_the_tower_are_not_unexpected(tmp_path):
     state = {**_state(), "visual.bn.num_batches_tracked": torch.tensor(3)}
-    assert torch.equal(_open(tmp_path, state).read(3), state["visual.proj"].flatten())
+    assert torch.equal(_read(_open(tmp_path, state), 3), state["visual.proj"].flatten())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_float_dtypes_are_read_as_float32(tmp_path, dtype):
     state = _state(dtype=dtype)
-    opened = _open(tmp_path, state)
-    read = opened.read(0)
-    assert read.dtype == torch.float32
+    read = _read(_open(tmp_path, state), 0)
     assert torch.equal(read, state["visual.conv1.weight"].flatten().float())
 
 
@@ -75,13 +90,7 @@ def test_other_float_dtypes_are_read_as_float32(tmp_path, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_columns_of_the_shards_are_the_flat_vector(tmp_path, shards, dtype):
     state = _state(dtype=dtype)
-    opened = _open(tmp_path, state)
-    read_P = torch.full((LAYOUT.numel,), torch.nan)
-    for rank in range(shards):
-        for piece, values in opened.columns(LAYOUT.shard(rank, shards).pieces()):
-            assert values.dtype == torch.float32
-            read_P[piece.start : piece.stop] = values
-    assert torch.equal(read_P, _flat(state))
+    assert torch.equal(_read_all(_open(tmp_path, state), shards), _flat(state))
 
 
 def _message(tmp_path: Path, state: dict[str, Tensor]) -> str:
@@ -153,20 +162,34 @@ def test_nan_and_inf_are_refused_with_the_tensors_name_and_number(tmp_path, valu
     opened = _open(tmp_path, state)  # headers are sound; the values are seen when read
     pattern = rf"visual\.big holds {count} NaN or Inf value"
     with pytest.raises(CheckpointError, match=pattern):
-        opened.read(1)
+        _read(opened, 1)
+    out_n = torch.empty(LAYOUT.sizes[1])
+    piece = Piece(1, LAYOUT.offsets[1], LAYOUT.offsets[1] + len(out_n))
+    opened.fill(piece, out_n)  # which does not look
     with pytest.raises(CheckpointError, match=pattern):
-        list(opened.columns(LAYOUT.shard(0, 1).pieces()))
+        opened.require_finite(piece, out_n)
+    before = Piece(1, LAYOUT.offsets[1], LAYOUT.offsets[1] + CELL)
+    opened.read(before, out_n[:CELL])  # other columns of the same tensor are sound
 
 
 def test_inf_and_minus_inf_do_not_hide_each_other(tmp_path):
     state = _state()
     state["visual.proj"][0, 0], state["visual.proj"][0, 1] = torch.inf, -torch.inf
     with pytest.raises(CheckpointError, match="holds 2 NaN or Inf values"):
-        _open(tmp_path, state).read(3)
+        _read(_open(tmp_path, state), 3)
 
 
 def test_large_finite_values_are_not_refused(tmp_path):
     """Their sum overflows, they do not."""
     state = _state()
     state["visual.proj"].fill_(3e38)
-    assert torch.equal(_open(tmp_path, state).read(3), torch.full((24,), 3e38))
+    assert torch.equal(_read(_open(tmp_path, state), 3), torch.full((24,), 3e38))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_all_finite_is_its_definition(dtype):
+    largest = torch.finfo(dtype).max
+    for values in ([], [0.0], [largest] * 3, [-largest, -largest], [largest, -largest]):
+        assert all_finite(torch.tensor(values, dtype=dtype))
+    for values in ([torch.nan], [1.0, torch.inf], [-torch.inf, torch.inf], [largest, torch.nan]):
+        assert not all_finite(torch.tensor(values, dtype=dtype))

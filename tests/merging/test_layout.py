@@ -28,27 +28,34 @@ def layout() -> ParameterLayout:
     return ParameterLayout(NAMES, SHAPES)
 
 
-def test_tensors_tile_the_flat_vector_without_gap_or_overlap(layout):
-    assert layout.offsets[0] == 0
-    assert layout.numel == sum(math.prod(shape) for shape in SHAPES)
-    touched_P = torch.zeros(layout.numel)
+def test_every_tensor_starts_a_cell_and_only_the_rest_of_its_last_cell_is_padding(layout):
+    assert layout.parameters == sum(layout.sizes) == sum(math.prod(shape) for shape in SHAPES)
+    touched_P = torch.zeros(layout.columns)
     for view in layout.views(touched_P).values():
         view += 1
-    assert torch.equal(touched_P, torch.ones(layout.numel))
+    assert touched_P.max() == 1
+    assert touched_P.sum() == layout.parameters
+    cells = zip(layout.offsets, layout.offsets[1:], layout.sizes, strict=False)
+    for start, stop, size in cells:
+        assert start % CELL == 0
+        assert 0 <= stop - (start + size) < CELL
+        assert torch.equal(touched_P[start : start + size], torch.ones(size))
 
 
-def test_views_are_the_concatenation_of_the_flattened_tensors(layout):
+def test_views_are_the_tensors_laid_at_their_offsets(layout):
     tensors = {name: torch.randn(shape) for name, shape in zip(NAMES, SHAPES, strict=True)}
-    flat_P = torch.cat([t.reshape(-1) for t in tensors.values()])
+    flat_P = torch.zeros(layout.columns)
+    for start, tensor in zip(layout.offsets, tensors.values(), strict=False):
+        flat_P[start : start + tensor.numel()] = tensor.flatten()
     views = layout.views(flat_P)
     assert list(views) == list(NAMES)
     assert all(torch.equal(views[name], tensors[name]) for name in NAMES)
 
 
-def test_views_alias_the_vector_and_tolerate_padding(layout):
-    flat_P = torch.zeros(layout.numel + 100)
+def test_views_alias_the_vector_and_tolerate_a_longer_one(layout):
+    flat_P = torch.zeros(layout.columns + 100)
     layout.views(flat_P)["proj"][1, 2] = 5.0
-    assert flat_P[7 + 1 * 3 + 2] == 5.0
+    assert flat_P[CELL + 1 * 3 + 2] == 5.0
     assert flat_P.count_nonzero() == 1
 
 
@@ -128,50 +135,59 @@ def test_block_of_visual_towers(name, block):
     assert block_of(name) == block
 
 
-@pytest.mark.parametrize("granularity", ["task", "block", "tensor"])
-def test_reduce_is_the_adjoint_of_expand(layout, granularity):
-    torch.manual_seed(0)
-    mapped = layout.layers(granularity)
-    lambdas_KL = torch.randn(3, len(mapped.names), dtype=torch.float64)
-    g_KT = torch.randn(3, len(NAMES), dtype=torch.float64)
-    left = (mapped.expand(lambdas_KL) * g_KT).sum()
-    right = (lambdas_KL * mapped.reduce(g_KT)).sum()
-    torch.testing.assert_close(left, right, rtol=1e-13, atol=0)
-
-
 def test_expand_gives_every_tensor_the_coefficient_of_its_layer():
     mapped = LayerMap(("x", "y"), (1, 0, 1))
     assert mapped.expand(torch.tensor([[10.0, 20.0]])).tolist() == [[20.0, 10.0, 20.0]]
-    assert mapped.reduce(torch.tensor([[1.0, 2.0, 4.0]])).tolist() == [[2.0, 5.0]]
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 20])
+@pytest.mark.parametrize("granularity", ["task", "block", "tensor"])
+def test_every_cell_has_the_layer_of_its_tensor(layout, granularity, shards):
+    mapped = layout.layers(granularity)
+    for rank in range(shards):
+        shard = layout.shard(rank, shards)
+        layer_of_cell = mapped.of_cells(shard).tolist()
+        assert len(layer_of_cell) == shard.cells
+        for piece in shard.pieces():
+            first = (piece.start - shard.start) // CELL
+            last = (piece.stop - 1 - shard.start) // CELL
+            layers = {*layer_of_cell[first : last + 1]}
+            assert layers == {mapped.layer_of_tensor[piece.tensor]}
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 4, 5, 7, 8, 20])
-def test_shards_partition_every_column_in_order(layout, shards):
+def test_shards_partition_every_parameter_in_order(layout, shards):
     pieces = [p for rank in range(shards) for p in layout.shard(rank, shards).pieces()]
     columns = [c for p in pieces for c in range(p.start, p.stop)]
-    assert columns == list(range(layout.numel))
+    spans = zip(layout.offsets, layout.sizes, strict=False)
+    assert columns == [c for start, size in spans for c in range(start, start + size)]
     for p in pieces:
         assert layout.offsets[p.tensor] <= p.start < p.stop <= layout.offsets[p.tensor + 1]
+        assert p.start % CELL == 0
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 7, 20])
 def test_shards_are_equal_runs_of_whole_cells_and_fill_the_padded_buffer(layout, shards):
     held = [layout.shard(rank, shards) for rank in range(shards)]
-    assert {s.width for s in held} == {held[0].width}
-    assert held[0].width % CELL == 0
-    assert sum(s.columns for s in held) == layout.numel
-    assert held[0].padded_numel == shards * held[0].width >= layout.numel
+    assert {(s.cells, s.columns) for s in held} == {(held[0].cells, held[0].cells * CELL)}
+    assert [s.start for s in held] == [rank * held[0].columns for rank in range(shards)]
+    assert held[0].padded_columns == shards * held[0].columns >= layout.columns
+    assert held[0].padded_columns - layout.columns < shards * CELL
     for s in held:
-        inside = [(p.start, p.stop) for p in s.pieces()]
-        assert all(s.start <= a and b <= s.start + s.width for a, b in inside)
-        assert s.columns == sum(b - a for a, b in inside)
+        assert all(s.start <= p.start and p.stop <= s.start + s.columns for p in s.pieces())
 
 
-def test_more_shards_than_cells_leaves_the_last_ones_empty(layout):
-    cells = math.ceil(layout.numel / CELL)
+def test_cells_past_the_end_are_the_last_tensors_and_hold_nothing(layout):
+    cells = layout.columns // CELL
     last = layout.shard(cells + 1, cells + 2)
-    assert last.columns == 0
     assert last.pieces() == []
+    assert last.tensor_of_cell.tolist() == [len(NAMES) - 1]
+
+
+def test_one_tensor_is_a_layout_too():
+    layout = ParameterLayout(("w",), ((3,),))
+    assert (layout.parameters, layout.columns) == (3, CELL)
+    assert layout.shard(0, 1).tensor_of_cell.tolist() == [0]
 
 
 def test_the_maths_never_imports_ray_or_a_model():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -87,6 +88,61 @@ def test_the_input_is_not_changed():
     before = vector.clone()
     _kth([vector], 7)
     assert torch.equal(vector, before)
+
+
+# --- the sample decides how much is read and kept, never the answer ----------------------------
+
+SAMPLES = {
+    "far too high": torch.full((500,), 1e9),
+    "far too low": torch.full((500,), 1e-9),
+    "zeros": torch.zeros(500),
+    "both ends": torch.tensor([1e-30, 1e30] * 250),
+    "a single number": torch.tensor([0.4]),
+    "a number of the vector": torch.tensor([3.0]),
+    "the top alone": _normal(50_000).abs().sort().values[-400:],
+    "an infinity": torch.tensor([1.0, torch.inf]),
+    "none": torch.empty(0),
+}
+LONG = {
+    "distinct": _normal(50_000),
+    "many duplicates": (4 * _normal(50_000, 1)).round(),
+    "half zeros": torch.cat([torch.zeros(25_000), _normal(25_000, 2)]),
+    "nearly all zeros": torch.cat([torch.zeros(49_990), _normal(10, 3)]),
+}
+
+
+@pytest.mark.parametrize("vector", LONG)
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_any_sample_gives_the_same_answer(sample, vector):
+    values = LONG[vector]
+    ordered = values.abs().sort().values
+    for k in (1, 2, 24_999, 25_000, 25_001, 40_000, 49_999, 50_000):
+        found = kth_smallest_magnitude(lambda: values.split(7001), k, len(values), SAMPLES[sample])
+        assert found == float(ordered[k - 1]), k
+
+
+@pytest.mark.parametrize("k", [50, 400_000, 800_000, 999_999])
+@pytest.mark.parametrize("vector", ["distinct", "half zeros"])
+def test_little_of_the_vector_is_kept(monkeypatch, k, vector):
+    """About 3 % lie inside the bracket of a fair sample; equal numbers at its ends only count."""
+    values = _normal(1_000_000)
+    if vector == "half zeros":
+        values[::2] = 0
+    kept: list[int] = []
+    concatenate = np.concatenate
+
+    def counted(parts):
+        kept.append(sum(len(part) for part in parts))
+        return concatenate(parts)
+
+    monkeypatch.setattr(np, "concatenate", counted)
+    sample = values[
+        torch.randperm(len(values), generator=torch.Generator().manual_seed(1))[:100_000]
+    ]
+    found = kth_smallest_magnitude(lambda: values.split(99_999), k, len(values), sample)
+    assert found == float(values.abs().kthvalue(k).values)
+    assert len(kept) == 1
+    assert kept[0] < 0.035 * len(values)
 
 
 @pytest.mark.parametrize("k", [0, -1, 11])

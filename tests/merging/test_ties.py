@@ -187,3 +187,45 @@ def test_with_mean_the_sum_of_phi_is_the_disjoint_mean():
     for column, mean in columns:
         kept = [x for x in column if x]
         assert mean == pytest.approx(sum(kept) / len(kept) if kept else 0.0, abs=1e-6)
+
+
+# --- the one-pass formulas are the definitions -------------------------------------------------
+
+EDGES = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 0.5, -0.5, 0.49999997, 0.50000006, -3.0, 3e38])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threshold", [0.0, 1e-45, 0.5, -0.0, 3.0, 3e38, torch.inf])
+def test_trim_is_its_definition_at_ties_and_zeros_too(threshold, dtype):
+    vectors_KN = EDGES.to(dtype).repeat(2, 1)
+    thresholds_K = torch.tensor([threshold, 0.25], dtype=dtype)
+    before = vectors_KN.clone()
+    literal = torch.where(vectors_KN.abs() >= thresholds_K[:, None], vectors_KN, 0)
+    trimmed_KN = trim(vectors_KN, thresholds_K)
+    assert trimmed_KN.dtype == dtype
+    assert torch.equal(trimmed_KN, literal)
+    assert torch.equal(vectors_KN, before)
+
+
+def test_trim_separates_float64_neighbours_of_the_threshold():
+    at = torch.tensor(0.1, dtype=torch.float64)
+    below, above = (torch.nextafter(at, at + side) for side in (-1, 1))
+    row = torch.stack([below, at, above, -below, -at])
+    assert (trim(row[None], at[None]) != 0).tolist() == [[False, True, True, False, True]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_disjoint_is_its_definition_for_every_pair_of_signs(dtype):
+    sign_N = torch.tensor([-1.0, -0.0, 0.0, 1.0], dtype=dtype).repeat_interleave(len(EDGES))
+    entries_KN = EDGES.to(dtype).repeat(4)[None]
+    literal = torch.where(entries_KN.sign() * sign_N > 0, entries_KN, 0)
+    assert torch.equal(disjoint(entries_KN, sign_N), literal)
+
+
+@pytest.mark.parametrize("density", [0.2, 1.0])
+def test_phi_in_float64_is_the_reference(density):
+    vectors_KN = _vectors(3).double()
+    thresholds_K = torch.tensor([_threshold(row, density) for row in vectors_KN]).double()
+    expected = _reference_phi(vectors_KN, min(density, 0.9999)).double()
+    majority = float(elect_sign(trim(vectors_KN, thresholds_K), 0.0).sum().sign())
+    assert torch.equal(phi(vectors_KN, thresholds_K, majority), expected)

@@ -297,6 +297,13 @@ def test_plots_of_a_run_and_of_a_comparison(tmp_path):
     assert all(width > 500 and height > 300 for width, height in sizes)
 
 
+def test_a_constant_lambda_is_no_picture(tmp_path):
+    write_run(tmp_path, steps=5)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "lambda_heatmap.png").unlink(missing_ok=True)
+    assert write_plots(tmp_path) == []
+
+
 def test_importing_the_report_loads_no_heavy_module():
     heavy = ("torch", "ray", "matplotlib", "numpy", "yaml", "open_clip")
     code = f"import sys, raymerge.report; print([m for m in {heavy} if m in sys.modules])"

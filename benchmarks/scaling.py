@@ -1,0 +1,86 @@
+"""Strong scaling on one machine, and the bytes of a step against the formula of docs/scaling.md.
+
+    python benchmarks/scaling.py --tasks 8 --batch 4 --workers 1 2 --shards 1 2
+
+One thread a worker. Bytes of the collectives are read off the loopback interface, so run it alone
+on the machine; bytes through Ray are those of the pickled messages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from case import make_case
+from measure import machine, median, say
+
+from raymerge.config import load_config
+from raymerge.messages import StepRequest
+from raymerge.session import Merging, open_group
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--shards", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir(), "raymerge-cases"))
+    args = parser.parse_args()
+    case = make_case(args.root, args.tasks, args.batch)
+    say(**machine())
+    for workers in args.workers:
+        for shards in args.shards:
+            if workers % shards == 0:
+                say(**measure(args, case, workers, shards))
+
+
+def measure(args: argparse.Namespace, case: Path, workers: int, shards: int) -> dict[str, object]:
+    config = load_config(
+        case / "merge.yaml",
+        [
+            f"cluster.workers={workers}",
+            f"cluster.shards={shards}",
+            "cluster.cpus_per_worker=1",
+            f"optimizer.steps={args.steps}",
+        ],
+    )
+    merging = Merging(config)
+    seconds, wire, phases = [], [], []
+    with open_group(config, merging.slots) as group:
+        reports = group.load(merging.load_request())
+        lambdas_KL = merging.start().numpy()
+        for step in range(args.steps):
+            before, began = _loopback_bytes(), time.perf_counter()
+            request = StepRequest(step, lambdas_KL)
+            results = group.step(request)
+            seconds.append(time.perf_counter() - began)
+            wire.append(_loopback_bytes() - before)
+            phases.append(results[0].seconds)
+    columns = merging.pretrained.layout.shard(0, shards).padded_columns
+    return {
+        "case": f"W={workers} S={shards}",
+        "tasks": args.tasks,
+        "batch": args.batch,
+        "step_s": median(seconds[1:]),
+        "phases": {key: median([p[key] for p in phases[1:]]) for key in phases[0]},
+        "load_s": max(report.seconds for report in reports),
+        "vector_gb_per_worker": max(report.vector_bytes for report in reports) / 1e9,
+        "loopback_mb": median(wire[1:]) / 1e6,
+        "formula_mb": workers * 2 * (shards - 1) / shards * columns * 4 / 1e6,
+        "request_bytes": len(pickle.dumps(request)),
+        "result_bytes": len(pickle.dumps(results[0])),
+    }
+
+
+def _loopback_bytes() -> int:
+    return int(psutil.net_io_counters(pernic=True)["lo"].bytes_sent)
+
+
+if __name__ == "__main__":
+    main()
