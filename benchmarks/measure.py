@@ -137,7 +137,7 @@ class Ran:
 
 
 def run(command: Sequence[object], env: dict[str, str] | None = None) -> Ran:
-    """Run to the end, sampling memory every 50 ms; SystemExit with its output if it fails."""
+    """Run to the end, sampling memory every 0.2 s; SystemExit with its output if it fails."""
     began = time.perf_counter()
     process = subprocess.Popen(
         [str(part) for part in command],
@@ -155,7 +155,7 @@ def run(command: Sequence[object], env: dict[str, str] | None = None) -> Ran:
         own, files = _memory(tree)
         mapped = files if own > anonymous else mapped
         anonymous = max(anonymous, own)
-        reader.join(0.05)
+        reader.join(0.2)
     seconds = time.perf_counter() - began
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{output[0][-3000:]}")

@@ -160,6 +160,14 @@ def unmerged_keys(pretrained: VisualCheckpoint) -> dict[str, str]:
     return {name: key for name, key in names.items() if name not in skipped}
 
 
+def whole_bytes(pretrained: VisualCheckpoint) -> int:
+    """Of the merged model's file, about: float32 merged tensors, all else as it is stored."""
+    specs = pretrained.checkpoint.specs
+    rest = [specs[key] for key in unmerged_keys(pretrained).values()]
+    stored = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in rest)
+    return 4 * pretrained.layout.parameters + stored
+
+
 def unmerged_state_dict(pretrained: VisualCheckpoint) -> dict[str, Tensor]:
     """These tensors, as they are stored. Raises :class:`CheckpointError` for NaN and Inf."""
     checkpoint = pretrained.checkpoint

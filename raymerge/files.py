@@ -49,6 +49,14 @@ def _commit(temporary: Path, path: Path) -> None:
     _sync(path.parent)
 
 
+def claim(handle: int, size: int) -> None:
+    """Make room for ``size`` bytes in an open file now; OSError if the disk has none."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, max(1, size))
+    else:  # macOS: the size only, the room is found as it is written
+        os.ftruncate(handle, max(1, size))
+
+
 def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: _write_text(temporary, text))
 

@@ -64,7 +64,7 @@ def choose_storage(
     for location in locations:
         for dtype in dtypes:
             need = float32_bytes if dtype == "float32" else float32_bytes // 2
-            if _fits(need, room[location]) and not (location == "disk" and len(dtypes) > 1):
+            if _fits(need, room[location]):
                 return VectorStorage(dtype, location, wanted.folder)
     return VectorStorage(dtypes[-1], locations[-1], wanted.folder)
 

@@ -17,7 +17,13 @@ from typing import Any, TypeVar
 
 import psutil
 
-from raymerge.architecture import WEIGHTS_FILE, ResolvedModel, open_pretrained, resolve_model
+from raymerge.architecture import (
+    WEIGHTS_FILE,
+    ResolvedModel,
+    open_pretrained,
+    resolve_model,
+    whole_bytes,
+)
 from raymerge.checkpoints.reader import open_checkpoint
 from raymerge.checkpoints.task_vectors import STREAM_BYTES
 from raymerge.checkpoints.visual import VisualCheckpoint, open_visual
@@ -165,7 +171,7 @@ def check(
         vector_bytes=memory.vector_bytes,
         micro_batch=memory.micro_batch,
         step_s=memory.step_s,
-        output_bytes=resolved.weights.stat().st_size if method_of(config.method).merges else 0,
+        output_bytes=whole_bytes(pretrained) if method_of(config.method).merges else 0,
         notes=_notes(config),
         resolved=resolved,
         leftovers=leftovers,
@@ -301,7 +307,7 @@ def _learned_memory(
     height, width = make_preprocess(visual).size
     processes = placement.processes if placement else 1
     shard = layout.shard(0, config.cluster.shards)
-    gpu = bool(resources and resources.gpus)
+    gpu = bool(resources and resources.gpus and config.cluster.gpus_per_worker != 0)
     per_image = activation_bytes(visual)
     slots = -(-sum(row.images_per_step for row in rows) // processes)
     batch = micro_batch(config.cluster.micro_batch, per_image, gpu)
@@ -323,7 +329,7 @@ def _learned_memory(
         vectors,
         processes,
         resources.memory_bytes if resources else None,
-        resources.gpu_bytes if resources else None,
+        _gpu_share(config, resources) if gpu else None,
     )
     vector_bytes = vectors if storage.dtype == "float32" else vectors // 2
     step_s = None
@@ -335,9 +341,19 @@ def _learned_memory(
     return _Memory(held, storage, vector_bytes, batch, step_s)
 
 
+def _gpu_share(config: Config, resources: Resources | None) -> int | None:
+    """What one worker may fill of a GPU's memory; several workers may share one."""
+    if resources is None or resources.gpu_bytes is None:
+        return None
+    each = config.cluster.gpus_per_worker
+    return resources.gpu_bytes if each == "auto" else int(min(1.0, each) * resources.gpu_bytes)
+
+
 def _require_memory(plan: Plan, resources: Resources | None) -> None:
     """On this machine alone; a cluster's nodes are not asked."""
-    if resources is None or not resources.elastic or resources.gpus or plan.placement is None:
+    if resources is None or not resources.elastic or plan.placement is None:
+        return
+    if plan.placement.gpus_per_worker:
         return
     each = sum(plan.bytes_per_worker.values())
     need, have = each * plan.placement.processes, resources.memory_bytes
@@ -387,9 +403,10 @@ def _require_scratch(plan: Plan, config: Config) -> None:
         raise UserError(f"vectors.folder: {folder} is no writable folder; name another")
     need, free = plan.vector_bytes * plan.placement.processes, shutil.disk_usage(folder).free
     if need > free:
+        halve = ", or use vectors.dtype: bfloat16" if plan.storage.dtype == "float32" else ""
         raise UserError(
             f"vectors.folder: {folder} has {human_bytes(free)} free, but the task vectors take "
-            f"{human_bytes(need)}; name another folder, or use vectors.dtype: bfloat16"
+            f"{human_bytes(need)}; name another folder{halve}"
         )
 
 

@@ -7,7 +7,8 @@ b images of one task, C classes, D features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import torch
@@ -92,19 +93,37 @@ class Share:
         self.vectors_CKn = allocate(request.storage, self._shard.cells, len(spec.tasks), device)
         self._layer_of_cell = self._layers.of_cells(self._shard)
         self._images = images
-        with ThreadPoolExecutor(1) as aside:  # images decode while checkpoints are read
-            pinned = aside.submit(self._pin_images, progress, torch.get_num_threads())
-            self._pretrained_N = read_shard(
-                model.pretrained,
-                [open_visual(task.checkpoint, model.layout) for task in spec.tasks],
-                self._shard,
-                request.ties,
-                self.vectors_CKn,
-                device,
-            )
-            pinned.result()
+        self._pretrained_N = self._read(progress)
 
-    def _pin_images(self, progress: Callable[[int], None] | None, threads: int) -> None:
+    def _read(self, progress: Callable[[int], None] | None) -> Tensor:
+        """Fill V while the images decode; returns θ₀ (N,). A bad checkpoint stops the decoding."""
+        stopped = Event()
+
+        def advance(count: int) -> None:
+            if stopped.is_set():
+                raise CancelledError
+            if progress is not None:
+                progress(count)
+
+        experts = [open_visual(task.checkpoint, self._model.layout) for task in self._spec.tasks]
+        with ThreadPoolExecutor(1) as aside:
+            pinned = aside.submit(self._pin_images, advance, torch.get_num_threads())
+            try:
+                pretrained_N = read_shard(
+                    self._model.pretrained,
+                    experts,
+                    self._shard,
+                    self._request.ties,
+                    self.vectors_CKn,
+                    self.device,
+                )
+            except BaseException:
+                stopped.set()
+                raise
+            pinned.result()
+        return pretrained_N
+
+    def _pin_images(self, progress: Callable[[int], None], threads: int) -> None:
         """Decode the images that this worker's slots will show, unless they are held already."""
         spec = self._spec
         sources = [

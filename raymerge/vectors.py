@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from raymerge.errors import RunError
+from raymerge.files import claim
 from raymerge.merging.layout import CELL
 from raymerge.messages import VectorStorage
 
@@ -37,13 +38,13 @@ def _mapped(folder: str | None, count: int, dtype: torch.dtype) -> Tensor:
         raise RunError(f"vectors.folder {folder}: cannot be written: {error.strerror}") from error
     try:
         # Claimed now: a mapping that finds the disk full later ends the process without a word.
-        os.posix_fallocate(handle, 0, max(1, count * dtype.itemsize))
+        claim(handle, count * dtype.itemsize)
         return torch.from_file(name, shared=True, size=count, dtype=dtype)
     except OSError as error:
         raise RunError(
             f"vectors.folder {folder or tempfile.gettempdir()}: no room for "
             f"{count * dtype.itemsize / 1e9:.1f} GB of task vectors ({error.strerror}); name "
-            "another folder, or use vectors.dtype: bfloat16"
+            "another folder"
         ) from error
     finally:
         os.close(handle)

@@ -63,7 +63,7 @@ def merged(tmp_path):
     return merged
 
 
-# --- oracle 2 on files -------------------------------------------------------------------------
+# --- the corners of λ, on files ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("granularity", ["task", "block", "tensor"])

@@ -1,4 +1,4 @@
-"""Zero-shot heads equal the formula of methods.md §5, written out."""
+"""Zero-shot heads equal their formula, written out."""
 
 from __future__ import annotations
 

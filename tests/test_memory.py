@@ -46,8 +46,8 @@ def test_images_of_one_pass(wanted, bytes_per_image, gpu, expected):
         (4, 0, "bfloat16", "device"),
         (3, 8, "float32", "host"),
         (3, 4, "bfloat16", "host"),
-        (3, 3, "bfloat16", "disk"),
-        (-5, -5, "bfloat16", "disk"),
+        (3, 3, "float32", "disk"),
+        (-5, -5, "float32", "disk"),
     ],
 )
 def test_the_first_place_with_room_is_taken(device, host, dtype, location):

@@ -55,7 +55,7 @@ def reference(folder) -> torch.nn.Module:
     [("ViT-B-32", 152, 14), ("ViT-B-32-quickgelu", 152, 14), ("ViT-L-14", 296, 26)],
 )
 def test_the_papers_numbers_of_layers(arch, tensors, blocks):
-    """Oracle 11. Blocks: the stem, each transformer block, the head."""
+    """Blocks: the stem, each transformer block, the head."""
     layout = ParameterLayout.of(build_skeleton(_builtin(arch), "meta").visual.state_dict())
     assert len(layout.layers("tensor").names) == tensors
     assert len(layout.layers("task").names) == 1

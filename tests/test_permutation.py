@@ -1,7 +1,4 @@
-"""The whole run in this process: tasks are a set, and its output is what its λ says.
-
-Oracles 2 and 4 of methods.md §6 at the level of ``raymerge.merge``.
-"""
+"""The whole run in this process: tasks are a set, and its output is what its λ says."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ def _weights(output: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_permuting_the_tasks_permutes_the_learned_lambdas(world, tmp_path, method):
-    """Oracle 4. The order of the tasks decides neither the images nor the model."""
+    """The order of the tasks decides neither the images nor the model."""
     changes = {"method": METHODS[method], "optimizer": {"steps": 4}}
     straight = _run(world, tmp_path / "a", [0, 1, 2, 3], **changes)
     permuted = _run(world, tmp_path / "b", ORDER, **changes)
@@ -93,7 +90,6 @@ def test_methods_without_learning_are_their_formula(world, tmp_path, method, exp
 
 
 def test_one_task_with_scaling_one_is_its_expert(world, tmp_path):
-    """Oracle 2."""
     _run(world, tmp_path, [2], method={"name": "task_arithmetic", "scaling": 1.0})
     expert = load_file(world.config["tasks"][2]["checkpoint"])
     merged = _weights(tmp_path)
@@ -102,7 +98,7 @@ def test_one_task_with_scaling_one_is_its_expert(world, tmp_path):
 
 
 def test_the_first_step_moves_every_lambda_by_the_learning_rate(world, tmp_path):
-    """Oracle 10 through the whole stack: Adam's first step is lr · sign(g)."""
+    """Adam's first step is lr · sign(g)."""
     result = _run(world, tmp_path, [0, 1, 2, 3], optimizer={"steps": 1, "lr": 0.01})
     moved = (result.lambdas - 0.3).abs()
     torch.testing.assert_close(moved, torch.full_like(moved, 0.01), rtol=1e-2, atol=0)

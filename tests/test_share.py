@@ -1,6 +1,6 @@
 """One worker's step on a real open_clip model: ∂ℒ/∂λ against autograd through the whole merge.
 
-Oracles 1 and 13 of methods.md §6, in this process: no Ray, no process group.
+In this process: no Ray, no process group.
 
 Legend: K tasks, L layers, T tensors, P parameters, N columns of a shard.
 """
@@ -65,7 +65,7 @@ def _step(lone, request: LoadRequest, step: int = 0, lambdas=None) -> StepResult
     return worker.step(StepRequest(step, lambdas))
 
 
-# --- oracle 1 ----------------------------------------------------------------------------------
+# --- against autograd -------------------------------------------------------------------------
 
 
 class Literal:
@@ -264,7 +264,7 @@ def test_the_report_says_what_is_held(lone, config):
     assert report.rank == 0
 
 
-# --- oracle 13: the same batches, cut over workers and shards ----------------------------------
+# --- the same batches, cut over workers and shards ----------------------------------
 
 
 @pytest.mark.parametrize("workers", [2, 5])

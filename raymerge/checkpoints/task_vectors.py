@@ -22,6 +22,7 @@ from raymerge.parallel import parallel
 _BLOCK_BYTES = 4 << 20  # of K task vectors: stays in a core's cache
 _LEAST_COLUMNS = 8 * CELL  # with very many tasks: shorter reads cost more than they save
 _SAMPLED_CELLS = 512
+_SORTED_AT_ONCE = 1 << 22  # entries of which a threshold is found without a sample
 STREAM_BYTES = 16 * _BLOCK_BYTES
 """What streaming holds at a time, about."""
 
@@ -154,12 +155,16 @@ def _threshold(
     numel = sum(piece.stop - piece.start for piece in pieces) + extra_zeros
 
     def parts() -> Iterator[Tensor]:
-        if extra_zeros:
-            yield torch.zeros(extra_zeros)
+        zeros = torch.zeros(min(extra_zeros, _BLOCK_BYTES // 4))
+        for start in range(0, extra_zeros, max(1, len(zeros))):
+            yield zeros[: extra_zeros - start]
         for part in _parts(pieces, 1):
             yield _read(pretrained, [expert], part)[1]
 
-    return trim_threshold(parts, numel, density, _sample(pretrained, expert, pieces, extra_zeros))
+    sample = None
+    if numel > _SORTED_AT_ONCE:
+        sample = _sample(pretrained, expert, pieces, extra_zeros)
+    return trim_threshold(parts, numel, density, sample)
 
 
 def _sample(

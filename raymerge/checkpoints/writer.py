@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from raymerge.checkpoints.reader import SAFETENSORS_DTYPES, TensorSpec
+from raymerge.files import claim
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -31,7 +32,7 @@ class SafetensorsWriter:
         header, starts, size = _header(specs)
         self._starts = starts
         self._file = path.open("wb", buffering=0)
-        os.posix_fallocate(self._file.fileno(), 0, len(header) + size)
+        claim(self._file.fileno(), len(header) + size)
         self._pwrite(memoryview(header), 0)
         self._base = len(header)
 

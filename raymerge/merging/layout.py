@@ -21,7 +21,7 @@ from raymerge.config import Granularity
 CELL = 2048
 """Columns in one cell of the grid over the flat vector. Every tensor starts a cell, so that a cell
 belongs to one tensor: merge and inner products are one batched product over all cells. Shards are
-whole cells, so partial sums do not depend on how many shards there are."""
+whole cells, so what is summed together does not depend on how many shards there are."""
 
 _BLOCK = re.compile(
     r"(?:^|.*?\.)(?:resblocks\.\d+|stages\.\d+\.blocks\.\d+|blocks\.\d+|layer\d+\.\d+)(?=\.)"

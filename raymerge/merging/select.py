@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from math import inf
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Parts = Callable[[], Iterable[Tensor]]
@@ -14,21 +14,20 @@ Parts = Callable[[], Iterable[Tensor]]
 _MARGIN = 0.015
 """Half the bracket's width, as a fraction of the vector: what one pass has to keep is twice that.
 A sample of some hundred blocks misses by about a quarter of it."""
-_SAMPLED = 1 << 20
 
 
 def kth_smallest_magnitude(parts: Parts, k: int, numel: int, sample: Tensor | None = None) -> float:
     """The k-th smallest (from 1) of |x| over all ``numel`` entries of the parts; no NaN.
 
-    A sample brackets the value (Floyd and Rivest, 1975); one pass counts what lies below the
-    bracket and keeps what lies inside. Where that misses the value, the bracket is widened and the
-    pass repeated: the answer is exact whatever the sample. ``sample``: any of the entries, as many
-    as are worth sorting; default: taken evenly from the parts.
+    ``sample``: some of the entries, taken evenly. It brackets the value (Floyd and Rivest, 1975);
+    one pass counts what lies below the bracket and keeps what lies inside. Where that misses the
+    value, the bracket is widened and the pass repeated: the answer is exact whatever the sample.
+    Without one, all entries are held at once.
     """
     if not 1 <= k <= numel:
         raise ValueError(f"k={k} is outside 1..{numel}")
     if sample is None:
-        sample = torch.cat([part.reshape(-1)[:: numel // _SAMPLED + 1] for part in parts()])
+        return _kth(np.concatenate([_magnitude(part).numpy() for part in parts()]), k)
     ordered = sample.abs().float().sort().values
     margin = _MARGIN
     while True:
@@ -61,15 +60,19 @@ def _kth_inside(parts: Parts, k: int, low: float, high: float) -> float | None:
         up_to_low += len(magnitude) - int(above.sum())
         # NumPy's selection by a mask is several times as fast as torch's.
         inside.append(magnitude.numpy()[above.logical_and_(magnitude < high).numpy()])
-    kept = torch.from_numpy(np.concatenate(inside))
+    kept = np.concatenate(inside)
     rank = k - up_to_low
     if rank < 1:
         return low if rank + _copies(parts, low) >= 1 else None
     if rank <= len(kept):
-        return float(kept.kthvalue(rank).values)
+        return _kth(kept, rank)
     if low == high:  # its copies are in up_to_low
         return None
     return high if rank - len(kept) <= _copies(parts, high) else None
+
+
+def _kth(magnitudes: NDArray[np.float32], k: int) -> float:
+    return float(np.partition(magnitudes, k - 1)[k - 1])
 
 
 def _copies(parts: Parts, value: float) -> int:

@@ -181,6 +181,7 @@ def test_scope_full_trims_over_the_leftover_zeros_as_well(files, vectors_KP, zer
 def test_neither_the_sample_nor_the_blocks_change_ties(
     monkeypatch, files, vectors_KP, sampled_cells, block_cells
 ):
+    monkeypatch.setattr(task_vectors, "_SORTED_AT_ONCE", 0)
     monkeypatch.setattr(task_vectors, "_SAMPLED_CELLS", sampled_cells)
     _set_block(monkeypatch, block_cells)
     for zeros in (0, 10_000):
@@ -189,7 +190,7 @@ def test_neither_the_sample_nor_the_blocks_change_ties(
 
 
 def test_scope_full_keeps_a_larger_part_of_the_visual_vector(files, vectors_KP):
-    """methods.md §2: with the official leftovers its 20 % is 25.8 % of the B/16 visual vector."""
+    """With the official leftovers its 20 % is 25.8 % of the B/16 visual vector."""
     zeros = P
     (full, _), (visual, _) = _streamed(files, 0.2, "full", zeros), _streamed(files, 0.2, "visual")
     for k, row in enumerate(vectors_KP):
@@ -248,7 +249,7 @@ def test_the_majority_is_the_sign_of_the_sum_of_the_elected_signs(tmp_path, file
 
 
 def test_task_order_does_not_matter(files, vectors_KP):
-    """Oracle 4 on files: Φ's rows permute with the tasks."""
+    """Φ's rows permute with the tasks."""
     pretrained, experts = files
     _, phi_KP = _streamed(files, 0.2, "visual")
     order = [2, 0, 1]

@@ -1,4 +1,4 @@
-"""θ = θ₀ + Σ λ V and its adjoint (methods.md §1; oracles 1, 2 and the in-process part of 13)."""
+"""θ = θ₀ + Σ λ V and its adjoint."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_merge_equals_its_definition():
 
 @pytest.mark.parametrize("granularity", ["task", "block", "tensor"])
 def test_gradient_is_autograd_through_the_merge(granularity):
-    """Oracle 1: ∂ℒ/∂λ = ⟨∂ℒ/∂θ, V⟩ summed over the layer's tensors."""
+    """∂ℒ/∂λ = ⟨∂ℒ/∂θ, V⟩ summed over the layer's tensors."""
     pretrained_P, vectors_KP, _ = _problem()
     layers = LAYOUT.layers(granularity)
     generator = torch.Generator().manual_seed(1)
@@ -116,7 +116,7 @@ def test_gradient_is_autograd_through_the_merge(granularity):
 
 @pytest.mark.parametrize("granularity", ["task", "block", "tensor"])
 def test_gradient_is_the_central_difference(granularity):
-    """Oracle 1, without autograd through the merge."""
+    """Without autograd through the merge."""
     pretrained_P, vectors_KP, _ = _problem()
     layers = LAYOUT.layers(granularity)
     lambdas_KL = torch.full((K, len(layers.names)), 0.3, dtype=torch.float64)
@@ -151,7 +151,7 @@ def test_inner_products_are_the_adjoint_of_the_merge():
     torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
 
 
-# --- oracle 2: the corners of the coefficient cube ---------------------------------------------
+# --- the corners of the coefficient cube ------------------------------------------------------
 
 
 def test_lambda_zero_is_the_pretrained_model_bit_for_bit():
@@ -208,7 +208,7 @@ def test_each_tensor_follows_its_own_coefficient_only():
     assert moved_P.sum() == stop - start
 
 
-# --- oracle 13, in process ---------------------------------------------------------------------
+# --- shards, in process -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shards", [2, 3, 4, 5, 9])

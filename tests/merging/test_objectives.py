@@ -1,4 +1,4 @@
-"""Entropy and its gradient (methods.md §1, oracle 8)."""
+"""Entropy and its gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adam on λ equals torch's, and the three clamps do what methods.md §1 says (oracles 5, 10)."""
+"""Adam on λ equals torch's, and the three clamps do what their names say."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _trajectory(adam: Adam, start_KL: Tensor, gradients: list[Tensor]) -> list[A
 @pytest.mark.parametrize("clamp", ["projected", "forward", "none"])
 @pytest.mark.parametrize("lr", [1e-3, 0.02])
 def test_the_first_step_moves_every_active_lambda_by_lr_along_the_sign(clamp, lr):
-    """Oracle 10: however large or small the gradient (far above eps)."""
+    """However large or small the gradient (far above eps)."""
     (gradient_KL,) = _gradients(1)
     gradient_KL[0, 0] = 0.0
     after = Adam(lr=lr, eps=1e-16, clamp=clamp).update(AdamState.start(_start()), gradient_KL)
@@ -115,7 +115,6 @@ def test_projected_leaves_a_wall_as_soon_as_the_gradient_turns():
 
 
 def test_forward_clamp_gradient_is_one_on_the_closed_interval_only():
-    """Oracle 5."""
     lambdas = torch.tensor([[-0.1, 0.0, 0.5, 1.0, 1.1]], dtype=torch.float64)
     assert clamp_gradient(lambdas).tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
 

@@ -1,4 +1,4 @@
-"""TIES and Φ (methods.md §2, oracles 3 and 4), against an independent whole-vector TIES."""
+"""TIES and Φ against an independent whole-vector TIES."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _reference_phi(vectors_KN: Tensor, density: float) -> Tensor:
 
 
 def test_the_example():
-    """Oracle 3: density 40 %, the official rule keeps three entries."""
+    """Density 40 %, the official rule keeps three entries."""
     vectors_KN = torch.stack([T1, T2])
     thresholds_K = torch.tensor([_threshold(T1, 0.4), _threshold(T2, 0.4)])
     assert trim(vectors_KN, thresholds_K).tolist() == [[3, -2, 1, 0, 0], [-1, -4, 2, 0, 0]]
@@ -117,7 +117,6 @@ def test_a_vector_that_is_mostly_zero_keeps_all_its_entries():
 
 
 def test_one_task_is_trimmed_only():
-    """Oracle 4."""
     vectors_1N = _vectors(tasks=1)
     only_trimmed = trim(vectors_1N, torch.tensor([_threshold(vectors_1N[0], 0.2)]))
     assert torch.equal(_ours(vectors_1N, 0.2), only_trimmed)
@@ -125,7 +124,6 @@ def test_one_task_is_trimmed_only():
 
 
 def test_permuting_the_tasks_permutes_phi_and_leaves_the_merge():
-    """Oracle 4."""
     vectors_KN, order = _vectors(), [2, 0, 3, 1]
     phi_KN = _ours(vectors_KN, 0.3)
     permuted_KN = _ours(vectors_KN[order], 0.3)
