@@ -472,10 +472,14 @@ def _time_text(plan: Plan) -> str:
 
 
 def _storage_text(plan: Plan) -> str:
-    place = {"device": "where the model computes", "host": "host memory", "disk": "a mapped file"}
+    place = {
+        "device": "where the model computes",
+        "host": "in host memory",
+        "disk": "in a mapped file",
+    }
     batch = f"{plan.micro_batch} images a pass" if plan.micro_batch else "one pass"
     return (
-        f"{human_bytes(plan.vector_bytes)} per worker in {plan.storage.dtype}, in "
+        f"{human_bytes(plan.vector_bytes)} per worker in {plan.storage.dtype}, "
         f"{place[plan.storage.location]}; {batch}"
     )
 
