@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,14 +168,13 @@ def whole_bytes(pretrained: VisualCheckpoint) -> int:
     return 4 * pretrained.layout.parameters + stored
 
 
-def unmerged_state_dict(pretrained: VisualCheckpoint) -> dict[str, Tensor]:
-    """These tensors, as they are stored. Raises :class:`CheckpointError` for NaN and Inf."""
-    checkpoint = pretrained.checkpoint
-    state = {}
+def unmerged_tensors(pretrained: VisualCheckpoint) -> Iterator[tuple[str, Tensor]]:
+    """Their names and values, as they are stored, one at a time. Raises :class:`CheckpointError`
+    for NaN and Inf."""
     for name, key in unmerged_keys(pretrained).items():
-        state[name] = read_tensor(checkpoint, key)
-        require_finite(state[name], checkpoint, key)
-    return state
+        tensor = read_tensor(pretrained.checkpoint, key)
+        require_finite(tensor, pretrained.checkpoint, key)
+        yield name, tensor
 
 
 def open_pretrained(resolved: ResolvedModel) -> tuple[VisualCheckpoint, int]:

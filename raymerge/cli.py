@@ -175,7 +175,7 @@ def _plan(args: argparse.Namespace) -> int:
     from raymerge.plan import check, plan_text
     from raymerge.session import known_resources
 
-    plan, problems = check(config, known_resources(config))
+    plan, problems = check(config, known_resources(config), probe=True)
     for problem in problems:
         _fail(problem, 2)
     if plan is not None and not problems:

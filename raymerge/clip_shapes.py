@@ -2,8 +2,6 @@
 
 It is the architecture that most people merge; for any other one open_clip's module is built.
 A test compares it with open_clip's own module for every configuration that it answers for.
-
-Legend: W width, D embedding dimension.
 """
 
 from __future__ import annotations

@@ -508,14 +508,16 @@ def _key_path(loc: Sequence[int | str]) -> str:
     return ".".join(parts)
 
 
+_UNION_KEYS = {
+    "workers", "cpus_per_worker", "gpus_per_worker", "micro_batch", "dtype", "location"
+}  # fmt: skip
+
+
 def _is_union_tag(loc: Sequence[int | str], i: int) -> bool:
     parent = loc[i - 1] if i else None
     if parent == "method":
         return i == 1 and loc[i] in METHOD_NAMES
-    return parent in (
-        *("workers", "cpus_per_worker", "gpus_per_worker", "micro_batch"),
-        *("dtype", "location"),
-    )
+    return parent in _UNION_KEYS
 
 
 def _did_you_mean(loc: Sequence[int | str]) -> str:

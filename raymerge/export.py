@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raymerge.architecture import unmerged_keys
-from raymerge.checkpoints.reader import TensorSpec, read_tensor
+from raymerge.architecture import unmerged_keys, unmerged_tensors
+from raymerge.checkpoints.reader import TensorSpec
 from raymerge.checkpoints.task_vectors import stream
-from raymerge.checkpoints.visual import VisualCheckpoint, all_finite, require_finite
+from raymerge.checkpoints.visual import VisualCheckpoint, all_finite
 from raymerge.checkpoints.writer import SafetensorsWriter
 from raymerge.errors import UserError
 from raymerge.merging.layout import LayerMap, Piece
@@ -35,16 +35,13 @@ def write_merged(
     Only a block of each model is held at a time. Raises :class:`UserError` where a number is not
     finite, and :class:`OSError` when the disk is full; then ``path`` is of no use.
     """
-    layout, checkpoint = pretrained.layout, pretrained.checkpoint
-    unmerged = unmerged_keys(pretrained)
-    specs = {name: checkpoint.specs[key] for name, key in unmerged.items()}
+    layout, stored = pretrained.layout, pretrained.checkpoint.specs
+    specs = {name: stored[key] for name, key in unmerged_keys(pretrained).items()}
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         specs[f"visual.{name}"] = TensorSpec(shape, torch.float32)
     lambdas_KT = layers.expand(lambdas_KL.float())
     with SafetensorsWriter(path, specs) as writer:
-        for name, key in unmerged.items():
-            tensor = read_tensor(checkpoint, key)
-            require_finite(tensor, checkpoint, key)
+        for name, tensor in unmerged_tensors(pretrained):
             writer.write(name, 0, tensor)
 
         def merge(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> None:

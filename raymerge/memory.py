@@ -63,10 +63,14 @@ def choose_storage(
     room = {"device": device_room, "host": host_room, "disk": None}
     for location in locations:
         for dtype in dtypes:
-            need = float32_bytes if dtype == "float32" else float32_bytes // 2
-            if _fits(need, room[location]):
+            if _fits(vector_bytes(dtype, float32_bytes), room[location]):
                 return VectorStorage(dtype, location, wanted.folder)
     return VectorStorage(dtypes[-1], locations[-1], wanted.folder)
+
+
+def vector_bytes(dtype: VectorDtype, float32_bytes: int) -> int:
+    """What vectors take that would take ``float32_bytes`` in float32."""
+    return float32_bytes if dtype == "float32" else float32_bytes // 2
 
 
 def _fits(need: int, room: int | None) -> bool:
@@ -110,7 +114,7 @@ def storage_for(
 
 def worker_bytes(needs: WorkerNeeds, storage: VectorStorage, float32_bytes: int) -> dict[str, int]:
     """What a worker holds, by name; a mapped file is not held."""
-    vectors = float32_bytes if storage.dtype == "float32" else float32_bytes // 2
+    vectors = vector_bytes(storage.dtype, float32_bytes)
     return {
         "process": needs.process,
         "weights and gradient": needs.weights,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision.transforms import Compose, ToTensor
 
-from raymerge.architecture import CONFIG_FILE, ResolvedModel, unmerged_state_dict
+from raymerge.architecture import CONFIG_FILE, ResolvedModel, unmerged_tensors
 from raymerge.checkpoints.visual import VisualCheckpoint
 from raymerge.errors import CheckpointError, UserError
 from raymerge.merging.layout import ParameterLayout
@@ -56,8 +56,10 @@ def build_model(resolved: ResolvedModel, pretrained: VisualCheckpoint) -> OpenCl
     """
     with _NoRandomWeights():
         model = build_skeleton(resolved)
-    state = unmerged_state_dict(pretrained)
-    state = {key: t.float() if t.is_floating_point() else t for key, t in state.items()}
+    state = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in unmerged_tensors(pretrained)
+    }
     model.load_state_dict(state, strict=False, assign=True)  # the names have been checked
     return model.eval().requires_grad_(False)
 

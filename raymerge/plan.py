@@ -37,6 +37,7 @@ from raymerge.memory import (
     machine_bytes,
     micro_batch,
     storage_for,
+    vector_bytes,
     worker_bytes,
 )
 from raymerge.merging.layout import ParameterLayout
@@ -79,7 +80,7 @@ class Plan:
     """Of one worker's task vectors, wherever they are."""
     micro_batch: int | None
     step_s: float | None
-    """About, from a short probe of this machine; None where the workers run elsewhere."""
+    """About, from a short probe of this machine; None without one, or on a cluster."""
     output_bytes: int
     notes: tuple[str, ...]
     resolved: ResolvedModel = field(repr=False)
@@ -134,9 +135,16 @@ def make_plan(config: Config, resources: Resources | None = None, *, experts: bo
 
 
 def check(
-    config: Config, resources: Resources | None = None, *, experts: bool = True
+    config: Config,
+    resources: Resources | None = None,
+    *,
+    experts: bool = True,
+    probe: bool = False,
 ) -> tuple[Plan | None, list[UserError]]:
-    """The plan, or every problem that stands in its way. ``resources``: None if not known yet."""
+    """The plan, or every problem that stands in its way. ``resources``: None if not known yet.
+
+    ``probe``: also time this machine, for an estimate of a step's seconds.
+    """
     found = _Findings()
     resolved = found.attempt(lambda: resolve_model(config.model))
     pretrained = None
@@ -156,6 +164,9 @@ def check(
         if learned
         else _static_memory(layout, resolved)
     )
+    step_s = None
+    if probe and learned and placement is not None and resources and resources.elastic:
+        step_s = _step_seconds(config, resolved, step_images, memory, placement)
     plan = Plan(
         method=describe(config.method),
         model=resolved.name,
@@ -170,7 +181,7 @@ def check(
         storage=memory.storage,
         vector_bytes=memory.vector_bytes,
         micro_batch=memory.micro_batch,
-        step_s=memory.step_s,
+        step_s=step_s,
         output_bytes=whole_bytes(pretrained) if method_of(config.method).merges else 0,
         notes=_notes(config),
         resolved=resolved,
@@ -276,7 +287,6 @@ class _Memory:
     storage: VectorStorage = field(default_factory=VectorStorage)
     vector_bytes: int = 0
     micro_batch: int | None = None
-    step_s: float | None = None
 
 
 def _static_memory(layout: ParameterLayout, resolved: ResolvedModel) -> _Memory:
@@ -298,10 +308,7 @@ def _learned_memory(
     placement: Placement | None,
     resources: Resources | None,
 ) -> _Memory:
-    import torch
-
     from raymerge.models import activation_bytes, build_skeleton, make_preprocess
-    from raymerge.speed import forward_flops, step_seconds
 
     visual = build_skeleton(resolved, "meta").visual
     height, width = make_preprocess(visual).size
@@ -331,14 +338,27 @@ def _learned_memory(
         resources.memory_bytes if resources else None,
         _gpu_share(config, resources) if gpu else None,
     )
-    vector_bytes = vectors if storage.dtype == "float32" else vectors // 2
-    step_s = None
-    if resources is not None and resources.elastic:
-        sharing = 1 if gpu else processes  # workers on one machine share the cores of the probe
-        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        step_s = step_seconds(forward_flops(visual), slots * sharing, vector_bytes * sharing, dtype)
     held = worker_bytes(needs, storage, vectors)
-    return _Memory(held, storage, vector_bytes, batch, step_s)
+    return _Memory(held, storage, vector_bytes(storage.dtype, vectors), batch)
+
+
+def _step_seconds(
+    config: Config, resolved: ResolvedModel, images: int, memory: _Memory, placement: Placement
+) -> float:
+    """About, by a short probe of this machine, whose cores all its workers share."""
+    import torch
+
+    from raymerge.models import build_skeleton
+    from raymerge.speed import forward_flops, step_seconds
+
+    processes = placement.processes
+    sharing = 1 if placement.gpus_per_worker else processes
+    return step_seconds(
+        forward_flops(build_skeleton(resolved, "meta").visual),
+        -(-images // processes) * sharing,
+        memory.vector_bytes * sharing,
+        torch.bfloat16 if config.precision == "bfloat16" else torch.float32,
+    )
 
 
 def _gpu_share(config: Config, resources: Resources | None) -> int | None:

@@ -18,7 +18,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from raymerge.architecture import open_pretrained, unmerged_state_dict
+from raymerge.architecture import open_pretrained, unmerged_tensors
 from raymerge.checkpoints.locate import locate
 from raymerge.checkpoints.task_vectors import ties_statistics
 from raymerge.checkpoints.visual import open_visual
@@ -231,7 +231,8 @@ class Merging:
     def require_finite(self) -> None:
         """Raise :class:`UserError` for NaN and Inf that would be found only after long work."""
         if self.learned or not self.merges:
-            unmerged_state_dict(self.pretrained)
+            for _ in unmerged_tensors(self.pretrained):
+                pass
         if not self.merges:
             for expert in self._experts:
                 for piece in expert.layout.shard(0, 1).pieces():
