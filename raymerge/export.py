@@ -5,7 +5,7 @@ Legend: K tasks, T tensors, L layers, n columns of one part of a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from raymerge.checkpoints.task_vectors import stream
 from raymerge.checkpoints.visual import VisualCheckpoint, all_finite
 from raymerge.checkpoints.writer import SafetensorsWriter
 from raymerge.errors import UserError
-from raymerge.merging.layout import LayerMap, Piece
+from raymerge.merging.layout import CELL, LayerMap, Piece
 from raymerge.merging.merge import combine
 from raymerge.merging.ties import TiesStatistics
 
@@ -44,13 +44,54 @@ def write_merged(
         for name, tensor in unmerged_tensors(pretrained):
             writer.write(name, 0, tensor)
 
-        def merge(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> None:
+        def write(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> None:
             t = piece.tensor
-            vectors_Kn = vectors_Kn if ties is None else ties.phi(vectors_Kn, t)
             theta_n = combine(base_n, vectors_Kn, lambdas_KT[:, t])
             if not all_finite(theta_n):
                 raise UserError("the merged weights overflow: the coefficients are too large")
             writer.write(f"visual.{layout.names[t]}", piece.start - layout.offsets[t], theta_n)
 
-        for _ in stream(merge, pretrained, experts, layout.shard(0, 1).pieces()):
+        pieces: Sequence[Piece] = layout.shard(0, 1).pieces()
+        if ties is not None and ties.majority is None:
+            ties, pieces = _vote(ties, write, pretrained, experts, pieces)
+
+        def merge(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> None:
+            write(piece, base_n, vectors_Kn if ties is None else ties.phi(vectors_Kn, piece.tensor))
+
+        for _ in stream(merge, pretrained, experts, pieces):
             pass
+
+
+def _vote(
+    ties: TiesStatistics,
+    write: Callable[[Piece, Tensor, Tensor], None],
+    pretrained: VisualCheckpoint,
+    experts: Sequence[VisualCheckpoint],
+    pieces: Sequence[Piece],
+) -> tuple[TiesStatistics, list[Piece]]:
+    """Merge while the signs are counted: one reading of every file for both.
+
+    Returns the statistics with the majority sign, and the few cells to merge again since they
+    have columns that wait for it.
+    """
+
+    def merge(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> tuple[float, list[Piece]]:
+        vote = ties.vote(vectors_Kn, piece.tensor)
+        write(piece, base_n, vote.phi)
+        return vote.balance, _cells(piece, vote.waiting)
+
+    votes = list(stream(merge, pretrained, experts, pieces))
+    counted = ties.counted(sum(balance for balance, _ in votes))
+    return counted, [cell for _, cells in votes for cell in cells if counted.majority]
+
+
+def _cells(piece: Piece, marked_n: Tensor) -> list[Piece]:
+    """The runs of cells of a piece that hold a marked column; a piece starts where a cell does."""
+    runs: list[Piece] = []
+    for cell in (marked_n.nonzero() // CELL).unique().tolist():
+        start = piece.start + cell * CELL
+        stop = min(start + CELL, piece.stop)
+        if runs and runs[-1].stop == start:
+            start = runs.pop().start
+        runs.append(Piece(piece.tensor, start, stop))
+    return runs

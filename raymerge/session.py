@@ -226,6 +226,7 @@ class Merging:
             scope=method.trim_scope,
             extra_zeros=self.plan.leftovers,
             mean=isinstance(method, Ties) and method.merge == "mean",
+            count_signs=self.learned,
         )
 
     def require_finite(self) -> None:

@@ -114,6 +114,37 @@ def test_ties_is_the_sum_of_phi(merged, opened, mean):
     assert 0.2 < changed < 0.8  # between one task's entries and all four disjoint
 
 
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_counting_the_signs_while_merging_changes_no_byte(resolved, opened, tmp_path, sign, mean):
+    """Two experts that differ from θ₀ by opposite amounts in half of the columns, which then wait
+    for the majority, and alike elsewhere, which decides it."""
+    pretrained, _ = opened
+    generator = torch.Generator().manual_seed(0)
+    states = [dict(load_file(resolved.weights)) for _ in range(2)]
+    for key in [f"visual.{name}" for name in pretrained.layout.names]:
+        base = (states[0][key] * 1024).round() / 1024
+        delta = sign * torch.randint(1, 9, base.shape, generator=generator) / 1024
+        opposed = torch.rand(base.shape, generator=generator) < 0.5
+        states[0][key], states[1][key] = base + delta, base + torch.where(opposed, -delta, delta)
+    base = {k: (v * 1024).round() / 1024 for k, v in load_file(resolved.weights).items()}
+    for name, state in zip(("base", "one", "two"), (base, *states), strict=True):
+        save_file(state, tmp_path / name)
+    pretrained, _ = open_pretrained(replace(resolved, weights=tmp_path / "base"))
+    experts = [open_visual(str(tmp_path / name), pretrained.layout) for name in ("one", "two")]
+    files, given = (pretrained, experts), {"density": 1.0, "scope": "visual", "mean": mean}
+    counted = ties_statistics(*files, **given)
+    later = ties_statistics(*files, **given, count_signs=False)
+    assert counted.majority == sign
+    assert later.majority is None
+    half = torch.full((2, 1), 0.5)
+    one = _write(tmp_path / "a", files, half, ties=counted)
+    two = _write(tmp_path / "b", files, half, ties=later)
+    assert two.read_bytes() == one.read_bytes()
+    undecided = _write(tmp_path / "c", files, half, ties=replace(counted, majority=0.0))
+    assert undecided.read_bytes() != one.read_bytes()
+
+
 # --- the file ----------------------------------------------------------------------------------
 
 

@@ -5,7 +5,6 @@ Legend: K tasks, T tensors, C cells and N columns of a shard, n columns of one p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
@@ -117,9 +116,11 @@ def ties_statistics(
     scope: TrimScope,
     extra_zeros: int = 0,
     mean: bool = False,
+    count_signs: bool = True,
 ) -> TiesStatistics:
     """Thresholds and the majority sign, streaming the files: one piece of each task at a time.
 
+    Without ``count_signs`` the majority is left open, which saves one reading of every file.
     ``scope``: one threshold over the visual vector; over that and ``extra_zeros`` zero deltas
     (``full``: the official code's vector, which includes leftover text parameters); or one per
     tensor (mergekit).
@@ -134,15 +135,15 @@ def ties_statistics(
         return (whole,) * len(layout.names)
 
     thresholds = tuple(parallel(thresholds_of, experts))
-    statistics = TiesStatistics(thresholds, mean=mean)
+    statistics = TiesStatistics(thresholds, None, mean)
+    if not count_signs:
+        return statistics
 
     def balance(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> float:
         trimmed_Kn = trim(vectors_Kn, statistics.column(piece.tensor, vectors_Kn))
         return float(elect_sign(trimmed_Kn, 0.0).sum())
 
-    total = sum(stream(balance, pretrained, experts, pieces))
-    majority = math.copysign(1.0, total) if total else 0.0
-    return TiesStatistics(thresholds, majority, mean)
+    return statistics.counted(sum(stream(balance, pretrained, experts, pieces)))
 
 
 def _threshold(

@@ -23,7 +23,7 @@ _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class SafetensorsWriter:
-    """Opens ``path`` with room for all tensors; every part must be written once before it closes.
+    """Opens ``path`` with room for all tensors; every part must be written before it closes.
 
     Raises :class:`OSError` as soon as it opens when the disk has no room.
     """

@@ -10,7 +10,8 @@ Legend: K tasks, N columns (any slice of the flat vector).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +24,13 @@ class TiesStatistics:
     """What a column needs to know of the whole vectors.
 
     ``thresholds[k][t]``: keep |x| ≥ this in tensor t of task k (one value repeated over t unless
-    trimming is per tensor). ``majority``: the sign that columns with a zero sum take; 0 if none.
-    ``mean``: divide each column by the number of tasks that have an entry in it, so that the sum of
-    the K vectors is TIES's disjoint mean.
+    trimming is per tensor). ``majority``: the sign that columns with a zero sum take; 0 if none,
+    None if the signs have not been counted. ``mean``: divide each column by the number of tasks
+    that have an entry in it, so that the sum of the K vectors is TIES's disjoint mean.
     """
 
     thresholds: tuple[tuple[float, ...], ...]
-    majority: float = 0.0
+    majority: float | None = 0.0
     mean: bool = False
 
     def column(self, tensor: int, like: Tensor) -> Tensor:
@@ -38,8 +39,34 @@ class TiesStatistics:
 
     def phi(self, vectors_KN: Tensor, tensor: int) -> Tensor:
         """Φ of any columns of tensor ``tensor``: K separate vectors, (K, N)."""
-        phi_KN = phi(vectors_KN, self.column(tensor, vectors_KN), self.majority)
+        if self.majority is None:
+            raise ValueError("the majority sign has not been counted")
+        return self._scaled(phi(vectors_KN, self.column(tensor, vectors_KN), self.majority))
+
+    def vote(self, vectors_KN: Tensor, tensor: int) -> Vote:
+        """Φ before the majority sign is known, and what these columns add to it."""
+        trimmed_KN = trim(vectors_KN, self.column(tensor, vectors_KN))
+        sign_N = elect_sign(trimmed_KN, 0.0)
+        # Entries that sum to zero have a positive one among them.
+        waiting_N = (sign_N == 0) & (trimmed_KN.amax(0) > 0)
+        phi_KN = self._scaled(disjoint(trimmed_KN, sign_N))
+        return Vote(phi_KN, float(sign_N.sum()), waiting_N)
+
+    def counted(self, balance: float) -> TiesStatistics:
+        """With the majority of the signs, whose sum over all columns is ``balance``."""
+        return replace(self, majority=math.copysign(1.0, balance) if balance else 0.0)
+
+    def _scaled(self, phi_KN: Tensor) -> Tensor:
         return phi_KN / entries(phi_KN) if self.mean else phi_KN
+
+
+class Vote(NamedTuple):
+    """Φ (K, N) with nothing in the columns that wait for the majority sign; the sum of the signs;
+    which columns (N,) wait: those with entries whose sum is zero."""
+
+    phi: Tensor
+    balance: float
+    waiting: Tensor
 
 
 def trim_threshold(parts: Parts, numel: int, density: float, sample: Tensor | None = None) -> float:
