@@ -1,0 +1,200 @@
+"""YAML → :class:`Config`: overrides, presets, shorthands and paths, then validation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from raymerge.config.schema import Config
+from raymerge.config.wording import explain, short
+from raymerge.errors import ConfigError
+
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # hf:…, torchvision:…, s3://… are not local paths
+
+_PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    # The released AdaMerging code: its loop stops after the *second* batch of 16, and it clamps
+    # in the forward pass only (methods that have no clamp ignore that default).
+    "official": {
+        "optimizer": {"batch_size": 16, "batches": 2, "lr": 1e-3, "steps": 500},
+        "method": {"clamp": "forward", "init": 0.3},
+    },
+    # A tenth of the paper's steps: a large rate that falls to zero (benchmarks/schedule.py).
+    "fast": {"optimizer": {"batch_size": 16, "lr": 2e-2, "steps": 50, "schedule": "cosine"}},
+}
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML config; ``overrides`` are ``key.path=value`` strings, values in YAML.
+
+    Raises :class:`ConfigError` naming the file, the key, the value and the remedy.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config {path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path}: not UTF-8 text, so not YAML") from error
+    try:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"config {path}: not valid YAML: {_one_line(str(error))}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"config {path}: expected keys such as model, tasks, method; found {short(data)}"
+        )
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_config(data, root=path.parent.absolute(), source=f"config {path}")
+
+
+def parse_config(data: Mapping[str, Any], *, root: Path, source: str = "config") -> Config:
+    """Validate a plain dict; relative paths in it are taken from ``root``."""
+    data = _with_preset(dict(data), source)
+    data = _with_shorthands(data)
+    _resolve_paths(data, root, source)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {explain(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that ``load_config`` reads back to an equal config."""
+    data = config.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+# --- before validation: overrides, presets, shorthands, paths ---------------------------------
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key_path, separator, value = override.partition("=")
+    if not separator or not key_path:
+        raise ConfigError(f"override {override!r}: write it as key.path=value")
+    keys = key_path.split(".")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: {value!r} is not a YAML value") from error
+    node: Any = data
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        where = ".".join(keys[: depth + 1])
+        if isinstance(node, list):
+            node = _override_list_item(node, key, where, override, parsed if last else _KEEP)
+        elif isinstance(node, dict):
+            if last:
+                node[key] = parsed
+            elif isinstance(node.get(key), str) and key in ("method", "model"):
+                node[key] = {"name" if key == "method" else "arch": node[key]}
+            node = node.setdefault(key, {})
+        else:
+            raise ConfigError(f"override {override!r}: {where} is below a plain value")
+
+
+_KEEP = object()
+
+
+def _override_list_item(node: list[Any], key: str, where: str, override: str, value: Any) -> Any:
+    if not key.isdigit() or int(key) >= len(node):
+        raise ConfigError(
+            f"override {override!r}: {where}: the list has items 0 to {len(node) - 1}"
+        )
+    if value is not _KEEP:
+        node[int(key)] = value
+    return node[int(key)]
+
+
+def _with_preset(data: dict[str, Any], source: str) -> dict[str, Any]:
+    name = data.pop("preset", None)
+    if name is None:
+        return data
+    if not isinstance(name, str) or name not in _PRESETS:
+        raise ConfigError(f"{source}: preset: {name!r} is unknown; known: {', '.join(_PRESETS)}")
+    data = _with_shorthands(data)
+    for section, defaults in _PRESETS[name].items():
+        given = data.get(section) or {}
+        if not isinstance(given, dict):
+            continue  # validation will say so
+        if section == "method" and given.get("name", "adamerging") != "adamerging":
+            continue
+        base = {"name": "adamerging"} if section == "method" else {}
+        data[section] = {**base, **defaults, **given}
+    return data
+
+
+def _with_shorthands(data: dict[str, Any]) -> dict[str, Any]:
+    """``model: local-dir:x`` and ``method: ties`` are short for the mapping with one key."""
+    for section, key in (("model", "arch"), ("method", "name")):
+        if isinstance(data.get(section), str):
+            data[section] = {key: data[section]}
+    return data
+
+
+def _resolve_paths(data: dict[str, Any], root: Path, source: str) -> None:
+    model = data.get("model")
+    if isinstance(model, dict):
+        _resolve_model(model, root)
+    tasks = data.get("tasks")
+    if isinstance(tasks, list):
+        data["tasks"] = [
+            _resolved_task(task, root, f"{source}: tasks[{i}]") if isinstance(task, dict) else task
+            for i, task in enumerate(tasks)
+        ]
+    if isinstance(data.get("output"), str):
+        data["output"] = _absolute(data["output"], root)
+    vectors = data.get("vectors")
+    if isinstance(vectors, dict) and isinstance(vectors.get("folder"), str):
+        data["vectors"] = {**vectors, "folder": _absolute(vectors["folder"], root)}
+
+
+def _resolve_model(model: dict[str, Any], root: Path) -> None:
+    arch, pretrained = model.get("arch"), model.get("pretrained")
+    if isinstance(arch, str) and (arch.startswith("local-dir:") or arch.endswith(".json")):
+        model["arch"] = _absolute(arch, root)
+    # A pretrained tag (openai, laion2b_s34b_b79k) has no dot and no slash; a file has one of them.
+    if isinstance(pretrained, str) and (
+        re.search(r"[./]", pretrained) or (root / pretrained).exists()
+    ):
+        model["pretrained"] = _absolute(pretrained, root)
+
+
+def _resolved_task(task: dict[str, Any], root: Path, where: str) -> dict[str, Any]:
+    task = dict(task)
+    for key in ("checkpoint", "adapt", "test"):
+        if isinstance(task.get(key), str):
+            task[key] = _absolute(task[key], root)
+    for key in ("classnames", "templates"):
+        if isinstance(task.get(key), str):
+            task[key] = _read_lines(Path(_absolute(task[key], root)), f"{where}.{key}")
+    return task
+
+
+def _absolute(path: str, root: Path) -> str:
+    if path.startswith("local-dir:"):
+        return "local-dir:" + _absolute(path.removeprefix("local-dir:"), root)
+    if not path or _REMOTE.match(path):  # an empty one is refused below, and is not the root
+        return path
+    return str((root / Path(path).expanduser()).absolute())
+
+
+def _read_lines(path: Path, where: str) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{where}: {path}: cannot be read: {reason}") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ConfigError(f"{where}: {path}: holds no line; write one name per line")
+    return names
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

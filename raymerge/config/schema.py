@@ -1,0 +1,187 @@
+"""The config's sections: typed, frozen, validated once. Past this package there are no dicts."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from raymerge.config.methods import AdaMerging, Frozen, MethodConfig
+
+Reference = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+"""A path or what stands for one; no path is empty or holds a zero byte."""
+VectorDtype = Literal["float32", "bfloat16"]
+VectorLocation = Literal["device", "host", "disk"]
+
+_TASK_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_MODEL_SCHEMES = ("local-dir:", "hf-hub:")
+
+
+class ModelConfig(Frozen):
+    """The pretrained model θ₀: which architecture, and where its weights are."""
+
+    arch: str
+    """An open_clip architecture, a config JSON, ``local-dir:DIR`` or ``hf-hub:ORG/NAME``."""
+    pretrained: str | None = None
+    """An open_clip pretrained tag or a checkpoint file; not with ``local-dir:`` or ``hf-hub:``."""
+
+    @property
+    def is_folder(self) -> bool:
+        return self.arch.startswith(_MODEL_SCHEMES)
+
+    @property
+    def reference(self) -> str:
+        """What the weights are read from: a file, a folder, a hub id or an open_clip tag."""
+        return self.arch if self.pretrained is None else self.pretrained
+
+    @model_validator(mode="after")
+    def _weights_come_from_one_place(self) -> ModelConfig:
+        if self.is_folder and self.pretrained is not None:
+            raise ValueError(
+                f"{self.arch} already holds the weights; remove model.pretrained={self.pretrained}"
+            )
+        if not self.is_folder and self.pretrained is None:
+            raise ValueError(
+                f"model.arch={self.arch} needs model.pretrained: an open_clip tag or a checkpoint"
+            )
+        return self
+
+
+class TaskConfig(Frozen):
+    """One task: its expert, its classes, its images."""
+
+    name: str
+    checkpoint: Reference
+    classnames: tuple[str, ...] = Field(min_length=2)
+    """In class order; in YAML a list, or a text file with one name per line."""
+    templates: tuple[str, ...] = Field(default=("a photo of a {}.",), min_length=1)
+    adapt: Reference | None = None
+    """Unlabeled images: a folder, flat or with one folder per class."""
+    test: Reference | None = None
+    """Labelled images: one folder per class, named as in ``classnames``."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_plain_word(cls, name: str) -> str:
+        if not _TASK_NAME.fullmatch(name) or set(name) == {"."}:
+            raise ValueError(f"{name!r} is not a task name: use letters, digits, '.', '_' and '-'")
+        return name
+
+    @field_validator("templates")
+    @classmethod
+    def _templates_have_a_place_for_the_class(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"template {template!r} needs exactly one {{}} for the class name")
+            try:
+                template.format("")
+            except (ValueError, KeyError, IndexError):
+                raise ValueError(
+                    f"template {template!r} has braces besides {{}}; write them as {{{{ and }}}}"
+                ) from None
+        return templates
+
+
+class OptimizerConfig(Frozen):
+    """Adam on λ. One step uses ``batches`` × ``batch_size`` images of every task."""
+
+    name: Literal["adam"] = "adam"
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    steps: int = Field(default=500, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    batches: int = Field(default=1, ge=1)
+    schedule: Literal["constant", "cosine"] = "constant"
+    """``cosine``: the rate falls from ``lr`` to 0 over ``steps``, along half a cosine."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_decay(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas {betas} must each lie in [0, 1)")
+        return betas
+
+    @property
+    def images_per_step(self) -> int:
+        return self.batch_size * self.batches
+
+
+class ClusterConfig(Frozen):
+    """Where the work runs: ``workers: 0`` in this process, else that many Ray actors."""
+
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    shards: int = Field(default=1, ge=1)
+    """Workers that split one copy of the task vectors; ``workers`` must be a multiple of it."""
+    address: str | None = None
+    """A running Ray cluster; default: RAY_ADDRESS if set, else a private local one."""
+    cpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    micro_batch: Literal["auto", "all"] | Annotated[int, Field(ge=1)] = "auto"
+    """Most images in one forward and backward pass. ``auto``: as many as keep the activations
+    within a gigabyte on a CPU, all of a worker's images on a GPU."""
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    load_timeout_s: float = Field(default=3600.0, gt=0)
+    step_timeout_s: float = Field(default=600.0, gt=0)
+
+    @model_validator(mode="after")
+    def _workers_fill_groups(self) -> ClusterConfig:
+        if self.shards > 1 and isinstance(self.workers, int) and self.workers % self.shards:
+            raise ValueError(
+                f"workers={self.workers} is not a multiple of shards={self.shards}: "
+                f"W workers = G groups x S shards; try workers={self.shards}"
+            )
+        if self.shards > 1 and self.workers == 0:
+            raise ValueError(
+                f"workers=0 runs in this process, which cannot hold {self.shards} shards"
+            )
+        return self
+
+
+class VectorsConfig(Frozen):
+    """How a worker keeps its task vectors: K times the model's size, read twice a step."""
+
+    dtype: VectorDtype | Literal["auto"] = "auto"
+    """``auto``: float32 where it fits into memory, else bfloat16 (half the bytes)."""
+    location: VectorLocation | Literal["auto"] = "auto"
+    """``device``: where the model computes. ``host``: this machine's memory, copied to the GPU
+    block by block. ``disk``: a memory-mapped file. ``auto``: the first of these that fits."""
+    folder: Reference | None = None
+    """Where ``disk`` puts its file, which vanishes with the worker; default: the temporary one."""
+
+
+class StateConfig(Frozen):
+    """How often λ and the optimiser's moments are saved for ``--resume``."""
+
+    every_steps: int = Field(default=10, ge=1)
+    keep: int = Field(default=3, ge=1)
+
+
+class Config(Frozen):
+    """Everything one merge needs. See ``docs/config.md`` for the same in prose."""
+
+    model: ModelConfig
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    method: MethodConfig = AdaMerging(name="adamerging")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    vectors: VectorsConfig = VectorsConfig()
+    seed: int = Field(default=0, ge=0)
+    cluster: ClusterConfig = ClusterConfig()
+    state: StateConfig = StateConfig()
+    output: Reference | None = None
+
+    @model_validator(mode="after")
+    def _tasks_are_distinct(self) -> Config:
+        names = [task.name for task in self.tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"task {name!r} is listed {names.count(name)} times; names are unique"
+                )
+        return self
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.tasks)
