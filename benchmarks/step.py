@@ -72,7 +72,7 @@ def _own(what: str, *more: str) -> list[str]:
 
 _COMMANDS = {
     "bare": lambda args: _own("bare"),
-    "bare-passes": lambda args: _own("bare", "--pass", "30"),
+    "bare-passes": lambda args: _own("bare", "--pass", "15"),
     "bare-bf16": lambda args: _own("bare", "--precision", "bfloat16"),
     "raymerge": lambda args: _own("raymerge"),
     "raymerge-bf16": lambda args: _own(

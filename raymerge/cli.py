@@ -189,7 +189,7 @@ def _merge(args: argparse.Namespace) -> int:
         config = config.model_copy(update={"output": str(Path(args.output).absolute())})
     from raymerge.checkpoints.digests import hash_ahead
 
-    hash_ahead([config.model.reference, *(task.checkpoint for task in config.tasks)])
+    hash_ahead([config.model.reference, *(str(task.checkpoint) for task in config.models)])
     from raymerge.merging.registry import describe
     from raymerge.session import merge
 

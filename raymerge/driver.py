@@ -2,18 +2,19 @@
 
 Only K·L numbers travel. One loop for one process and for a cluster: what differs is the group.
 
-Legend: K tasks, L layers.
+Legend: K models, M tasks, L layers, C classes of the task with the most.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from raymerge.errors import RunError
 from raymerge.merging.optimizer import Adam, AdamState
@@ -23,11 +24,14 @@ from raymerge.messages import (
     FloatArray,
     LoadReport,
     LoadRequest,
+    Statistics,
+    StatisticsRequest,
     StepRequest,
     StepResult,
     WorkerSpec,
 )
 from raymerge.progress import Progress
+from raymerge.watch import Watch
 
 
 class WorkerGroup(Protocol):
@@ -48,6 +52,10 @@ class WorkerGroup(Protocol):
     def evaluate(
         self, request: EvaluateRequest, progress: Progress | None = None
     ) -> list[ChunkScore]: ...
+
+    def statistics(self, requests: Sequence[StatisticsRequest]) -> Iterator[Statistics]:
+        """One answer a request, in their order; a task's are all served by one worker."""
+        ...
 
     def close(self) -> None: ...
 
@@ -74,18 +82,25 @@ class LocalGroup:
     ) -> list[ChunkScore]:
         return self._worker.evaluate(request, progress)
 
+    def statistics(self, requests: Sequence[StatisticsRequest]) -> Iterator[Statistics]:
+        return map(self._worker.statistics, requests)
+
     def close(self) -> None:
         pass
 
 
 @dataclass(frozen=True)
 class StepTotal:
-    """All workers' shares of one step, summed: gradient (K, L), loss and entropy per task (K,)."""
+    """All workers' shares of one step, summed: gradient (K, L), loss and entropy per task (M,),
+    mean predictions (M, C)."""
 
     gradient: FloatArray
     loss: FloatArray
     entropy: FloatArray
+    probabilities: FloatArray
     phases: dict[str, float]
+    details: Mapping[str, FloatArray] = field(default_factory=dict)
+    """See ``StepResult.details``, of all layers; only where the request wanted it."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +111,8 @@ class StepRecord:
     loss: float
     entropy: dict[str, float]
     lambdas: dict[str, float]
+    marginal_entropy: dict[str, float]
+    """Of each task's running mean prediction: it falls where predictions collapse."""
     seconds: float
     phases: dict[str, float]
 
@@ -116,7 +133,9 @@ def sum_results(results: Sequence[StepResult], request: StepRequest, workers: in
         gradient=_sum([r.gradient for r in ordered]),
         loss=_sum([r.loss for r in ordered]),
         entropy=_sum([r.entropy for r in ordered]),
+        probabilities=_sum([r.probabilities for r in ordered]),
         phases=_slowest([r.seconds for r in ordered]),
+        details={name: _sum([r.details[name] for r in ordered]) for name in ordered[0].details},
     )
 
 
@@ -125,7 +144,7 @@ def learn(
     optimizer: Adam,
     start: AdamState,
     steps: int,
-    tasks: Sequence[str],
+    watch: Watch,
     observe: Callable[[StepRecord, AdamState], None],
 ) -> AdamState:
     """Minimise the objective over λ from ``start`` (possibly a resumed state) to ``steps`` steps.
@@ -134,25 +153,50 @@ def learn(
     loss or gradient is not finite raises :class:`RunError` naming the task, and changes nothing.
     """
     state = start
-    for step in range(start.step, steps):
+    for _ in range(start.step, steps):
         began = time.perf_counter()
         used = optimizer.effective(state.lambdas)
-        request = StepRequest(step, used.numpy())
-        total = sum_results(group.step(request), request, group.workers)
-        _require_finite(total, step, tasks)
-        state = optimizer.update(state, torch.from_numpy(total.gradient))
-        observe(_record(step + 1, total, used.numpy(), tasks, time.perf_counter() - began), state)
+        total = _evaluate(group, watch, state, used)
+        gradient_KL = torch.from_numpy(total.gradient)
+        if optimizer.sharpness:
+            ascended = _evaluate(group, watch, state, optimizer.ascend(used, gradient_KL))
+            gradient_KL = torch.from_numpy(ascended.gradient)
+        after = optimizer.update(state, gradient_KL)
+        seen = (torch.from_numpy(total.entropy), torch.from_numpy(total.probabilities))
+        state = watch.observe(state, after, *seen)
+        observe(_record(state, total, used.numpy(), watch, time.perf_counter() - began), state)
     return state
 
 
+def _evaluate(group: WorkerGroup, watch: Watch, state: AdamState, lambdas_KL: Tensor) -> StepTotal:
+    """Loss and gradient of the next step's images at ``lambdas_KL``."""
+    weights_M, marginals_MC = watch.weights(state), watch.marginals(state)
+    request = StepRequest(
+        state.step,
+        lambdas_KL.numpy(),
+        weights=None if weights_M is None else weights_M.numpy(),
+        marginals=None if marginals_MC is None else marginals_MC.numpy(),
+    )
+    total = sum_results(group.step(request), request, group.workers)
+    _require_finite(total, state.step, watch.tasks)
+    return total
+
+
 def _record(
-    step: int, total: StepTotal, lambdas_KL: FloatArray, tasks: Sequence[str], seconds: float
+    state: AdamState, total: StepTotal, lambdas_KL: FloatArray, watch: Watch, seconds: float
 ) -> StepRecord:
+    marginals_M = state.memory["guard.marginal"].tolist()
+    tasks = [(m, name) for m, name in enumerate(watch.tasks) if total.probabilities[m].any()]
     return StepRecord(
-        step=step,
+        step=state.step,
         loss=float(total.loss.sum()),
-        entropy=dict(zip(tasks, total.entropy.tolist(), strict=True)),
-        lambdas=dict(zip(tasks, lambdas_KL.mean(1).tolist(), strict=True)),
+        entropy={name: float(total.entropy[m]) for m, name in tasks},
+        lambdas={
+            name: float(lambdas_KL[row].mean())
+            for name, row in zip(watch.tasks, watch.rows, strict=True)
+            if row >= 0
+        },
+        marginal_entropy={name: marginals_M[m] for m, name in tasks},
         seconds=seconds,
         phases=total.phases,
     )

@@ -14,9 +14,9 @@ import psutil
 from raymerge.config import VectorDtype, VectorLocation, VectorsConfig
 from raymerge.messages import VectorStorage
 
-_ACTIVATION_BYTES = 1 << 30
-"""Of one pass on a CPU: passes of a gigabyte run as fast as larger ones, and leave the memory to
-the task vectors."""
+_ACTIVATION_BYTES = 1 << 29
+"""Of one pass on a CPU: passes of half a gigabyte run as fast as larger ones, and leave the memory
+to the task vectors."""
 _USABLE = 0.92
 """Of a machine's memory: the rest is the system's."""
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -46,6 +46,13 @@ def micro_batch(
     return wanted
 
 
+def pass_images(images: int, most: int | None) -> int:
+    """Images of one pass when ``images`` are split evenly into as few as hold ``most`` at most."""
+    if most is None or images <= most:
+        return images
+    return -(-images // -(-images // most))
+
+
 def choose_storage(
     wanted: VectorsConfig, float32_bytes: int, device_room: int | None, host_room: int | None
 ) -> VectorStorage:
@@ -60,7 +67,7 @@ def choose_storage(
     locations: list[VectorLocation] = (
         ["device", "host", "disk"] if wanted.location == "auto" else [wanted.location]
     )
-    room = {"device": device_room, "host": host_room, "disk": None}
+    room = {"device": device_room, "host": host_room, "disk": None, "files": None}
     for location in locations:
         for dtype in dtypes:
             if _fits(vector_bytes(dtype, float32_bytes), room[location]):
@@ -89,12 +96,14 @@ class WorkerNeeds:
     """θ₀ of its shard."""
     images: int
     """Pinned, uint8."""
+    coefficients: int
+    """λ and ∂ℒ/∂λ of every cell, as the merge and the inner products spread them."""
     activations: int
     """Of one pass; or what writing the merged model takes afterwards, if that is more."""
 
     @property
     def on_device(self) -> int:
-        return self.weights + self.pretrained + self.activations
+        return self.weights + self.pretrained + self.coefficients + self.activations
 
 
 def storage_for(
@@ -119,7 +128,8 @@ def worker_bytes(needs: WorkerNeeds, storage: VectorStorage, float32_bytes: int)
         "process": needs.process,
         "weights and gradient": needs.weights,
         "pretrained": needs.pretrained,
-        "task vectors": 0 if storage.location == "disk" else vectors,
+        "task vectors": 0 if storage.location in ("disk", "files") else vectors,
         "images": needs.images,
+        "coefficients": needs.coefficients,
         "activations": needs.activations,
     }

@@ -1,6 +1,6 @@
 """What travels between the driver and the workers: small, picklable, no tensors of the model.
 
-Legend: K tasks, L layers.
+Legend: K models, M tasks, L layers, C classes of the task with the most.
 """
 
 from __future__ import annotations
@@ -12,8 +12,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from raymerge.config import Granularity, ModelConfig, TaskConfig, VectorDtype, VectorLocation
-from raymerge.merging.ties import TiesStatistics
+from raymerge.config import (
+    Granularity,
+    ModelConfig,
+    Objective,
+    TaskConfig,
+    VectorDtype,
+    VectorLocation,
+)
+from raymerge.merging.basis import Basis
 
 FloatArray = NDArray[np.float64]
 
@@ -54,18 +61,38 @@ class VectorStorage:
 
 
 @dataclass(frozen=True)
-class LoadRequest:
-    """Get ready to learn λ: which vectors to pin, and which images the steps will use."""
+class Loss:
+    """What is minimised, of each image's logits; see ``config.AdaMerging``."""
 
+    objective: Objective = "entropy"
+    temperature: float = 2.0
+    normalise: bool = False
+    filter: float | None = None
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """Get ready to learn λ: which vectors to pin, and which images the steps will use.
+
+    ``models``: the K checkpoints.
+    """
+
+    models: tuple[str, ...]
     granularity: Granularity
-    objective: str
+    loss: Loss
     images_per_step: int
     batches: int
     steps: int
     seed: int
     autocast: bool = False
-    ties: TiesStatistics | None = None
+    basis: Basis | None = None
     storage: VectorStorage = VectorStorage()
+
+    def same_vectors(self, other: LoadRequest) -> bool:
+        """Whether what is pinned for the other serves this one."""
+        mine = (self.models, self.granularity, self.storage)
+        plain = self.basis is None and other.basis is None
+        return plain and mine == (other.models, other.granularity, other.storage)
 
 
 @dataclass(frozen=True)
@@ -96,6 +123,9 @@ class LoadReport:
 class StepRequest:
     """Compute the local gradient of step ``step`` at the effective coefficients (K, L).
 
+    ``weights`` (M,): of the tasks' losses, None for 1. ``marginals`` (M, C): the running mean of
+    the predictions, for infomax. ``rows``: the models whose gradient is wanted, if not all (the
+    others' may be 0). ``details``: also what scores candidates (``StepResult.details``).
     Steps are idempotent: the same request gives the same result however often it is sent. A result
     carries its ``generation`` back, so that one of an abandoned group is recognised.
     """
@@ -103,11 +133,20 @@ class StepRequest:
     step: int
     lambdas: FloatArray
     generation: int = 0
+    weights: FloatArray | None = None
+    marginals: FloatArray | None = None
+    rows: tuple[int, ...] | None = None
+    details: bool = False
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One worker's share of a step: its gradient (K, L), and per task it saw the sums (K,)."""
+    """One worker's share of a step: its gradient (K, L), and its parts of the tasks' means.
+
+    ``loss``, ``entropy`` (M,); ``probabilities`` (M, C): of the mean prediction. ``details``, per
+    layer of its columns: ``gradient_base`` ⟨∂ℒ/∂θ, θ₀⟩, ``gradient_square``, ``theta_square`` (L,)
+    and ``model_square`` ‖θ_k‖² (K, L).
+    """
 
     step: int
     rank: int
@@ -115,7 +154,35 @@ class StepResult:
     gradient: FloatArray
     loss: FloatArray
     entropy: FloatArray
+    probabilities: FloatArray
+    details: Mapping[str, FloatArray] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StatisticsRequest:
+    """What one expert makes of its own task's images; see ``statistics.ExpertStatistics``.
+
+    ``images``: how many, drawn with ``seed``. ``samples``: of Fisher, None for exact. ``block``,
+    ``merged``: of RegMean++, which block, and the tensors that are merged by now and new to the
+    worker.
+    """
+
+    kind: Literal["fisher", "grams", "block_grams"]
+    task: int
+    images: int
+    seed: int
+    samples: int | None = None
+    block: int = 0
+    merged: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of one task: arrays by tensor name, or the flat Fisher diagonal as ``fisher``."""
+
+    task: int
+    values: Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,12 @@ class FlatEncoder:
                 owner, _, leaf = name.rpartition(".")
                 visual.get_submodule(owner)._buffers[leaf] = view
 
+    @property
+    def visual(self) -> nn.Module:
+        """The tower itself."""
+        visual: nn.Module = self._model.visual
+        return visual
+
     def drop_text(self) -> None:
         """Free everything but the visual tower, once the heads are made."""
         for name, _ in list(self._model.named_children()):

@@ -27,25 +27,36 @@ from raymerge.architecture import (
 from raymerge.checkpoints.reader import open_checkpoint
 from raymerge.checkpoints.task_vectors import STREAM_BYTES
 from raymerge.checkpoints.visual import VisualCheckpoint, open_visual
-from raymerge.config import AdaMerging, Config, TaskConfig
+from raymerge.config import Config, FwHard, FwSoft, Joint, TaskConfig
 from raymerge.data.cache import check_image
 from raymerge.data.folder import ImageList, labelled_images, unlabeled_images
 from raymerge.data.slots import slot_counts
 from raymerge.errors import CheckpointError, DataError, UserError
+from raymerge.lambdas import read_lambdas
 from raymerge.memory import (
     WorkerNeeds,
     machine_bytes,
     micro_batch,
+    pass_images,
     storage_for,
     vector_bytes,
     worker_bytes,
 )
 from raymerge.merging.layout import ParameterLayout
-from raymerge.merging.registry import describe, method_of
+from raymerge.merging.registry import (
+    describe,
+    granularity_of,
+    images_per_step,
+    merged_checkpoints,
+    method_of,
+    needed_images,
+    steps_of,
+)
 from raymerge.messages import VectorStorage
 from raymerge.placement import Placement, Resources, place, require_work
 
 _FLOAT_BYTES = 4
+_COEFFICIENT_BYTES = 4 + 4 + 4 + 8  # λ twice, ∂ℒ/∂λ, and ∂ℒ/∂λ as it is summed
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class TaskPlan:
     """What the checks found of one task."""
 
     name: str
-    checkpoint: str
+    checkpoint: str | None
     dtype: str
     classes: int
     adapt_images: int
@@ -70,6 +81,7 @@ class Plan:
     parameters: int
     tensors: int
     layers: int
+    models: int
     tasks: tuple[TaskPlan, ...]
     placement: Placement | None
     steps: int
@@ -153,16 +165,21 @@ def check(
         pretrained, leftovers = opened if opened is not None else (None, 0)
     rows = [_check_task(config, k, pretrained, found, experts) for k in range(len(config.tasks))]
     found.attempt(lambda: _check_method(config))
+    if isinstance(config.method, Joint) and pretrained is not None:
+        reference, layout = config.method.checkpoint, pretrained.layout
+        found.attempt(lambda: open_visual(reference, layout))
     if pretrained is None or resolved is None:
         return None, found.problems
-    learned = method_of(config.method).learned
+    kind = method_of(config.method).kind
+    learned = kind in ("learned", "frank_wolfe")
     step_images = sum(row.images_per_step for row in rows) if learned else 0
     placement = _placement(config, resources, step_images if learned else None, found)
+    found.attempt(lambda: _check_groups(config, placement))
     layout = pretrained.layout
     memory = (
         _learned_memory(config, layout, resolved, rows, placement, resources)
         if learned
-        else _static_memory(layout, resolved)
+        else _static_memory(config, layout, resolved)
     )
     step_s = None
     if probe and learned and placement is not None and resources and resources.elastic:
@@ -173,9 +190,10 @@ def check(
         parameters=layout.parameters,
         tensors=len(layout.names),
         layers=_layer_count(config, layout),
+        models=len(merged_checkpoints(config)),
         tasks=tuple(rows),
         placement=placement,
-        steps=config.optimizer.steps if learned else 0,
+        steps=steps_of(config) if learned else 0,
         step_images=step_images,
         bytes_per_worker=memory.bytes_per_worker,
         storage=memory.storage,
@@ -202,7 +220,9 @@ def _check_task(
     experts: bool,
 ) -> TaskPlan:
     task = config.tasks[k]
-    expert = found.attempt(lambda: _open_expert(task, k, pretrained)) if experts else None
+    expert = None
+    if experts and task.checkpoint is not None:
+        expert = found.attempt(lambda: _open_expert(task, k, pretrained))
     adapt = found.attempt(lambda: _adapt_images(task, k)) if task.adapt else None
     test = found.attempt(lambda: _test_images(task, k)) if task.test else None
     for images in (adapt, test):
@@ -216,18 +236,19 @@ def _check_task(
         classes=len(task.classnames),
         adapt_images=population,
         test_images=len(test) if test else 0,
-        images_per_step=slot_counts([population], config.optimizer.images_per_step)[0],
+        images_per_step=slot_counts([population], images_per_step(config))[0],
     )
 
 
 def _open_expert(
     task: TaskConfig, k: int, pretrained: VisualCheckpoint | None
 ) -> VisualCheckpoint | None:
+    reference = str(task.checkpoint)
     try:
         if pretrained is None:
-            open_checkpoint(task.checkpoint)
+            open_checkpoint(reference)
             return None
-        return open_visual(task.checkpoint, pretrained.layout)
+        return open_visual(reference, pretrained.layout)
     except CheckpointError as error:
         raise CheckpointError(f"tasks[{k}] ({task.name}): {error}") from error
 
@@ -250,16 +271,51 @@ def _check_images(paths: Sequence[Path]) -> None:
 
 def _check_method(config: Config) -> None:
     """What the method needs and the config does not give."""
-    method = method_of(config.method)
-    missing = [task.name for task in config.tasks if task.adapt is None]
-    if method.learned and missing:
+    method, needed = method_of(config.method), needed_images(config)
+    missing = [task.name for task in config.models if task.adapt is None]
+    everywhere = method.kind != "frank_wolfe"  # which takes a model without images as a candidate
+    if needed != "none" and (missing if everywhere else len(missing) == len(config.models)):
         raise DataError(
-            f"method {config.method.name} learns from unlabeled images, but task "
+            f"method {config.method.name} learns from {needed} images, but task "
             f"{', '.join(missing)} has no adapt folder"
         )
+    if needed == "labelled":
+        _require_labels(config)
+    if isinstance(config.method, FwHard | FwSoft) and config.method.start is not None:
+        read_lambdas(config.method.start, config.model_names)
     if not method.merges and all(task.test is None for task in config.tasks):
         raise DataError(
             f"method {config.method.name} merges nothing; it needs a test folder to report on"
+        )
+
+
+def _require_labels(config: Config) -> None:
+    """Every image to adapt on lies in a folder of its class."""
+    for k, task in enumerate(config.tasks):
+        if task.adapt is not None:
+            where = f"tasks[{k}].adapt"
+            try:
+                labelled = labelled_images(task.adapt, task.classnames, where)
+            except DataError as error:
+                raise DataError(f"{error}; method.objective: cross_entropy needs labels") from error
+            others = len(unlabeled_images(task.adapt, where)) - len(labelled)
+            if others:
+                raise DataError(
+                    f"{where}: {task.adapt}: {others} images lie in no class folder; "
+                    "method.objective: cross_entropy needs labels"
+                )
+
+
+def _check_groups(config: Config, placement: Placement | None) -> None:
+    method = config.method
+    if not isinstance(method, FwHard | FwSoft) or method.oracle != "cosine" or placement is None:
+        return
+    if placement.processes > config.cluster.shards:
+        raise UserError(
+            f"method.oracle: cosine needs the whole gradient in one group of workers, and "
+            f"{placement.processes} workers with cluster.shards={config.cluster.shards} are "
+            f"{placement.processes // config.cluster.shards} groups; set cluster.shards to the "
+            "number of workers, or method.oracle: inner"
         )
 
 
@@ -274,9 +330,7 @@ def _placement(
 
 
 def _layer_count(config: Config, layout: ParameterLayout) -> int:
-    if not isinstance(config.method, AdaMerging):
-        return 1
-    return len(layout.layers(config.method.granularity).names)
+    return len(layout.layers(granularity_of(config.method)).names)
 
 
 @dataclass(frozen=True)
@@ -289,10 +343,15 @@ class _Memory:
     micro_batch: int | None = None
 
 
-def _static_memory(layout: ParameterLayout, resolved: ResolvedModel) -> _Memory:
-    """A merge without steps: the merged model, and the blocks that stream through it."""
+def _static_memory(config: Config, layout: ParameterLayout, resolved: ResolvedModel) -> _Memory:
+    """A merge without steps: the merged model, and the blocks that stream through it.
+
+    Statistics are about as large as the model: those of one task, and two sums.
+    """
+    sums = 3 if method_of(config.method).kind == "statistics" else 0
     return _Memory(
         {
+            **({"statistics": sums * layout.columns * _FLOAT_BYTES} if sums else {}),
             "process": psutil.Process().memory_info().rss,
             "merged model": max(layout.columns * _FLOAT_BYTES, resolved.weights.stat().st_size),
             "blocks": STREAM_BYTES,
@@ -318,18 +377,17 @@ def _learned_memory(
     per_image = activation_bytes(visual)
     slots = -(-sum(row.images_per_step for row in rows) // processes)
     batch = micro_batch(config.cluster.micro_batch, per_image, gpu)
-    pinned = sum(
-        min(row.adapt_images, row.images_per_step * config.optimizer.steps) for row in rows
-    )
+    pinned = sum(min(row.adapt_images, row.images_per_step * steps_of(config)) for row in rows)
     export = 0 if gpu or processes > 1 else resolved.weights.stat().st_size + STREAM_BYTES
     needs = WorkerNeeds(
         process=psutil.Process().memory_info().rss,
         weights=2 * shard.padded_columns * _FLOAT_BYTES,
         pretrained=shard.columns * _FLOAT_BYTES,
+        coefficients=len(config.models) * shard.cells * _COEFFICIENT_BYTES,
         images=-(-pinned // processes) * 3 * height * width,
-        activations=max(export, min(batch or slots, slots) * per_image),
+        activations=max(export, pass_images(slots, batch) * per_image),
     )
-    vectors = len(rows) * shard.columns * _FLOAT_BYTES
+    vectors = len(config.models) * shard.columns * _FLOAT_BYTES
     storage = storage_for(
         config.vectors,
         needs,
@@ -390,7 +448,7 @@ def _require_separate_output(config: Config, resolved: ResolvedModel) -> None:
     if config.output is None:
         return
     written = (Path(config.output) / WEIGHTS_FILE).resolve()
-    for read in (resolved.weights, *(Path(task.checkpoint) for task in config.tasks)):
+    for read in (resolved.weights, *map(Path, merged_checkpoints(config))):
         if written in (read.resolve(), (read / WEIGHTS_FILE).resolve()):
             raise UserError(
                 f"output {config.output}: holds {written.name}, which this merge reads; choose "
@@ -432,7 +490,7 @@ def _require_scratch(plan: Plan, config: Config) -> None:
 
 def _notes(config: Config) -> tuple[str, ...]:
     same = [t.name for t in config.tasks if t.adapt is not None and t.adapt == t.test]
-    if same and method_of(config.method).learned:
+    if same and needed_images(config) == "unlabeled":
         return (
             f"adapts on the test images of {', '.join(same)}, without labels (as the paper does)",
         )
@@ -460,7 +518,7 @@ def plan_text(plan: Plan) -> str:
     width = max(len(task.name) for task in plan.tasks)
     lines = [
         f"model      {plan.model}: {plan.parameters:,} visual parameters in {plan.tensors} tensors",
-        f"method     {plan.method}: {len(plan.tasks)} tasks x {plan.layers} layers of coefficients",
+        f"method     {plan.method}: {plan.models} models x {plan.layers} layers of coefficients",
         "tasks",
     ]
     lines += [

@@ -33,7 +33,7 @@ from raymerge.errors import RunError, UserError
 from raymerge.evaluation import TaskScore, results_json
 from raymerge.files import write_atomically, write_json, write_text
 from raymerge.merging.optimizer import AdamState
-from raymerge.merging.registry import describe
+from raymerge.merging.registry import describe, merged_checkpoints
 from raymerge.plan import Plan
 from raymerge.report import write_plots, write_report
 from raymerge.state import StateStore, fingerprint
@@ -260,7 +260,7 @@ def _write_lines(path: Path, lines: Sequence[str]) -> None:
 
 
 def _environment(config: Config, plan: Plan) -> dict[str, Any]:
-    files = [plan.resolved.weights, *(locate(task.checkpoint) for task in config.tasks)]
+    files = [plan.resolved.weights, *map(locate, merged_checkpoints(config))]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         hashes = list(pool.map(sha256, files))
     remember()

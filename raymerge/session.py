@@ -2,7 +2,7 @@
 
 ``merge`` and ``evaluate`` are the Python API; the commands are thin layers over them.
 
-Legend: K tasks, L layers.
+Legend: K models, J rows of coefficients (K, or one), L layers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -22,22 +23,45 @@ from raymerge.architecture import open_pretrained, unmerged_tensors
 from raymerge.checkpoints.locate import locate
 from raymerge.checkpoints.task_vectors import ties_statistics
 from raymerge.checkpoints.visual import open_visual
-from raymerge.config import AdaMerging, Config, Individual, Ties, ZeroShot
+from raymerge.config import (
+    AdaMerging,
+    Config,
+    Dare,
+    FwHard,
+    FwSoft,
+    Individual,
+    IsoCts,
+    Ties,
+    Wudi,
+    ZeroShot,
+)
 from raymerge.driver import LocalGroup, WorkerGroup, learn
 from raymerge.errors import RunError, UserError
 from raymerge.evaluation import TaskScore, summarise
 from raymerge.export import write_merged
 from raymerge.files import staged
+from raymerge.lambdas import read_lambdas
+from raymerge.merging.basis import Basis, Given, MatrixBasis
+from raymerge.merging.dare import Dare as DareBasis
 from raymerge.merging.layout import LayerMap
 from raymerge.merging.optimizer import Adam, AdamState
-from raymerge.merging.registry import method_of
+from raymerge.merging.registry import (
+    granularity_of,
+    merged_checkpoints,
+    method_of,
+    needed_images,
+    steps_of,
+)
+from raymerge.merging.spectral import iso_c, iso_cts, tsv
 from raymerge.merging.ties import TiesStatistics
-from raymerge.messages import EvaluateRequest, LoadRequest, WorkerSpec
+from raymerge.merging.wudi import wudi
+from raymerge.messages import EvaluateRequest, LoadRequest, Loss, WorkerSpec
 from raymerge.placement import Resources, environment_address, place
 from raymerge.plan import Plan, local_resources, make_plan
 from raymerge.progress import progress_bar
 from raymerge.rundir import Recorder, RunFolder
 from raymerge.state import StateStore, fingerprint
+from raymerge.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +103,7 @@ def merge(
     folder.check(config, resume=resume, overwrite=overwrite)
     plan = make_plan(config, known_resources(config))
     merging = Merging(config, plan)
-    needs_workers = merging.learned or any(task.test for task in config.tasks)
+    needs_workers = merging.needs_images or any(task.test for task in config.tasks)
     workers = group_or_new(group, config, merging.slots) if needs_workers else nullcontext(None)
     with workers as group:
         return _run(merging, folder, group, resume=resume)
@@ -90,21 +114,26 @@ def _run(
 ) -> MergeResult:
     config, clock = merging.config, _Clock()
     merging.require_finite()
-    lambdas_KL = merging.start()
-    if merging.learned:
+    lambdas_JL = merging.start()
+    if merging.needs_images:
         assert group is not None
-        _load(merging, group)
-        clock.lap("load")
-        lambdas_KL = _learn(merging, folder, group, lambdas_KL, resume=resume)
-        clock.lap("steps")
+        if merging.method.kind == "statistics":
+            merging.gather(group)
+            clock.lap("statistics")
+        else:
+            _load(merging, group)
+            clock.lap("load")
+            lambdas_JL = _learn(merging, folder, group, lambdas_JL, resume=resume)
+            clock.lap("steps")
     if merging.merges:
         # Every file is read before anything is replaced.
         with staged(folder.weights, folder.nearest) as (temporary, commit):
-            merging.write(temporary, lambdas_KL)
+            merging.write(temporary, lambdas_JL)
             folder.prepare(config, resume=resume, keep=temporary)
             commit()
         folder.write_model_config(merging.resolved)
-        folder.write_lambdas(config.task_names, merging.layers.names, lambdas_KL)
+        if merging.method.rows:
+            folder.write_lambdas(config.model_names, merging.layers.names, lambdas_JL)
         clock.lap("export")
     folder.prepare(config, resume=resume)
     scores: dict[str, TaskScore] = {}
@@ -115,7 +144,7 @@ def _run(
     return MergeResult(
         config=config,
         layers=merging.layers.names,
-        lambdas=lambdas_KL if merging.merges else None,
+        lambdas=lambdas_JL if merging.merges and merging.method.rows else None,
         scores=scores,
         seconds=clock.laps,
         output=folder.path,
@@ -143,25 +172,37 @@ def _learn(
     merging: Merging, folder: RunFolder, group: WorkerGroup, start_KL: Tensor, *, resume: bool
 ) -> Tensor:
     """The adaptive loop with state, metrics and a progress bar; the effective λ (K, L)."""
-    config, optimizer = merging.config, merging.optimizer()
+    config, optimizer, watch = merging.config, merging.optimizer(), merging.watch()
     store = StateStore(
         folder.state,
         fingerprint(config),
-        config.task_names,
+        config.model_names,
         merging.layers.names,
         config.state.keep,
     )
     state = (store.newest() if resume else None) or AdamState.start(start_KL)
-    steps = config.optimizer.steps
+    steps, key = steps_of(config), merging.steps_key
     if state.step > steps:
         raise UserError(
-            f"optimizer.steps: {steps}, but the run in {folder.path} has taken {state.step}; "
+            f"{key}: {steps}, but the run in {folder.path} has taken {state.step}; "
             "resume with at least that many"
         )
     folder.prepare(config, resume=resume)
     store.claim()
     with Recorder(folder, store, config.state.every_steps, state, steps) as recorder:
-        state = learn(group, optimizer, state, steps, config.task_names, recorder.observe)
+        if isinstance(config.method, FwHard):
+            from raymerge.frank_wolfe import hard
+
+            return hard(group, config.method, state, watch, recorder.observe).lambdas
+        if isinstance(config.method, FwSoft):
+            from raymerge.frank_wolfe import soft
+
+            loads = (merging.load_request(), merging.inner_load_request())
+            return soft(
+                group, config.method, state, watch, recorder.observe, loads, optimizer,
+                config.optimizer.steps,
+            ).lambdas  # fmt: skip
+        state = learn(group, optimizer, state, steps, watch, recorder.observe)
     return optimizer.effective(state.lambdas)
 
 
@@ -187,9 +228,9 @@ def evaluate(config: Config, model: str | None = None) -> dict[str, TaskScore]:
 
 def score(config: Config, group: WorkerGroup, model: str | None) -> dict[str, TaskScore]:
     """Every test image once; each task on ``model``, or on its own expert if that is None."""
-    tested = [task for task in config.tasks if task.test is not None]
+    tested = [task for task in config.tasks if task.test and (model or task.checkpoint)]
     request = EvaluateRequest(
-        checkpoints={task.name: model or task.checkpoint for task in tested},
+        checkpoints={task.name: str(model or task.checkpoint) for task in tested},
         autocast=config.precision == "bfloat16",
     )
     with progress_bar("evaluating", unit="img") as progress:
@@ -205,20 +246,43 @@ class Merging:
     def __init__(self, config: Config, plan: Plan | None = None) -> None:
         plan = plan or make_plan(config, known_resources(config))
         self.config, self.plan, self.resolved = config, plan, plan.resolved
-        self._method = method_of(config.method)
-        self.learned, self.merges = self._method.learned, self._method.merges
+        self.method = method_of(config.method)
+        self.merges = self.method.merges
+        self.needs_images = needed_images(config) != "none"
         self.slots = plan.step_images or None
         self.pretrained, _ = open_pretrained(plan.resolved)
-        self._experts = [open_visual(t.checkpoint, self.pretrained.layout) for t in config.tasks]
-        granularity = config.method.granularity if isinstance(config.method, AdaMerging) else "task"
-        self.granularity = granularity
-        self.layers: LayerMap = self.pretrained.layout.layers(granularity)
-        self.ties = self._ties()
+        self._experts = [
+            open_visual(reference, self.pretrained.layout)
+            for reference in merged_checkpoints(config)
+        ]
+        self.granularity = granularity_of(config.method)
+        self.layers: LayerMap = self.pretrained.layout.layers(self.granularity)
+        self.basis = self._basis()
 
-    def _ties(self) -> TiesStatistics | None:
+    def _basis(self) -> Basis | None:
         method = self.config.method
-        if not isinstance(method, Ties | AdaMerging) or self._method.basis(method) == "raw":
-            return None
+        name = method.task_vectors if isinstance(method, AdaMerging) else method.name
+        if name == "ties":
+            return self._ties()
+        if name == "dare":
+            assert isinstance(method, Dare | AdaMerging)
+            elect = isinstance(method, Dare) and method.elect_sign
+            return DareBasis(self.config.model_names, self.config.seed, method.density, elect)
+        if name == "tsv":
+            return MatrixBasis(tsv)
+        if name == "iso_c":
+            return MatrixBasis(iso_c, separate=False)
+        if name in ("iso_cts", "iso"):
+            assert isinstance(method, IsoCts | AdaMerging)
+            return MatrixBasis(partial(iso_cts, common_fraction=method.common_fraction))
+        if isinstance(method, Wudi):
+            solve = partial(wudi, iterations=method.iterations, lr=method.lr)
+            return MatrixBasis(solve, separate=False)
+        return None
+
+    def _ties(self) -> TiesStatistics:
+        method = self.config.method
+        assert isinstance(method, Ties | AdaMerging)
         return ties_statistics(
             self.pretrained,
             self._experts,
@@ -226,12 +290,19 @@ class Merging:
             scope=method.trim_scope,
             extra_zeros=self.plan.leftovers,
             mean=isinstance(method, Ties) and method.merge == "mean",
-            count_signs=self.learned,
+            count_signs=self.method.learned,
         )
+
+    def gather(self, group: WorkerGroup) -> None:
+        """Find the merged vector of a method of statistics."""
+        from raymerge.closed_form import merged_delta
+
+        delta_P = merged_delta(self.config, group, self.pretrained, self._experts)
+        self.basis, self._experts = Given(delta_P), []
 
     def require_finite(self) -> None:
         """Raise :class:`UserError` for NaN and Inf that would be found only after long work."""
-        if self.learned or not self.merges:
+        if self.needs_images or not self.merges:
             for _ in unmerged_tensors(self.pretrained):
                 pass
         if not self.merges:
@@ -240,35 +311,68 @@ class Merging:
                     expert.read(piece, torch.empty(piece.stop - piece.start))
 
     def start(self) -> Tensor:
-        """The method's constant λ, or the first one of learning: (K, L) float64."""
-        tasks = len(self.config.tasks)
-        scaling = self._method.scaling(self.config.method, tasks)
-        return torch.full((tasks, len(self.layers.names)), scaling, dtype=torch.float64)
+        """The method's constant λ, or the first one of learning: (J, L) float64."""
+        method = self.config.method
+        if isinstance(method, FwHard | FwSoft) and method.start is not None:
+            return read_lambdas(method.start, self.config.model_names, self.layers.names)
+        models = len(self.config.models)
+        scaling = self.method.scaling(method, models)
+        rows = models if self.method.rows else 1
+        return torch.full((rows, len(self.layers.names)), scaling, dtype=torch.float64)
+
+    @property
+    def steps_key(self) -> str:
+        given = isinstance(self.config.method, FwHard | FwSoft)
+        return "method.iterations" if given else "optimizer.steps"
 
     def optimizer(self) -> Adam:
-        assert isinstance(self.config.method, AdaMerging)
-        given = self.config.optimizer
+        given, method = self.config.optimizer, self.config.method
         decay_steps = given.steps if given.schedule == "cosine" else None
-        return Adam(given.lr, given.betas, given.eps, self.config.method.clamp, decay_steps)
+        clamp = method.clamp if isinstance(method, AdaMerging) else "none"
+        return Adam(given.lr, given.betas, given.eps, clamp, decay_steps, given.sharpness)
+
+    def watch(self) -> Watch:
+        method, names = self.config.method, self.config.model_names
+        rows = [
+            names.index(task.name) if task.checkpoint is not None else -1
+            for task in self.config.tasks
+        ]
+        if not isinstance(method, AdaMerging):
+            return Watch(self.config.task_names, rows, "ignore")
+        infomax = method.objective == "infomax"
+        return Watch(self.config.task_names, rows, method.collapse, infomax)
 
     def load_request(self) -> LoadRequest:
-        assert isinstance(self.config.method, AdaMerging)
+        method, given = self.config.method, self.config.optimizer
+        if isinstance(method, FwHard | FwSoft):
+            loss = Loss(method.objective)
+            return self._load_request(loss, method.images, 1, method.iterations)
+        assert isinstance(method, AdaMerging)
+        loss = Loss(method.objective, method.temperature, method.normalise, method.filter)
+        return self._load_request(loss, given.images_per_step, given.batches, given.steps)
+
+    def inner_load_request(self) -> LoadRequest:
+        """Of the mergings within soft Frank-Wolfe: AdaMerging's own."""
         given = self.config.optimizer
+        return self._load_request(Loss(), given.images_per_step, given.batches, given.steps)
+
+    def _load_request(self, loss: Loss, images: int, batches: int, steps: int) -> LoadRequest:
         return LoadRequest(
+            models=merged_checkpoints(self.config),
             granularity=self.granularity,
-            objective=self.config.method.objective,
-            images_per_step=given.images_per_step,
-            batches=given.batches,
-            steps=given.steps,
+            loss=loss,
+            images_per_step=images,
+            batches=batches,
+            steps=steps,
             seed=self.config.seed,
             autocast=self.config.precision == "bfloat16",
-            ties=self.ties,
+            basis=self.basis,
             storage=self.plan.storage,
         )
 
-    def write(self, path: Path, lambdas_KL: Tensor) -> None:
+    def write(self, path: Path, lambdas_JL: Tensor) -> None:
         """Write the merged model's weights; reads every expert."""
-        write_merged(path, self.pretrained, self._experts, lambdas_KL, self.layers, self.ties)
+        write_merged(path, self.pretrained, self._experts, lambdas_JL, self.layers, self.basis)
 
 
 # --- workers -----------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 _ATTEMPT = re.compile(r"attempt-(\d{4,})")
 _TENSORS = "state.safetensors"
 _MANIFEST = "manifest.json"
+_MEMORY = "memory."
 
 
 class StateStore:
@@ -101,7 +102,14 @@ class StateStore:
 
     def _write(self, state: AdamState) -> None:
         target = self._path(state.step)
-        payload = save({"lambdas": state.lambdas, "mean": state.mean, "square": state.square})
+        payload = save(
+            {
+                "lambdas": state.lambdas,
+                "mean": state.mean,
+                "square": state.square,
+                **{_MEMORY + name: value.clone() for name, value in state.memory.items()},
+            }
+        )
         manifest = {
             "step": state.step,
             "attempt": self._attempt,
@@ -136,7 +144,10 @@ class StateStore:
         for name in ("lambdas", "mean", "square"):
             if tensors[name].shape != shape or tensors[name].dtype != torch.float64:
                 raise ValueError(f"{name} is not {shape} float64")
-        return AdamState(tensors["lambdas"], tensors["mean"], tensors["square"], manifest["step"])
+        memory = {k.removeprefix(_MEMORY): v for k, v in tensors.items() if k.startswith(_MEMORY)}
+        return AdamState(
+            tensors["lambdas"], tensors["mean"], tensors["square"], manifest["step"], memory
+        )
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

@@ -19,12 +19,15 @@ from raymerge.messages import (
     LoadReport,
     LoadRequest,
     Rendezvous,
+    Statistics,
+    StatisticsRequest,
     StepRequest,
     StepResult,
     WorkerSpec,
 )
 from raymerge.progress import Progress
 from raymerge.share import ServedModel, Share, choose_device
+from raymerge.statistics import ExpertStatistics
 
 
 class MergeWorker:
@@ -42,6 +45,7 @@ class MergeWorker:
         self._share: Share | None = None
         self._images: dict[int, PinnedImages] = {}
         self._evaluator: Evaluator | None = None
+        self._statistics: ExpertStatistics | None = None
 
     def ping(self) -> int:
         """This worker's rank, at once, even while a step runs."""
@@ -68,14 +72,16 @@ class MergeWorker:
         """
         started = time.perf_counter()
         self._enter()
+        vectors = None
+        if self._share is not None and request.same_vectors(self._share.request):
+            vectors = self._share.vectors
         self._share = None  # free the old vectors before the new ones are read
-        self._share = Share(self.spec, request, self._ready(), self._images, progress)
-        vectors_CKn = self._share.vectors_CKn
+        self._share = Share(self.spec, request, self._ready(), self._images, progress, vectors)
         return LoadReport(
             rank=self.spec.rank,
             device=str(self._share.device),
             tasks=tuple(self.spec.task_names[part.task] for part in self._share.slots),
-            vector_bytes=vectors_CKn.numel() * vectors_CKn.element_size(),
+            vector_bytes=self._share.vectors.nbytes,
             images=sum(len(images) for images in self._images.values()),
             image_bytes=sum(images.nbytes for images in self._images.values()),
             seconds=time.perf_counter() - started,
@@ -87,23 +93,27 @@ class MergeWorker:
             raise RuntimeError("step() before load()")
         self._enter()
         share, encoder, clock = self._share, self._model.encoder, _Clock()
-        share.merge(request.lambdas, self.collective.mine(encoder.theta_P))
+        theta_N = self.collective.mine(encoder.theta_P)
+        share.merge(request.lambdas, theta_N)
         clock.lap("merge")
         self.collective.all_gather(encoder.theta_P)
         clock.lap("communicate")
-        loss_K, entropy_K = share.backward(request.step)
+        sums = share.backward(request)
         clock.lap("compute")
         gradient_N = self.collective.reduce_scatter(encoder.gradient_P)
         clock.lap("communicate")
-        gradient_KL = share.inner_products(gradient_N)
+        gradient_KL = share.inner_products(gradient_N, request.rows)
+        details = share.details(gradient_N, theta_N) if request.details else {}
         clock.lap("inner_products")
         return StepResult(
             step=request.step,
             rank=self.spec.rank,
             generation=request.generation,
             gradient=gradient_KL,
-            loss=loss_K,
-            entropy=entropy_K,
+            loss=sums.loss,
+            entropy=sums.entropy,
+            probabilities=sums.probabilities,
+            details=details,
             seconds=clock.laps,
         )
 
@@ -120,6 +130,17 @@ class MergeWorker:
             self._evaluator = Evaluator(model.encoder, model.layout, dealt, images)
         names = self.spec.task_names
         return self._evaluator.scores(request, names, model.head, progress)
+
+    def statistics(self, request: StatisticsRequest) -> Statistics:
+        """What one task's expert makes of its images.
+
+        For RegMean++ the calls of a task come block by block, and the worker keeps where its images
+        have got to; the others keep nothing.
+        """
+        self._enter()
+        if self._statistics is None:
+            self._statistics = ExpertStatistics(self.spec, self._ready())
+        return self._statistics.gather(request)
 
     def _ready(self) -> ServedModel:
         if self._model is None:

@@ -76,7 +76,9 @@ def test_what_was_left_open_gives_way(wanted, chosen):
     assert (storage.dtype, storage.location) == chosen
 
 
-NEEDS = WorkerNeeds(process=GB, weights=2 * GB, pretrained=GB, images=GB, activations=GB)
+NEEDS = WorkerNeeds(
+    process=GB, weights=2 * GB, pretrained=GB, images=GB, coefficients=0, activations=GB
+)
 
 
 def test_workers_of_one_machine_share_its_memory():
@@ -114,7 +116,7 @@ def test_a_worker_holds_the_sum_of_its_parts(storage, vectors):
     assert sum(held.values()) == 6 * GB + vectors
     assert list(held) == [
         *("process", "weights and gradient", "pretrained", "task vectors", "images"),
-        "activations",
+        *("coefficients", "activations"),
     ]
 
 

@@ -79,6 +79,7 @@ def test_images_and_bytes_of_a_step(
         "pretrained": 4 * padded,
         "task vectors": 4 * 4 * padded,
         "images": 4 * pinned * 3 * 32 * 32,
+        "coefficients": 4 * padded // CELL * 20,
     }
     assert plan.vector_bytes == held["task vectors"]
     weights = world.root / "pretrained" / "open_clip_model.safetensors"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from raymerge.checkpoints.visual import VisualCheckpoint, all_finite
 from raymerge.config import TrimScope
+from raymerge.merging.basis import Basis
 from raymerge.merging.layout import CELL, Piece, Shard
 from raymerge.merging.ties import TiesStatistics, elect_sign, trim, trim_threshold
 from raymerge.parallel import parallel
@@ -33,18 +34,20 @@ def stream(
     pretrained: VisualCheckpoint,
     experts: Sequence[VisualCheckpoint],
     pieces: Sequence[Piece],
+    *,
+    whole: bool = False,
 ) -> Iterator[_Result]:
     """``function`` of each piece with its θ₀ (n,) and raw task vectors (K, n), float32; in order.
 
     The pieces come in parts, cut between cells, so that little is held however many tasks there
-    are, and all cores work on parts of their own. ``function`` may change what it is given. Raises
-    :class:`CheckpointError` for NaN and Inf.
+    are, and all cores work on parts of their own (``whole``: on whole pieces). ``function`` may
+    change what it is given. Raises :class:`CheckpointError` for NaN and Inf.
     """
 
     def work(piece: Piece) -> _Result:
         return function(piece, *_read(pretrained, experts, piece))
 
-    return parallel(work, _parts(pieces, len(experts)))
+    return parallel(work, pieces if whole else _parts(pieces, len(experts)))
 
 
 def _read(
@@ -73,29 +76,34 @@ def _cut(pieces: Sequence[Piece], size: int) -> Iterator[Piece]:
             yield Piece(piece.tensor, start, min(start + size, piece.stop))
 
 
-def read_shard(
+def stream_rows(
+    function: Callable[[Piece, Tensor, Tensor], _Result],
     pretrained: VisualCheckpoint,
     experts: Sequence[VisualCheckpoint],
+    basis: Basis | None,
     shard: Shard,
-    ties: TiesStatistics | None,
-    out_CKn: Tensor,
-    device: torch.device,
-) -> Tensor:
-    """Fill ``out_CKn`` (C, K, CELL) with V of one shard and return θ₀ (N,) on ``device``.
+) -> Iterator[_Result]:
+    """As ``stream`` over a shard, with the rows V (J, n) that ``basis`` makes of the vectors."""
+    if basis is None:
+        return stream(function, pretrained, experts, shard.pieces())
+    layout, whole = shard.layout, basis.whole_tensors
 
-    V is T, or Φ(T) when ``ties`` is given. Padding is left as it is: both must be zero there.
-    """
-    pretrained_N = torch.zeros(shard.columns)
+    def work(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> _Result:
+        rows_Jn = basis.rows(vectors_Kn, piece, layout.shapes[piece.tensor])
+        here = _inside(piece, shard)
+        cut = slice(here.start - piece.start, here.stop - piece.start)
+        return function(here, base_n[cut], rows_Jn[:, cut])
 
-    def keep(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> None:
-        first = piece.start - shard.start
-        pretrained_N[first : first + len(base_n)] = base_n
-        values_Kn = vectors_Kn if ties is None else ties.phi(vectors_Kn, piece.tensor)
-        store(out_CKn[first // CELL :], values_Kn)
+    pieces = shard.pieces()
+    if whole:
+        pieces = [layout.whole_piece(piece.tensor) for piece in pieces]
+    return stream(work, pretrained, experts, pieces, whole=whole)
 
-    for _ in stream(keep, pretrained, experts, shard.pieces()):
-        pass
-    return pretrained_N.to(device)
+
+def _inside(piece: Piece, shard: Shard) -> Piece:
+    """The part of a piece that lies in the shard."""
+    start, stop = max(piece.start, shard.start), min(piece.stop, shard.start + shard.columns)
+    return Piece(piece.tensor, start, stop)
 
 
 def store(out_CKn: Tensor, values_Kn: Tensor) -> None:

@@ -25,6 +25,11 @@ _PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     # A tenth of the paper's steps: a large rate that falls to zero (benchmarks/schedule.py).
     "fast": {"optimizer": {"batch_size": 16, "lr": 2e-2, "steps": 50, "schedule": "cosine"}},
+    # SAMerging (arXiv 2512.21288): the experts as teachers, and sharpness-aware steps.
+    "samerging": {
+        "optimizer": {"batch_size": 16, "lr": 1e-2, "steps": 100, "sharpness": 0.07},
+        "method": {"objective": "kl", "temperature": 2.0, "init": 0.0, "clamp": "none"},
+    },
 }
 
 
@@ -149,9 +154,10 @@ def _resolve_paths(data: dict[str, Any], root: Path, source: str) -> None:
         ]
     if isinstance(data.get("output"), str):
         data["output"] = _absolute(data["output"], root)
-    vectors = data.get("vectors")
-    if isinstance(vectors, dict) and isinstance(vectors.get("folder"), str):
-        data["vectors"] = {**vectors, "folder": _absolute(vectors["folder"], root)}
+    for section, key in (("vectors", "folder"), ("method", "checkpoint"), ("method", "start")):
+        given = data.get(section)
+        if isinstance(given, dict) and isinstance(given.get(key), str):
+            data[section] = {**given, key: _absolute(given[key], root)}
 
 
 def _resolve_model(model: dict[str, Any], root: Path) -> None:

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 Clamp = Literal["projected", "forward", "none"]
 Granularity = Literal["task", "block", "tensor"]
 TrimScope = Literal["visual", "full", "tensor"]
+Objective = Literal["entropy", "kl", "infomax", "cross_entropy"]
+Reference = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+"""A path or what stands for one; no path is empty or holds a zero byte."""
 
 
 class Frozen(BaseModel):
@@ -50,22 +53,139 @@ class Ties(Frozen):
         return 0.3 if self.merge == "sum" else 1.0
 
 
+class Dare(Frozen):
+    name: Literal["dare"]
+    density: float = Field(default=0.2, gt=0, le=1)
+    """Share of the entries that are kept, at random; they are divided by it."""
+    scaling: float = 0.3
+    elect_sign: bool = False
+    """Keep only what agrees with its column's sum, as TIES does after trimming."""
+
+
+class Tsv(Frozen):
+    name: Literal["tsv"]
+    scaling: float = 1.0
+
+
+class IsoC(Frozen):
+    name: Literal["iso_c"]
+    scaling: float = 1.3
+    """The paper's for ViT-B/32 and 8 tasks; 1.4 for B/16, 1.5 for L/14."""
+
+
+class IsoCts(Frozen):
+    name: Literal["iso_cts"]
+    scaling: float = 1.5
+    common_fraction: float = Field(default=0.8, gt=0, le=1)
+    """Share of the singular directions that is common to all tasks."""
+
+
+class Wudi(Frozen):
+    name: Literal["wudi"]
+    scaling: float = 1.0
+    iterations: int = Field(default=300, ge=1)
+    lr: float = Field(default=1e-5, gt=0)
+
+
+class Fisher(Frozen):
+    name: Literal["fisher"]
+    images: int = Field(default=256, ge=1)
+    """Of each task, unlabeled."""
+    samples: Literal["exact"] | Annotated[int, Field(ge=1)] = 1
+    """Labels drawn from the model's own prediction per image; ``exact``: all classes, weighted."""
+
+
+class RegMean(Frozen):
+    name: Literal["regmean"]
+    images: int = Field(default=256, ge=1)
+    alpha: float = Field(default=0.95, ge=0, le=1)
+    """What is left of the Gram matrices off their diagonal."""
+
+
+class RegMeanPP(Frozen):
+    name: Literal["regmean_pp"]
+    images: int = Field(default=256, ge=1)
+    alpha: float = Field(default=0.95, ge=0, le=1)
+
+
+class Joint(Frozen):
+    """The reference that was trained on all tasks at once, to be compared with."""
+
+    name: Literal["joint"]
+    checkpoint: Reference
+
+
 class AdaMerging(Frozen):
     name: Literal["adamerging"]
     granularity: Granularity = "tensor"
-    task_vectors: Literal["raw", "ties"] = "raw"
-    """``ties`` is AdaMerging++: trimmed, sign-agreeing vectors, one coefficient row each."""
-    objective: Literal["entropy"] = "entropy"
-    init: float = 0.3
+    task_vectors: Literal["raw", "ties", "dare", "tsv", "iso"] = "raw"
+    """``ties`` is AdaMerging++: trimmed, sign-agreeing vectors, one coefficient row each. ``tsv``
+    and ``iso``: bases whose sum is TSV-M and Iso-CTS."""
+    objective: Objective = "entropy"
+    temperature: float = Field(default=2.0, gt=0)
+    """Of ``kl``."""
+    normalise: bool = False
+    """Divide each task's loss by ln C, so that tasks with many classes do not dominate."""
+    filter: float | None = Field(default=None, gt=0)
+    """Only images whose entropy is below this share of ln C count, the surer the more (EATA)."""
+    init: float | None = None
+    """Default: 0.3, or 1.0 for ``tsv`` and ``iso``, where that is the method itself."""
     clamp: Clamp = "projected"
+    collapse: Literal["ignore", "warn", "stop", "restore"] = "warn"
+    """What to do when a task's predictions collapse to few classes: ``restore`` sets its λ back to
+    the first ones and no longer counts its images."""
     density: float = Field(default=0.2, gt=0, le=1)
+    """Of ``ties`` and ``dare``."""
     trim_scope: TrimScope = "visual"
+    common_fraction: float = Field(default=0.8, gt=0, le=1)
+    """Of ``iso``."""
+
+    @property
+    def effective_init(self) -> float:
+        if self.init is not None:
+            return self.init
+        return 1.0 if self.task_vectors in ("tsv", "iso") else 0.3
+
+
+class _FrankWolfe(Frozen):
+    granularity: Literal["task", "tensor"] = "tensor"
+    """Choose one model for all tensors, or one for each."""
+    oracle: Literal["inner", "cosine"] = "inner"
+    """``inner``: the linear minimisation oracle ⟨∂ℒ/∂θ, θ_k⟩; ``cosine``: the released code's."""
+    objective: Literal["cross_entropy", "entropy"] = "cross_entropy"
+    images: int = Field(default=100, ge=1)
+    """Of each task for one gradient; labelled for ``cross_entropy``."""
+    start: Reference | None = None
+    """An output folder (or its ``lambdas.json``) of the same tasks; default: the pretrained model.
+    """
+
+
+class FwHard(_FrankWolfe):
+    name: Literal["fw_hard"]
+    iterations: int = Field(default=10, ge=1)
+    step_size: float = Field(default=0.1, gt=0)
+    scaling: float = Field(default=0.3, gt=0)
+    gap: float = Field(default=0.0, ge=0)
+    """Stop when the Frank-Wolfe gap is no more than this (with ``inner``)."""
+
+
+class FwSoft(_FrankWolfe):
+    name: Literal["fw_soft"]
+    granularity: Literal["task", "tensor"] = "task"
+    iterations: int = Field(default=15, ge=1)
+    init: float = 0.3
+    """First coefficients of the first iteration's merge."""
+    later_init: float = 0.01
+    """And of the later ones."""
 
 
 MethodConfig = Annotated[
-    Union[ZeroShot, Individual, Average, TaskArithmetic, Ties, AdaMerging],  # noqa: UP007
+    Union[  # noqa: UP007
+        ZeroShot, Individual, Joint, Average, TaskArithmetic, Ties, Dare, Fisher, RegMean,
+        RegMeanPP, Tsv, IsoC, IsoCts, Wudi, AdaMerging, FwHard, FwSoft,
+    ],
     Field(discriminator="name"),
-]
+]  # fmt: skip
 METHOD_NAMES: tuple[str, ...] = tuple(
     get_args(cls.model_fields["name"].annotation)[0] for cls in get_args(get_args(MethodConfig)[0])
 )

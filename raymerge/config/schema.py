@@ -7,12 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raymerge.config.methods import AdaMerging, Frozen, MethodConfig
+from raymerge.config.methods import AdaMerging, Frozen, MethodConfig, Reference
 
-Reference = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
-"""A path or what stands for one; no path is empty or holds a zero byte."""
 VectorDtype = Literal["float32", "bfloat16"]
-VectorLocation = Literal["device", "host", "disk"]
+VectorLocation = Literal["device", "host", "disk", "files"]
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _MODEL_SCHEMES = ("local-dir:", "hf-hub:")
@@ -49,17 +47,43 @@ class ModelConfig(Frozen):
 
 
 class TaskConfig(Frozen):
-    """One task: its expert, its classes, its images."""
+    """One task: its expert, its classes, its images.
+
+    Without a checkpoint it is a task that the merge does not know, only tested; without images a
+    model that is only merged.
+    """
 
     name: str
-    checkpoint: Reference
-    classnames: tuple[str, ...] = Field(min_length=2)
-    """In class order; in YAML a list, or a text file with one name per line."""
+    checkpoint: Reference | None = None
+    classnames: tuple[str, ...] = ()
+    """In class order; in YAML a list, or a text file with one name per line. Images need them."""
     templates: tuple[str, ...] = Field(default=("a photo of a {}.",), min_length=1)
     adapt: Reference | None = None
     """Unlabeled images: a folder, flat or with one folder per class."""
     test: Reference | None = None
     """Labelled images: one folder per class, named as in ``classnames``."""
+
+    @model_validator(mode="after")
+    def _has_what_it_is_for(self) -> TaskConfig:
+        if self.checkpoint is None and self.test is None:
+            raise ValueError(
+                f"task {self.name!r} has neither a checkpoint to merge nor test images"
+            )
+        if self.checkpoint is None and self.adapt is not None:
+            raise ValueError(
+                f"task {self.name!r} has images to adapt on but no checkpoint; name its checkpoint "
+                "or remove adapt"
+            )
+        if not self.classnames and (self.adapt is not None or self.test is not None):
+            raise ValueError(f"task {self.name!r} has images but no classnames; list its classes")
+        return self
+
+    @field_validator("classnames")
+    @classmethod
+    def _classes_differ(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(names) == 1:
+            raise ValueError(f"{names[0]!r} alone is nothing to choose from; list at least 2")
+        return names
 
     @field_validator("name")
     @classmethod
@@ -95,6 +119,8 @@ class OptimizerConfig(Frozen):
     batches: int = Field(default=1, ge=1)
     schedule: Literal["constant", "cosine"] = "constant"
     """``cosine``: the rate falls from ``lr`` to 0 over ``steps``, along half a cosine."""
+    sharpness: float = Field(default=0.0, ge=0)
+    """Sharpness-aware steps: the gradient is taken this far up the slope. Twice the work."""
 
     @field_validator("betas")
     @classmethod
@@ -120,7 +146,7 @@ class ClusterConfig(Frozen):
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     micro_batch: Literal["auto", "all"] | Annotated[int, Field(ge=1)] = "auto"
     """Most images in one forward and backward pass. ``auto``: as many as keep the activations
-    within a gigabyte on a CPU, all of a worker's images on a GPU."""
+    within half a gigabyte on a CPU, all of a worker's images on a GPU."""
     start_timeout_s: float = Field(default=300.0, gt=0)
     load_timeout_s: float = Field(default=3600.0, gt=0)
     step_timeout_s: float = Field(default=600.0, gt=0)
@@ -146,7 +172,8 @@ class VectorsConfig(Frozen):
     """``auto``: float32 where it fits into memory, else bfloat16 (half the bytes)."""
     location: VectorLocation | Literal["auto"] = "auto"
     """``device``: where the model computes. ``host``: this machine's memory, copied to the GPU
-    block by block. ``disk``: a memory-mapped file. ``auto``: the first of these that fits."""
+    block by block. ``disk``: a memory-mapped file. ``auto``: the first of these that fits.
+    ``files``: nowhere; the checkpoints are read anew in every step."""
     folder: Reference | None = None
     """Where ``disk`` puts its file, which vanishes with the worker; default: the temporary one."""
 
@@ -173,6 +200,12 @@ class Config(Frozen):
     output: Reference | None = None
 
     @model_validator(mode="after")
+    def _has_a_model(self) -> Config:
+        if not self.models:
+            raise ValueError("no task has a checkpoint; merging needs at least one")
+        return self
+
+    @model_validator(mode="after")
     def _tasks_are_distinct(self) -> Config:
         names = [task.name for task in self.tasks]
         for name in names:
@@ -181,6 +214,15 @@ class Config(Frozen):
                     f"task {name!r} is listed {names.count(name)} times; names are unique"
                 )
         return self
+
+    @property
+    def models(self) -> tuple[TaskConfig, ...]:
+        """The tasks whose checkpoints are merged: one row of λ each."""
+        return tuple(task for task in self.tasks if task.checkpoint is not None)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.models)
 
     @property
     def task_names(self) -> tuple[str, ...]:

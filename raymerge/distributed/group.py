@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -25,6 +26,8 @@ from raymerge.messages import (
     LoadReport,
     LoadRequest,
     Rendezvous,
+    Statistics,
+    StatisticsRequest,
     StepRequest,
     StepResult,
     WorkerSpec,
@@ -93,6 +96,19 @@ class ActorGroup:
             "evaluate", request, timeout_s=self._config.load_timeout_s, on_result=report
         )
         return [score for part in parts for score in part]
+
+    def statistics(self, requests: Sequence[StatisticsRequest]) -> Iterator[Statistics]:
+        """At most two requests wait at each worker, and results are taken in order: so little is
+        held however many tasks there are."""
+        timeout_s = self._config.load_timeout_s
+        waiting: deque[tuple[int, Any]] = deque()
+        for request in requests:
+            rank = request.task % self.workers
+            waiting.append((rank, self._actors[rank].statistics.remote(request)))
+            if len(waiting) == 2 * self.workers:
+                yield self._one(*waiting.popleft(), timeout_s, "statistics")
+        while waiting:
+            yield self._one(*waiting.popleft(), timeout_s, "statistics")
 
     def close(self) -> None:
         """Kill the actors and free their places. Never raises: it runs on the way out."""
@@ -204,6 +220,17 @@ class ActorGroup:
                     on_result(results[ref])
         return [results[ref] for ref in refs]
 
+    def _one(self, rank: int, ref: Any, timeout_s: float, what: str) -> Any:
+        """One worker's result."""
+        try:
+            return ray.get(ref, timeout=timeout_s)
+        except GetTimeoutError:
+            self._release()
+            raise self._silent([rank], timeout_s, what) from None
+        except RayError as error:
+            self._release()
+            raise self._failure(error, rank, what) from None
+
     def _release(self) -> None:
         """Free workers that wait in a collective for one that is gone."""
         aborts = [a.abort.options(concurrency_group="control").remote() for a in self._actors]
@@ -229,7 +256,13 @@ class ActorGroup:
         return RunError(f"{self._who(rank)}: Ray failed in {what}: {str(error).splitlines()[0]}")
 
     def _silent(self, ranks: Sequence[int], timeout_s: float, what: str) -> WorkerLostError:
-        setting = {"start": "start", "rendezvous": "start", "load": "load", "evaluate": "load"}
+        setting = {
+            "start": "start",
+            "rendezvous": "start",
+            "load": "load",
+            "evaluate": "load",
+            "statistics": "load",
+        }
         key = f"cluster.{setting.get(what, 'step')}_timeout_s"
         who = ", ".join(str(rank) for rank in ranks)
         return WorkerLostError(

@@ -85,6 +85,11 @@ class ParameterLayout:
         order = sorted(set(blocks), key=_block_order)
         return LayerMap(tuple(order), tuple(order.index(block) for block in blocks))
 
+    def whole_piece(self, tensor: int) -> Piece:
+        """All columns of one tensor."""
+        start = self.offsets[tensor]
+        return Piece(tensor, start, start + self.sizes[tensor])
+
     def shard(self, rank: int, shards: int) -> Shard:
         """The columns of ``rank`` among ``shards`` equal runs of cells (the last may pass P)."""
         return Shard(self, rank, shards, math.ceil(self.columns / CELL / shards))

@@ -49,6 +49,11 @@ def inner_products(gradient_N: Tensor, vectors_CKn: Tensor) -> Tensor:
     return out_CK1.squeeze(2)
 
 
+def cell_products(one_N: Tensor, other_N: Tensor) -> Tensor:
+    """⟨one, other⟩ per cell: (C, 1)."""
+    return torch.bmm(one_N.view(-1, 1, CELL), other_N.view(-1, CELL, 1)).squeeze(2)
+
+
 def sum_cells(per_cell_CK: Tensor, layer_of_cell: Tensor, layers: int) -> Tensor:
     """Per cell → per layer: (K, L) float64, on the CPU, where a sum has a fixed order."""
     out_LK = torch.zeros(layers, per_cell_CK.shape[1], dtype=torch.float64)

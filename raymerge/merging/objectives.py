@@ -1,16 +1,17 @@
 """What learned merging minimises: per-image losses that need only logits.
 
+Everything is pure. A running average, such as infomax's marginal, is the caller's: it goes in, and
+what would update it comes out.
+
 Legend: B images of one task, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from math import log
 
 import torch
 from torch import Tensor
-
-Objective = Callable[[Tensor], Tensor]
 
 
 def entropy(logits_BC: Tensor) -> Tensor:
@@ -23,4 +24,88 @@ def entropy(logits_BC: Tensor) -> Tensor:
     return -(log_p_BC.exp() * log_p_BC).sum(-1)
 
 
-OBJECTIVES: dict[str, Objective] = {"entropy": entropy}
+def kl(logits_BC: Tensor, expert_logits_BC: Tensor, temperature: float = 2.0) -> Tensor:
+    """T²·KL(q ‖ p) per image, (B,), in nats, with q the expert's softmax at T and p the model's.
+
+    The factor T² keeps the gradient, T(p − q), of one size for all T (Hinton et al., 2015, §2). As
+    T → ∞ the loss tends to half the variance over classes of the difference of the logits.
+    """
+    log_p_BC = torch.log_softmax(logits_BC / temperature, dim=-1)
+    log_q_BC = torch.log_softmax(expert_logits_BC.to(logits_BC) / temperature, dim=-1)
+    return temperature**2 * (log_q_BC.exp() * (log_q_BC - log_p_BC)).sum(-1)
+
+
+def cross_entropy(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """−log p of the label per image, (B,), in nats; the labels are int64 in 0..C−1."""
+    return torch.nn.functional.cross_entropy(logits_BC, labels_B, reduction="none")
+
+
+def infomax(logits_BC: Tensor, marginal_C: Tensor) -> Tensor:
+    """−KL(p ‖ m) = H(p) + Σ_c p_c log m_c per image, (B,): SHOT's information maximisation.
+
+    SHOT (Liang et al., ICML 2020, §3.2) minimises E H(p) − H(E p): sure of each image, diverse
+    over all. A batch has fewer images than classes, so E p is a running average m, constant here.
+    As ∇H(E p) = −Σ_c (log E p_c + 1) ∇E p_c, the mean of this loss has SHOT's gradient wherever
+    m = E p; the 1 drops out because Σ_c p_c is constant, and then the values agree too.
+
+    Convention: the gradient is as if the batch were all of m. With m = (1−μ) m_old + μ mean p it is
+    that of mean H(p) − H(m)/μ, so the push for diversity does not depend on the momentum μ.
+
+    An m_c that underflowed counts as the dtype's smallest number: the loss stays finite.
+    """
+    marginal_C = marginal_C.detach().to(logits_BC)
+    log_m_C = marginal_C.clamp_min(torch.finfo(logits_BC.dtype).tiny).log()
+    log_p_BC = torch.log_softmax(logits_BC, dim=-1)
+    return (log_p_BC.exp() * (log_m_C - log_p_BC)).sum(-1)
+
+
+def probability_sum(logits_BC: Tensor) -> Tensor:
+    """Σ_i p_i, (C,), float64, detached: what a worker returns of its images of one task.
+
+    Parts of a batch add up. The driver divides by the images and calls :func:`mix_marginal`, so a
+    step that is repeated sees the same marginal.
+    """
+    return torch.softmax(logits_BC.detach().double(), dim=-1).sum(0)
+
+
+def mix_marginal(marginal_C: Tensor, mean_p_C: Tensor, momentum: float) -> Tensor:
+    """(1−μ) m + μ mean p, (C,): the running average of p with a batch, or a step, added."""
+    return (1 - momentum) * marginal_C + momentum * mean_p_C.to(marginal_C)
+
+
+def update_marginal(marginal_C: Tensor, logits_BC: Tensor, momentum: float) -> Tensor:
+    """:func:`mix_marginal` with one batch that is held whole; detached."""
+    return mix_marginal(marginal_C, probability_sum(logits_BC) / len(logits_BC), momentum)
+
+
+def momentum_at(step: int, momentum: float) -> float:
+    """The μ of step 1, 2, …: a plain mean at first, so that no trace of the initial value stays."""
+    return max(momentum, 1 / step)
+
+
+def marginal_entropy(mean_p_C: Tensor) -> float:
+    """H(E p) in nats, from a mean of probabilities (C,), which may hold zeros.
+
+    Of one batch of B images it is at most mean H(p) + ln B, so where B ≪ C it says little: take it
+    of a running average.
+    """
+    return float(torch.special.entr(mean_p_C.double()).sum())
+
+
+def eata_weights(entropy_B: Tensor, classes: int, fraction: float = 0.4) -> Tensor:
+    """e^{E₀−H}·1[H < E₀] per image, (B,), detached; E₀ = fraction·ln C (EATA: Niu et al., 2022).
+
+    Images that the model is unsure of give unreliable gradients and get none; a sure image has the
+    weight C^fraction at most. The filter against redundant images is not included.
+    """
+    limit = fraction * log(classes)
+    entropy_B = entropy_B.detach()
+    return (limit - entropy_B).exp() * (entropy_B < limit)
+
+
+def task_scale(classes: int, normalise: bool) -> float:
+    """The factor of a task's loss: 1, or 1/ln C, which gives every task's entropy the range [0, 1].
+
+    One class has no entropy to scale: 1.
+    """
+    return 1 / log(classes) if normalise and classes > 1 else 1.0

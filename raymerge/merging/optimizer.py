@@ -6,7 +6,8 @@ Everything is float64 and tiny (K·L numbers), so the driver's arithmetic adds n
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,12 +17,16 @@ from raymerge.config import Clamp
 
 @dataclass(frozen=True)
 class AdamState:
-    """λ (K, L) float64 with its two moments, after ``step`` steps."""
+    """λ (K, L) float64 with its two moments, after ``step`` steps.
+
+    ``memory``: what else the loop remembers from step to step, by name.
+    """
 
     lambdas: Tensor
     mean: Tensor
     square: Tensor
     step: int = 0
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def start(cls, lambdas_KL: Tensor) -> AdamState:
@@ -44,6 +49,8 @@ class Adam:
     clamp: Clamp = "projected"
     decay_steps: int | None = None
     """Steps over which the rate falls from ``lr`` to 0 along half a cosine; None: constant."""
+    sharpness: float = 0.0
+    """ρ of a sharpness-aware step (Foret et al., ICLR 2021); 0: a plain one."""
 
     def rate(self, step: int) -> float:
         """The learning rate of the update after ``step`` steps."""
@@ -55,6 +62,11 @@ class Adam:
     def effective(self, lambdas_KL: Tensor) -> Tensor:
         """The coefficients that the merge uses."""
         return lambdas_KL.clamp(0, 1) if self.clamp == "forward" else lambdas_KL
+
+    def ascend(self, lambdas_KL: Tensor, gradient_KL: Tensor) -> Tensor:
+        """λ + ρ g/‖g‖: where a sharpness-aware step takes its gradient."""
+        norm = gradient_KL.norm()
+        return lambdas_KL + self.sharpness * gradient_KL / norm if norm > 0 else lambdas_KL
 
     def update(self, state: AdamState, gradient_KL: Tensor) -> AdamState:
         """One step along ``gradient_KL``, ∂ℒ/∂(effective λ)."""
@@ -69,7 +81,7 @@ class Adam:
         lambdas = state.lambdas - rate * mean / denominator
         if self.clamp == "projected":
             lambdas = lambdas.clamp(0, 1)
-        return AdamState(lambdas, mean, square, step)
+        return AdamState(lambdas, mean, square, step, state.memory)
 
 
 def clamp_gradient(lambdas_KL: Tensor) -> Tensor:

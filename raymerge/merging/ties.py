@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from raymerge.merging.layout import Piece
 from raymerge.merging.select import Parts, kth_smallest_magnitude
 
 
@@ -36,6 +37,13 @@ class TiesStatistics:
     def column(self, tensor: int, like: Tensor) -> Tensor:
         """The K thresholds of one tensor, (K,), on the device of ``like``."""
         return like.new_tensor([row[tensor] for row in self.thresholds])
+
+    @property
+    def whole_tensors(self) -> bool:
+        return False
+
+    def rows(self, vectors_Kn: Tensor, piece: Piece, shape: tuple[int, ...]) -> Tensor:
+        return self.phi(vectors_Kn, piece.tensor)
 
     def phi(self, vectors_KN: Tensor, tensor: int) -> Tensor:
         """Φ of any columns of tensor ``tensor``: K separate vectors, (K, N)."""

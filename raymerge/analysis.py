@@ -1,0 +1,72 @@
+"""Does entropy tell where the loss is high? Binned means and a rank correlation.
+
+Legend: N samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+ENTROPY_EDGES = tuple(i / 10 for i in range(1, 11))
+"""Upper ends, inclusive, in nats, of all bins but the last: [0, .1], (.1, .2] … (.9, 1], (1, ∞)."""
+
+
+@dataclass(frozen=True)
+class EntropyLoss:
+    """Entropy against cross-entropy, per sample, in nats (AdaMerging Figs 3 and 11)."""
+
+    counts: tuple[int, ...]
+    """Samples per bin of :data:`ENTROPY_EDGES`, and above."""
+    mean_loss: tuple[float | None, ...]
+    """Per bin; None where it is empty."""
+    spearman: float | None
+    """Rank correlation of entropy and loss; None where one of them is constant."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"edges": ENTROPY_EDGES, **asdict(self)}
+
+
+def entropy_against_loss(entropy_N: FloatArray, loss_N: FloatArray) -> EntropyLoss:
+    """Bin the samples by entropy and correlate; both arrays are (N,), in nats.
+
+    For the figure over all tasks, concatenate their samples: bins and ranks do not average.
+    ValueError where the lengths differ or a value is not finite.
+    """
+    entropy_N, loss_N = (np.asarray(x, dtype=np.float64) for x in (entropy_N, loss_N))
+    if entropy_N.ndim != 1 or entropy_N.shape != loss_N.shape:
+        raise ValueError(f"entropies {entropy_N.shape} and losses {loss_N.shape} do not pair up")
+    if lost := int((~np.isfinite(entropy_N) | ~np.isfinite(loss_N)).sum()):
+        raise ValueError(f"{lost} of {len(loss_N)} samples have no finite entropy and loss")
+    bin_N = np.searchsorted(ENTROPY_EDGES, entropy_N, side="left")
+    bins = len(ENTROPY_EDGES) + 1
+    counts = np.bincount(bin_N, minlength=bins)
+    sums = np.bincount(bin_N, weights=loss_N, minlength=bins)
+    return EntropyLoss(
+        tuple(counts.tolist()),
+        tuple(float(s / n) if n else None for s, n in zip(sums, counts, strict=True)),
+        spearman(entropy_N, loss_N),
+    )
+
+
+def spearman(x_N: FloatArray, y_N: FloatArray) -> float | None:
+    """Pearson's correlation of the ranks, ties sharing their mean rank; None if x or y is constant.
+
+    Fewer than two samples are constant. No NaN.
+    """
+    x_N, y_N = _centred_ranks(x_N), _centred_ranks(y_N)
+    scale = float(np.sqrt((x_N @ x_N) * (y_N @ y_N)))
+    return float(x_N @ y_N) / scale if scale > 0 else None
+
+
+def _centred_ranks(x_N: FloatArray) -> FloatArray:
+    """Ranks 1..N, tied values at the mean of theirs, less their mean (N+1)/2: halves, so exact."""
+    _, group_N, counts = np.unique(x_N, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks: FloatArray = (last - (counts - 1) / 2)[group_N] - (len(x_N) + 1) / 2
+    return ranks
