@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_merge(commands)
     _add_eval(commands)
+    _add_experiment(commands)
     _add_inspect(commands)
     _add_report(commands)
     for command in commands.choices.values():
@@ -128,6 +129,16 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     evaluate.add_argument("--json", action="store_true", help="print the scores as JSON")
     evaluate.set_defaults(run=_eval)
+
+
+def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    experiment = commands.add_parser("experiment", help="run one of the papers' experiments")
+    _add_config(experiment)
+    experiment.add_argument("--output", help="folder to write (default: the config's output)")
+    experiment.add_argument(
+        "--overwrite", action="store_true", help="replace the experiment in the output folder"
+    )
+    experiment.set_defaults(run=_experiment)
 
 
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -211,6 +222,16 @@ def _eval(args: argparse.Namespace) -> int:
         print(json.dumps(results_json(name, scores), indent=2))
     else:
         _print_scores(name, scores)
+    return 0
+
+
+def _experiment(args: argparse.Namespace) -> int:
+    from raymerge.config.experiments import load_experiment
+
+    config = load_experiment(args.config, args.overrides, args.output)
+    from raymerge.experiments.run import run_experiment
+
+    print(run_experiment(config, overwrite=args.overwrite))
     return 0
 
 

@@ -39,6 +39,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises :class:`ConfigError` naming the file, the key, the value and the remedy.
     """
     path = Path(path)
+    data = read_yaml(path)
+    for override in overrides:
+        apply_override(data, override)
+    return parse_config(data, root=path.parent.absolute(), source=f"config {path}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping; raises :class:`ConfigError`."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -53,9 +61,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(
             f"config {path}: expected keys such as model, tasks, method; found {short(data)}"
         )
-    for override in overrides:
-        _apply_override(data, override)
-    return parse_config(data, root=path.parent.absolute(), source=f"config {path}")
+    return data
 
 
 def parse_config(data: Mapping[str, Any], *, root: Path, source: str = "config") -> Config:
@@ -66,7 +72,7 @@ def parse_config(data: Mapping[str, Any], *, root: Path, source: str = "config")
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {explain(error)}") from None
+        raise ConfigError(f"{source}: {explain(error, Config)}") from None
 
 
 def dump_config(config: Config) -> str:
@@ -78,7 +84,7 @@ def dump_config(config: Config) -> str:
 # --- before validation: overrides, presets, shorthands, paths ---------------------------------
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
     key_path, separator, value = override.partition("=")
     if not separator or not key_path:
         raise ConfigError(f"override {override!r}: write it as key.path=value")
@@ -153,38 +159,38 @@ def _resolve_paths(data: dict[str, Any], root: Path, source: str) -> None:
             for i, task in enumerate(tasks)
         ]
     if isinstance(data.get("output"), str):
-        data["output"] = _absolute(data["output"], root)
+        data["output"] = absolute(data["output"], root)
     for section, key in (("vectors", "folder"), ("method", "checkpoint"), ("method", "start")):
         given = data.get(section)
         if isinstance(given, dict) and isinstance(given.get(key), str):
-            data[section] = {**given, key: _absolute(given[key], root)}
+            data[section] = {**given, key: absolute(given[key], root)}
 
 
 def _resolve_model(model: dict[str, Any], root: Path) -> None:
     arch, pretrained = model.get("arch"), model.get("pretrained")
     if isinstance(arch, str) and (arch.startswith("local-dir:") or arch.endswith(".json")):
-        model["arch"] = _absolute(arch, root)
+        model["arch"] = absolute(arch, root)
     # A pretrained tag (openai, laion2b_s34b_b79k) has no dot and no slash; a file has one of them.
     if isinstance(pretrained, str) and (
         re.search(r"[./]", pretrained) or (root / pretrained).exists()
     ):
-        model["pretrained"] = _absolute(pretrained, root)
+        model["pretrained"] = absolute(pretrained, root)
 
 
 def _resolved_task(task: dict[str, Any], root: Path, where: str) -> dict[str, Any]:
     task = dict(task)
     for key in ("checkpoint", "adapt", "test"):
         if isinstance(task.get(key), str):
-            task[key] = _absolute(task[key], root)
+            task[key] = absolute(task[key], root)
     for key in ("classnames", "templates"):
         if isinstance(task.get(key), str):
-            task[key] = _read_lines(Path(_absolute(task[key], root)), f"{where}.{key}")
+            task[key] = _read_lines(Path(absolute(task[key], root)), f"{where}.{key}")
     return task
 
 
-def _absolute(path: str, root: Path) -> str:
+def absolute(path: str, root: Path) -> str:
     if path.startswith("local-dir:"):
-        return "local-dir:" + _absolute(path.removeprefix("local-dir:"), root)
+        return "local-dir:" + absolute(path.removeprefix("local-dir:"), root)
     if not path or _REMOTE.match(path):  # an empty one is refused below, and is not the root
         return path
     return str((root / Path(path).expanduser()).absolute())

@@ -1,40 +1,37 @@
-"""What is wrong with a config, in one line: the key, the value, the remedy."""
+"""What is wrong with a config, in one line: the key, the value, the remedy.
+
+A config is told from another by its model class, ``schema``: key paths and guesses come from it.
+"""
 
 from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from raymerge.config.methods import METHOD_NAMES, MethodConfig
-from raymerge.config.schema import (
-    ClusterConfig,
-    Config,
-    ModelConfig,
-    OptimizerConfig,
-    StateConfig,
-    TaskConfig,
-    VectorsConfig,
-)
+_ALSO_READ = {"Config": ("preset",)}
+"""Keys that loading takes out before validation, by schema."""
 
 
-def explain(error: ValidationError) -> str:
+def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     first = error.errors()[0]
-    key = _key_path(first["loc"])
+    loc = first["loc"]
+    key = _key_path(loc, schema)
     if first["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_did_you_mean(first['loc'])}"
+        return f"{key}: unknown key{_did_you_mean(loc, schema)}"
     if first["type"] == "missing":
         return f"{key}: missing; this key is required"
-    if first["type"] == "too_short" and first["loc"] == ("tasks",):
+    if first["type"] == "too_short" and loc == ("tasks",):
         return "tasks: the list is empty; merging needs at least one task"
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         given = first["input"].get("name") if isinstance(first["input"], dict) else first["input"]
-        guess = difflib.get_close_matches(str(given), METHOD_NAMES, 1)
+        known = [_tag(cls) for cls in _classes_at(loc, schema)]
+        guess = difflib.get_close_matches(str(given), known, 1)
         hint = f"; did you mean {guess[0]}?" if guess else ""
-        return f"method.name: {short(given)} is unknown{hint} (known: {', '.join(METHOD_NAMES)})"
+        return f"{key}.name: {short(given)} is unknown{hint} (known: {', '.join(known)})"
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
         return f"{key}: {reason}" if key else reason
@@ -47,54 +44,72 @@ def _is_unquoted(error: Mapping[str, Any]) -> bool:
     return error["type"] == "string_type" and isinstance(error["input"], int | float)
 
 
-def _key_path(loc: Sequence[int | str]) -> str:
-    """('tasks', 0, 'adapt') → tasks[0].adapt; union tags (a method's name) are left out."""
+def _key_path(loc: Sequence[int | str], schema: type[BaseModel]) -> str:
+    """('tasks', 0, 'adapt') → tasks[0].adapt; what only names a choice in a union is left out."""
     parts: list[str] = []
     for i, item in enumerate(loc):
         if isinstance(item, int):
             parts[-1] += f"[{item}]"
-        elif not _is_union_tag(loc, i):
+        elif _is_key(loc[:i], item, schema):
             parts.append(item)
     return ".".join(parts)
 
 
-_UNION_KEYS = {
-    "workers", "cpus_per_worker", "gpus_per_worker", "micro_batch", "dtype", "location"
-}  # fmt: skip
+def _is_key(before: Sequence[int | str], item: str, schema: type[BaseModel]) -> bool:
+    """Whether ``item`` is a key there, and not the name of a choice in a union."""
+    if not before:
+        return True
+    classes = _classes_at(before, schema)
+    if item in (_tag(cls) for cls in classes) and len(classes) > 1:
+        return False
+    return any(True for _ in classes) or isinstance(before[-1], int) or _is_mapping(before, schema)
 
 
-def _is_union_tag(loc: Sequence[int | str], i: int) -> bool:
-    parent = loc[i - 1] if i else None
-    if parent == "method":
-        return i == 1 and loc[i] in METHOD_NAMES
-    return parent in _UNION_KEYS
+def _is_mapping(loc: Sequence[int | str], schema: type[BaseModel]) -> bool:
+    """Whether the value at ``loc`` is a mapping with keys of the user's own."""
+    for cls in _classes_at(loc[:-1], schema):
+        field = cls.model_fields.get(str(loc[-1]))
+        if field is not None:
+            return "Mapping" in str(field.annotation) or "dict" in str(field.annotation)
+    return False
 
 
-def _did_you_mean(loc: Sequence[int | str]) -> str:
-    fields = sorted(_sibling_fields(loc))
+def _did_you_mean(loc: Sequence[int | str], schema: type[BaseModel]) -> str:
+    classes = _classes_at(loc[:-1], schema)
+    fields = sorted({name for cls in classes for name in cls.model_fields})
+    if len(loc) == 1:
+        fields = sorted([*fields, *_ALSO_READ.get(schema.__name__, ())])
     guess = difflib.get_close_matches(str(loc[-1]), fields, 1)
     return f"; did you mean {guess[0]}?" if guess else f" (known here: {', '.join(fields)})"
 
 
-def _sibling_fields(loc: Sequence[int | str]) -> Iterable[str]:
-    if len(loc) == 1:
-        return [*Config.model_fields, "preset"]
-    if loc[0] == "method":
-        return _method_class(str(loc[1])).model_fields
-    sections: dict[str, type[BaseModel]] = {
-        "model": ModelConfig,
-        "tasks": TaskConfig,
-        "optimizer": OptimizerConfig,
-        "cluster": ClusterConfig,
-        "state": StateConfig,
-        "vectors": VectorsConfig,
-    }
-    return sections[str(loc[0])].model_fields
+def _classes_at(loc: Sequence[int | str], schema: type[BaseModel]) -> list[type[BaseModel]]:
+    """The model classes that the value at ``loc`` may be of; none for a plain value."""
+    classes = [schema]
+    for item in loc:
+        if isinstance(item, int):
+            continue
+        tagged = [cls for cls in classes if _tag(cls) == item]
+        if len(classes) > 1 and tagged:
+            classes = tagged
+            continue
+        found = [cls.model_fields[item].annotation for cls in classes if item in cls.model_fields]
+        classes = [cls for annotation in found for cls in _models_in(annotation)]
+    return classes
 
 
-def _method_class(name: str) -> type[BaseModel]:
-    classes: tuple[type[BaseModel], ...] = get_args(get_args(MethodConfig)[0])
-    return classes[METHOD_NAMES.index(name)]
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
+
+
+def _tag(cls: type[BaseModel]) -> str:
+    """The ``name`` by which a union tells this class from the others."""
+    field = cls.model_fields.get("name")
+    values = get_args(field.annotation) if field is not None else ()
+    return str(values[0]) if values else ""
 
 
 def _lower_first(text: str) -> str:

@@ -1,0 +1,1 @@
+"""The papers' experiments, each one config and one command, on any world."""
