@@ -23,6 +23,7 @@ from tqdm import tqdm
 from raymerge.errors import UserError
 from raymerge.zoo.experts import train_expert
 from raymerge.zoo.images import FAMILIES, Split, draw_images
+from raymerge.zoo.joint import train_joint
 from raymerge.zoo.pretrain import pretrain, save_model
 from raymerge.zoo.recipe import TEMPLATE, ZooRecipe
 
@@ -63,6 +64,10 @@ class ZooPaths:
     def tasks(self) -> tuple[str, ...]:
         return tuple(FAMILIES)
 
+    @property
+    def joint(self) -> Path:
+        return self.root / "joint.safetensors"
+
     def expert(self, task: str) -> Path:
         return self.root / "experts" / f"{task}.safetensors"
 
@@ -91,12 +96,12 @@ def build_zoo(
     recipe = recipe or ZooRecipe()
     paths = ZooPaths(Path(root).absolute())
     fingerprint = recipe.fingerprint(seed)
-    if _read(paths.root / _MARKER) == fingerprint:
-        return paths
-    _start(paths, fingerprint)
-    run = run_tasks or (_in_processes(workers) if workers and workers > 1 else _in_turn)
-    _build(paths, recipe, seed, run, progress)
-    _write(paths.root / _MARKER, fingerprint)
+    if _read(paths.root / _MARKER) != fingerprint:
+        _start(paths, fingerprint)
+        run = run_tasks or (_in_processes(workers) if workers and workers > 1 else _in_turn)
+        _build(paths, recipe, seed, run, progress)
+        _write(paths.root / _MARKER, fingerprint)
+    train_joint(paths.root, seed, recipe)
     return paths
 
 
@@ -125,6 +130,7 @@ def _start(paths: ZooPaths, fingerprint: str) -> None:
         raise UserError(f"{paths.root}: not empty and not a zoo; name a new or an empty folder")
     if started != fingerprint:
         (paths.root / _MARKER).unlink(missing_ok=True)
+        paths.joint.unlink(missing_ok=True)
         for part in ("pretrained", "experts", "data", "classnames"):
             shutil.rmtree(paths.root / part, ignore_errors=True)
     paths.root.mkdir(parents=True, exist_ok=True)

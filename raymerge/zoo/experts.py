@@ -15,11 +15,11 @@ from open_clip.model import CLIP
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from raymerge.finetune.loop import Schedule, train
 from raymerge.zoo.images import FAMILIES, Split, draw_images
 from raymerge.zoo.pretrain import (
     Tokenizer,
     build_tokenizer,
-    cosine,
     normalise,
     to_tensor,
     torch_threads,
@@ -80,7 +80,8 @@ def _loss(
     return loss
 
 
-def _optimizer(model: CLIP, recipe: ExpertRecipe) -> torch.optim.Optimizer:
+def expert_optimizer(model: CLIP, recipe: ExpertRecipe) -> torch.optim.Optimizer:
+    """Weight decay on matrices only; vectors may have a rate of their own."""
     parameters = list(model.visual.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
@@ -95,16 +96,14 @@ def _optimizer(model: CLIP, recipe: ExpertRecipe) -> torch.optim.Optimizer:
 
 
 def _train(model: CLIP, recipe: ExpertRecipe, loss: Callable[[CLIP, ExpertRecipe], Tensor]) -> None:
-    optimizer = _optimizer(model, recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: cosine(step, recipe.steps, recipe.steps // 20)
+    schedule = Schedule(recipe.steps, recipe.steps // 20)
+    parameters = list(model.visual.parameters())
+    train(
+        parameters,
+        expert_optimizer(model, recipe),
+        schedule,
+        lambda step: loss(model, recipe).backward(),
     )
-    for _ in range(recipe.steps):
-        optimizer.zero_grad()
-        loss(model, recipe).backward()
-        nn.utils.clip_grad_norm_(model.visual.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
 
 
 def train_expert(root: Path, task: str, seed: int, recipe: ZooRecipe) -> Path:

@@ -20,6 +20,7 @@ from open_clip.model import CLIP
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from raymerge.finetune.loop import Schedule, train
 from raymerge.zoo.images import FAMILIES, Split, draw_images
 from raymerge.zoo.recipe import TEMPLATE, ModelRecipe, PretrainRecipe, ZooRecipe
 
@@ -96,13 +97,6 @@ def to_tensor(images: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
 def normalise(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32, as the written preprocessing does."""
     return (images.float() / 255.0 - MEAN) / STD
-
-
-def cosine(step: int, steps: int, warmup: int = 0) -> float:
-    """Factor on the learning rate: linear warm-up, then half a cosine to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _alias(task: str, label: int, rng: np.random.Generator) -> str:
@@ -201,21 +195,17 @@ def _train(
     recipe: PretrainRecipe,
     advance: Callable[[int], None],
 ) -> None:
-    optimizer = _optimizer(model, recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: cosine(step, recipe.steps, recipe.warmup)
-    )
-    for _ in range(recipe.steps):
+    def backward(step: int) -> None:
         batch = torch.randint(len(data.images), (recipe.batch,))
-        loss = contrastive_loss(model, data.images[batch], data.caption[batch], tokens)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        contrastive_loss(model, data.images[batch], data.caption[batch], tokens).backward()
+
+    def observe(step: int, result: None) -> None:
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100.0))
         advance(1)
+
+    schedule = Schedule(recipe.steps, recipe.warmup)
+    train(list(model.parameters()), _optimizer(model, recipe), schedule, backward, observe)
 
 
 def save_model(model: CLIP, recipe: ModelRecipe, folder: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 TEMPLATE = "a photo of a {}."
 FORMAT = 1
@@ -77,6 +78,17 @@ class ExpertRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JointRecipe:
+    """The joint reference; all other numbers are those of ``ZooRecipe.expert``."""
+
+    lr: float = 1.5e-3
+    batch: int = 12
+    """Images of every task in a step."""
+    threads: int = 2
+    """Fixed, since the order of floating-point sums depends on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ZooRecipe:
     """The whole world. ``experts`` lists the tasks that do not use ``expert``."""
 
@@ -86,11 +98,22 @@ class ZooRecipe:
     experts: tuple[tuple[str, ExpertRecipe], ...] = ()
     adapt_images: int = 300
     test_images: int = 500
+    joint: JointRecipe = field(default_factory=JointRecipe)
 
     def expert_for(self, task: str) -> ExpertRecipe:
         return dict(self.experts).get(task, self.expert)
 
     def fingerprint(self, seed: int) -> str:
-        """Hexadecimal digest of every number, the format and the seed."""
-        text = json.dumps({"format": FORMAT, "seed": seed, **asdict(self)}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Hexadecimal digest of every number but the joint reference's, the format and the seed."""
+        numbers = asdict(self)
+        del numbers["joint"]
+        return _digest({"format": FORMAT, "seed": seed, **numbers})
+
+    def joint_fingerprint(self, seed: int) -> str:
+        """The same of the joint reference, which is made from the rest of the world."""
+        return _digest({"world": self.fingerprint(seed), **asdict(self.joint)})
+
+
+def _digest(numbers: Mapping[str, Any]) -> str:
+    text = json.dumps(numbers, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Training experts and the joint multi-task reference from labelled images."""
