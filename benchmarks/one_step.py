@@ -85,7 +85,8 @@ def _raymerge(args: argparse.Namespace) -> None:
                 _wait(args)
 
         start = AdamState.start(merging.start())
-        state = learn(group, merging.optimizer(), start, args.steps, config.task_names, observe)
+        watch = merging.watch()
+        state = learn(group, merging.optimizer(), start, args.steps, watch, observe)
     if args.out:
         np.savez(args.out, lambdas=state.lambdas.numpy(), names=np.array(merging.layers.names))
     say(

@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_eval(commands)
     _add_experiment(commands)
+    _add_finetune(commands)
     _add_inspect(commands)
     _add_report(commands)
     for command in commands.choices.values():
@@ -146,6 +147,18 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument("checkpoint")
     inspect.add_argument("--json", action="store_true", help="print as JSON")
     inspect.set_defaults(run=_inspect)
+
+
+def _add_finetune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    finetune = commands.add_parser(
+        "finetune", help="train experts, and the joint multi-task reference"
+    )
+    _add_config(finetune)
+    finetune.add_argument("--output", help="folder to write (default: the config's output)")
+    finetune.add_argument(
+        "--resume", action="store_true", help="continue the training in the output folder"
+    )
+    finetune.set_defaults(run=_finetune)
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -232,6 +245,20 @@ def _experiment(args: argparse.Namespace) -> int:
     from raymerge.experiments.run import run_experiment
 
     print(run_experiment(config, overwrite=args.overwrite))
+    return 0
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    config = _config(args)
+    if args.output is not None:
+        config = config.model_copy(update={"output": str(Path(args.output).absolute())})
+    from raymerge.finetune.run import finetune
+
+    result = finetune(config, resume=args.resume)
+    for title, scores in (("experts", result.experts), ("joint", result.joint)):
+        if scores:
+            _print_scores(title, scores)
+    print(f"written to {result.output}")
     return 0
 
 

@@ -178,7 +178,7 @@ def _evaluate(group: WorkerGroup, watch: Watch, state: AdamState, lambdas_KL: Te
         marginals=None if marginals_MC is None else marginals_MC.numpy(),
     )
     total = sum_results(group.step(request), request, group.workers)
-    _require_finite(total, state.step, watch.tasks)
+    require_finite(total, state.step, watch.tasks)
     return total
 
 
@@ -202,7 +202,8 @@ def _record(
     )
 
 
-def _require_finite(total: StepTotal, step: int, tasks: Sequence[str]) -> None:
+def require_finite(total: StepTotal, step: int, tasks: Sequence[str]) -> None:
+    """Raise :class:`RunError` naming the task whose loss is not finite."""
     bad = [name for name, loss in zip(tasks, total.loss, strict=True) if not np.isfinite(loss)]
     if bad or not np.isfinite(total.gradient).all():
         who = f"the loss of task {', '.join(bad)}" if bad else "the gradient"

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from raymerge.config import FwHard, FwSoft
-from raymerge.driver import StepRecord, StepTotal, WorkerGroup, learn, sum_results
+from raymerge.driver import (
+    StepRecord,
+    StepTotal,
+    WorkerGroup,
+    learn,
+    require_finite,
+    sum_results,
+)
 from raymerge.merging import frank_wolfe as fw
 from raymerge.merging.optimizer import Adam, AdamState
 from raymerge.messages import (
@@ -165,7 +172,8 @@ class Mixed:
         return [replace(r, gradient=self._mix(r.gradient)) for r in self._group.step(inner)]
 
     def _mix(self, gradient_KL: FloatArray) -> FloatArray:
-        return torch.einsum("jkl,kl->jl", self._directions, torch.from_numpy(gradient_KL)).numpy()
+        # A copy: what Ray hands over may not be written to.
+        return torch.einsum("jkl,kl->jl", self._directions, torch.tensor(gradient_KL)).numpy()
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]:
         return self._group.load(request, progress)
@@ -189,7 +197,9 @@ def _gradient(
     weights_M: FloatArray | None = None,
 ) -> StepTotal:
     request = StepRequest(state.step, state.lambdas.numpy(), weights=weights_M, details=details)
-    return sum_results(group.step(request), request, group.workers)
+    total = sum_results(group.step(request), request, group.workers)
+    require_finite(total, state.step, group.spec.task_names)
+    return total
 
 
 def _scores(

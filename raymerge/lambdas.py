@@ -8,31 +8,63 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from raymerge.checkpoints.locate import one_line
+from raymerge.config.loading import read_yaml
 from raymerge.errors import UserError
 
+_REMEDY = "give the folder of a layer-wise AdaMerging or Frank-Wolfe run of these models"
 
-def read_lambdas(
-    reference: str, models: Sequence[str], layers: Sequence[str] | None = None
-) -> Tensor:
-    """λ (K, L) of an earlier run (its folder, or the file), matched by name; ``layers``: all.
 
-    Raises :class:`UserError` where it does not fit.
+def read_lambdas(reference: str, models: Sequence[str], layers: Sequence[str]) -> Tensor:
+    """λ (K, L) float64 of an earlier run (its folder, or the file), matched by name.
+
+    Raises :class:`UserError` where it does not fit, or multiplies something else than the task
+    vectors as they are.
     """
     path = Path(reference)
     path = path / "lambdas.json" if path.is_dir() else path
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        values = torch.tensor(found["values"], dtype=torch.float64)
-        rows = [found["tasks"].index(name) for name in models]
-        columns = [found["layers"].index(name) for name in layers or found["layers"]]
-        return values[rows][:, columns]
-    except (OSError, TypeError, KeyError, ValueError, IndexError) as error:
+        values_KL = torch.tensor(found["values"], dtype=torch.float64)
+        rows = _indices(found["tasks"], models, "model", path)
+        columns = _indices(found["layers"], layers, "layer", path)
+        lambdas_KL = values_KL[rows][:, columns]
+    except OSError as error:
+        raise UserError(f"method.start: {path}: {error.strerror}; {_REMEDY}") from error
+    except (TypeError, KeyError, ValueError, IndexError) as error:
+        reason = f"is no lambdas.json ({one_line(error)})"
+        raise UserError(f"method.start: {path}: {reason}; {_REMEDY}") from error
+    if not lambdas_KL.isfinite().all():
+        raise UserError(f"method.start: {path}: holds NaN or Inf; {_REMEDY}")
+    _require_plain_vectors(path)
+    return lambdas_KL
+
+
+def _indices(known: Any, wanted: Sequence[str], what: str, path: Path) -> list[int]:
+    if not isinstance(known, list):
+        raise TypeError(f"{what}s: expected a list")
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"method.start {path}: not the lambdas.json of a merge of these tasks by tensor "
-            f"({one_line(error)}); give such a run's folder"
-        ) from error
+            f"method.start: {path}: has {len(known)} {what}s, but not {missing[0]!r}{more} of this "
+            f"merge's {len(wanted)}; {_REMEDY}"
+        )
+    return [known.index(name) for name in wanted]
+
+
+def _require_plain_vectors(path: Path) -> None:
+    """The λ of a run over trimmed or rotated vectors says nothing about the models themselves."""
+    config = path.with_name("config.yaml")
+    method = read_yaml(config).get("method") if config.is_file() else None
+    vectors = method.get("task_vectors", "raw") if isinstance(method, dict) else "raw"
+    if vectors != "raw":
+        raise UserError(
+            f"method.start: {path}: multiplies {vectors} vectors, not the models as they are; "
+            f"{_REMEDY} with method.task_vectors: raw"
+        )

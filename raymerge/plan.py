@@ -27,7 +27,7 @@ from raymerge.architecture import (
 from raymerge.checkpoints.reader import open_checkpoint
 from raymerge.checkpoints.task_vectors import STREAM_BYTES
 from raymerge.checkpoints.visual import VisualCheckpoint, open_visual
-from raymerge.config import Config, FwHard, FwSoft, Joint, TaskConfig
+from raymerge.config import Config, FwHard, FwSoft, Joint, RegMean, RegMeanPP, TaskConfig
 from raymerge.data.cache import check_image
 from raymerge.data.folder import ImageList, labelled_images, unlabeled_images
 from raymerge.data.slots import slot_counts
@@ -56,6 +56,10 @@ from raymerge.messages import VectorStorage
 from raymerge.placement import Placement, Resources, place, require_work
 
 _FLOAT_BYTES = 4
+_LABELS = (
+    "method.objective: cross_entropy needs one folder per class; sort the images so, or use "
+    "objective: entropy"
+)
 _COEFFICIENT_BYTES = 4 + 4 + 4 + 8  # λ twice, ∂ℒ/∂λ, and ∂ℒ/∂λ as it is summed
 
 
@@ -165,9 +169,9 @@ def check(
         pretrained, leftovers = opened if opened is not None else (None, 0)
     rows = [_check_task(config, k, pretrained, found, experts) for k in range(len(config.tasks))]
     found.attempt(lambda: _check_method(config))
-    if isinstance(config.method, Joint) and pretrained is not None:
-        reference, layout = config.method.checkpoint, pretrained.layout
-        found.attempt(lambda: open_visual(reference, layout))
+    if pretrained is not None:
+        fitting = pretrained.layout
+        found.attempt(lambda: _check_fit(config, fitting))
     if pretrained is None or resolved is None:
         return None, found.problems
     kind = method_of(config.method).kind
@@ -272,20 +276,40 @@ def _check_images(paths: Sequence[Path]) -> None:
 def _check_method(config: Config) -> None:
     """What the method needs and the config does not give."""
     method, needed = method_of(config.method), needed_images(config)
+    if not config.models and config.method.name not in ("zero_shot", "joint"):
+        raise UserError("no task has a checkpoint; merging needs at least one")
     missing = [task.name for task in config.models if task.adapt is None]
     everywhere = method.kind != "frank_wolfe"  # which takes a model without images as a candidate
     if needed != "none" and (missing if everywhere else len(missing) == len(config.models)):
         raise DataError(
             f"method {config.method.name} learns from {needed} images, but task "
-            f"{', '.join(missing)} has no adapt folder"
+            f"{', '.join(missing)} has no adapt folder; name one in tasks[].adapt, or choose a "
+            "method that needs no images"
         )
     if needed == "labelled":
         _require_labels(config)
-    if isinstance(config.method, FwHard | FwSoft) and config.method.start is not None:
-        read_lambdas(config.method.start, config.model_names)
     if not method.merges and all(task.test is None for task in config.tasks):
         raise DataError(
             f"method {config.method.name} merges nothing; it needs a test folder to report on"
+        )
+
+
+def _check_fit(config: Config, layout: ParameterLayout) -> None:
+    """What the method needs of the model, and of the runs that it goes on from."""
+    method = config.method
+    if isinstance(method, Joint):
+        try:
+            open_visual(method.checkpoint, layout)
+        except CheckpointError as error:
+            raise CheckpointError(f"method.checkpoint: {error}") from error
+    if isinstance(method, FwHard | FwSoft) and method.start is not None:
+        read_lambdas(method.start, config.model_names, layout.names)
+    linear = "transformer.resblocks.0.attn.in_proj_weight"
+    if isinstance(method, RegMean | RegMeanPP) and linear not in layout.names:
+        raise UserError(
+            f"method.name: {method.name} solves for the linear layers of open_clip's vision "
+            "transformers, and this model's image encoder is another kind; choose another method, "
+            "such as fisher"
         )
 
 
@@ -297,25 +321,32 @@ def _require_labels(config: Config) -> None:
             try:
                 labelled = labelled_images(task.adapt, task.classnames, where)
             except DataError as error:
-                raise DataError(f"{error}; method.objective: cross_entropy needs labels") from error
+                raise DataError(f"{error}; {_LABELS}") from error
             others = len(unlabeled_images(task.adapt, where)) - len(labelled)
             if others:
                 raise DataError(
-                    f"{where}: {task.adapt}: {others} images lie in no class folder; "
-                    "method.objective: cross_entropy needs labels"
+                    f"{where}: {task.adapt}: {others} images lie in no class folder; {_LABELS}"
                 )
 
 
 def _check_groups(config: Config, placement: Placement | None) -> None:
-    method = config.method
-    if not isinstance(method, FwHard | FwSoft) or method.oracle != "cosine" or placement is None:
+    if placement is not None:
+        require_one_group(config, placement.processes)
+    elif config.cluster.workers != "auto":
+        require_one_group(config, max(1, int(config.cluster.workers)))
+
+
+def require_one_group(config: Config, workers: int) -> None:
+    """Raise :class:`UserError` where cosines are wanted of a gradient that is in parts: norms of
+    the parts do not add up."""
+    method, shards = config.method, config.cluster.shards
+    if not isinstance(method, FwHard | FwSoft) or method.oracle != "cosine":
         return
-    if placement.processes > config.cluster.shards:
+    if workers > shards:
         raise UserError(
             f"method.oracle: cosine needs the whole gradient in one group of workers, and "
-            f"{placement.processes} workers with cluster.shards={config.cluster.shards} are "
-            f"{placement.processes // config.cluster.shards} groups; set cluster.shards to the "
-            "number of workers, or method.oracle: inner"
+            f"{workers} workers with cluster.shards={shards} are {workers // shards} groups; set "
+            f"cluster.shards: {workers}, or method.oracle: inner"
         )
 
 
@@ -330,6 +361,9 @@ def _placement(
 
 
 def _layer_count(config: Config, layout: ParameterLayout) -> int:
+    """Coefficients of each model; 0 where the method has none."""
+    if not method_of(config.method).rows:
+        return 0
     return len(layout.layers(granularity_of(config.method)).names)
 
 
@@ -377,7 +411,8 @@ def _learned_memory(
     per_image = activation_bytes(visual)
     slots = -(-sum(row.images_per_step for row in rows) // processes)
     batch = micro_batch(config.cluster.micro_batch, per_image, gpu)
-    pinned = sum(min(row.adapt_images, row.images_per_step * steps_of(config)) for row in rows)
+    shown = max(steps_of(config) * images_per_step(config), _merging_images(config))
+    pinned = sum(min(row.adapt_images, shown) for row in rows)
     export = 0 if gpu or processes > 1 else resolved.weights.stat().st_size + STREAM_BYTES
     needs = WorkerNeeds(
         process=psutil.Process().memory_info().rss,
@@ -398,6 +433,12 @@ def _learned_memory(
     )
     held = worker_bytes(needs, storage, vectors)
     return _Memory(held, storage, vector_bytes(storage.dtype, vectors), batch)
+
+
+def _merging_images(config: Config) -> int:
+    """Of each task, in the mergings within soft Frank-Wolfe."""
+    given = config.optimizer
+    return given.images_per_step * given.steps if isinstance(config.method, FwSoft) else 0
 
 
 def _step_seconds(
@@ -490,11 +531,12 @@ def _require_scratch(plan: Plan, config: Config) -> None:
 
 def _notes(config: Config) -> tuple[str, ...]:
     same = [t.name for t in config.tasks if t.adapt is not None and t.adapt == t.test]
-    if same and needed_images(config) == "unlabeled":
-        return (
-            f"adapts on the test images of {', '.join(same)}, without labels (as the paper does)",
-        )
-    return ()
+    needed = needed_images(config)
+    if not same or needed == "none":
+        return ()
+    if needed == "labelled":
+        return (f"learns from the labels of the test images of {', '.join(same)}",)
+    return (f"adapts on the test images of {', '.join(same)}, without labels (as the paper does)",)
 
 
 def _dtype(expert: VisualCheckpoint | None) -> str:
@@ -518,7 +560,7 @@ def plan_text(plan: Plan) -> str:
     width = max(len(task.name) for task in plan.tasks)
     lines = [
         f"model      {plan.model}: {plan.parameters:,} visual parameters in {plan.tensors} tensors",
-        f"method     {plan.method}: {plan.models} models x {plan.layers} layers of coefficients",
+        f"method     {plan.method}: {_size_text(plan)}",
         "tasks",
     ]
     lines += [
@@ -542,6 +584,11 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _size_text(plan: Plan) -> str:
+    models = f"{plan.models} model{'' if plan.models == 1 else 's'}"
+    return f"{models} x {plan.layers} layers of coefficients" if plan.layers else models
+
+
 def _time_text(plan: Plan) -> str:
     if plan.step_s is None:
         return ""
@@ -556,6 +603,8 @@ def _storage_text(plan: Plan) -> str:
         "disk": "in a mapped file",
     }
     batch = f"{plan.micro_batch} images a pass" if plan.micro_batch else "one pass"
+    if plan.storage.location == "files":
+        return f"read from the checkpoints in every step, never held; {batch}"
     return (
         f"{human_bytes(plan.vector_bytes)} per worker in {plan.storage.dtype}, "
         f"{place[plan.storage.location]}; {batch}"

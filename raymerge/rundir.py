@@ -216,8 +216,9 @@ class Recorder:
             raise RunError(f"metrics.jsonl: cannot be written: {error.strerror}") from error
         if state.step % self._every == 0:
             self._save()
-        mean = sum(record.entropy.values()) / len(record.entropy)
-        self._bar.set_postfix(entropy=f"{mean:.4f}", refresh=False)
+        if record.entropy:  # none is left once every task has been restored
+            mean = sum(record.entropy.values()) / len(record.entropy)
+            self._bar.set_postfix(entropy=f"{mean:.4f}", refresh=False)
         self._bar.update()
 
     def _save(self) -> None:

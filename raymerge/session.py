@@ -57,7 +57,7 @@ from raymerge.merging.ties import TiesStatistics
 from raymerge.merging.wudi import wudi
 from raymerge.messages import EvaluateRequest, LoadRequest, Loss, WorkerSpec
 from raymerge.placement import Resources, environment_address, place
-from raymerge.plan import Plan, local_resources, make_plan
+from raymerge.plan import Plan, local_resources, make_plan, require_one_group
 from raymerge.progress import progress_bar
 from raymerge.rundir import Recorder, RunFolder
 from raymerge.state import StateStore, fingerprint
@@ -113,6 +113,8 @@ def _run(
     merging: Merging, folder: RunFolder, group: WorkerGroup | None, *, resume: bool
 ) -> MergeResult:
     config, clock = merging.config, _Clock()
+    if group is not None:
+        require_one_group(config, group.workers)
     merging.require_finite()
     lambdas_JL = merging.start()
     if merging.needs_images:

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from raymerge.config import Config
+from raymerge.config import Config, FwHard, FwSoft
 from raymerge.errors import RunError, UserError
 from raymerge.merging.optimizer import AdamState
 
@@ -102,14 +102,11 @@ class StateStore:
 
     def _write(self, state: AdamState) -> None:
         target = self._path(state.step)
-        payload = save(
-            {
-                "lambdas": state.lambdas,
-                "mean": state.mean,
-                "square": state.square,
-                **{_MEMORY + name: value.clone() for name, value in state.memory.items()},
-            }
-        )
+        tensors = {"lambdas": state.lambdas, "mean": state.mean, "square": state.square}
+        tensors |= {_MEMORY + name: value for name, value in state.memory.items()}
+        # The format takes neither strides nor memory that two tensors share.
+        plain = torch.contiguous_format
+        payload = save({name: t.clone(memory_format=plain) for name, t in tensors.items()})
         manifest = {
             "step": state.step,
             "attempt": self._attempt,
@@ -161,12 +158,15 @@ class StateStore:
 
 def fingerprint(config: Config) -> str:
     """SHA-256 of what decides λ at a step: not the cluster, nor the output, nor where the vectors
-    lie, nor (at a constant rate) how many steps are asked for."""
-    data = config.model_dump(mode="json", exclude={"cluster", "output", "state"})
-    if config.optimizer.schedule == "constant":
+    lie, nor (at a constant rate) how many steps, or Frank-Wolfe iterations, are asked for."""
+    data = config.model_dump(mode="json", exclude={"cluster", "output", "state", "finetune"})
+    if isinstance(config.method, FwHard | FwSoft):
+        del data["method"]["iterations"]
+    # Soft Frank-Wolfe runs all of the optimizer's steps in every iteration.
+    if config.optimizer.schedule == "constant" and not isinstance(config.method, FwSoft):
         del data["optimizer"]["steps"]
     for task in data["tasks"]:
-        del task["test"]
+        del task["test"], task["train"]
     del data["vectors"]["folder"]
     if config.vectors.dtype != "auto":  # else the place decides the precision
         del data["vectors"]["location"]

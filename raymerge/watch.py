@@ -61,7 +61,8 @@ class Watch:
         known_MC = memory.get("marginals", torch.zeros_like(mean_p_MC))
         momentum = momentum_at(state.step, _MOMENTUM)
         memory["marginals"] = mix_marginal(known_MC, mean_p_MC, momentum)
-        marginal_M = torch.tensor([marginal_entropy(p_C) for p_C in memory["marginals"]])
+        entropies = [marginal_entropy(p_C) for p_C in memory["marginals"]]
+        marginal_M = torch.tensor(entropies, dtype=torch.float64)
         guard, collapsing = self.guard.observe(_guard_of(memory, state), entropy_M, marginal_M)
         memory |= {f"guard.{name}": getattr(guard, name) for name in _GUARD}
         known_M = memory.get("collapsed", torch.zeros(len(self.tasks), dtype=torch.bool))

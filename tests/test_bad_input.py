@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pickle
 import shutil
@@ -29,7 +30,9 @@ from commands import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from world import CLASSES, MODEL_CFG, World, write_image, write_model
+from world import CLASSES, MODEL_CFG, RESNET, World, write_image, write_model
+
+from raymerge.config import METHOD_NAMES
 
 METHODS: dict[str, dict[str, Any]] = {
     "zero_shot": {"name": "zero_shot"},
@@ -41,7 +44,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "ties-tensor": {"name": "ties", "trim_scope": "tensor"},
     "adamerging": {"name": "adamerging"},
     "adamerging_pp": {"name": "adamerging", "task_vectors": "ties"},
+    "adamerging_kl": {"name": "adamerging", "objective": "kl"},
+    "dare": {"name": "dare"},
+    "tsv": {"name": "tsv"},
+    "iso_c": {"name": "iso_c"},
+    "wudi": {"name": "wudi", "iterations": 2},
+    "fisher": {"name": "fisher", "images": 2},
+    "regmean": {"name": "regmean", "images": 2},
+    "regmean_pp": {"name": "regmean_pp", "images": 2},
+    "fw_hard": {"name": "fw_hard", "objective": "entropy", "iterations": 1},
+    "fw_soft": {"name": "fw_soft", "objective": "entropy", "iterations": 1},
 }
+
+
+DATA_METHODS = ("fisher", "regmean", "regmean_pp", "adamerging", "fw_hard", "fw_soft")
 
 
 @pytest.fixture(autouse=True)
@@ -228,10 +244,29 @@ def test_required_key_is_missing(attempt: Attempt, key: str) -> None:
     attempt.refused("config.yaml", f"{key}: missing")
 
 
-@pytest.mark.parametrize("key", ["name", "checkpoint", "classnames"])
-def test_required_key_of_a_task_is_missing(attempt: Attempt, key: str) -> None:
-    del attempt.data["tasks"][2][key]
-    attempt.refused(f"tasks[2].{key}: missing")
+@pytest.mark.parametrize(
+    ("keys", "mentions"),
+    [
+        (("name",), ("tasks[2].name: missing",)),
+        (("classnames",), ("tasks[2]", "'tone'", "no classnames", "list its classes")),
+        (("checkpoint",), ("tasks[2]", "'tone'", "no checkpoint", "remove adapt")),
+        (("checkpoint", "adapt", "test"), ("tasks[2]", "'tone'", "neither a checkpoint")),
+    ],
+)
+def test_required_key_of_a_task_is_missing(
+    attempt: Attempt, keys: tuple[str, ...], mentions: tuple[str, ...]
+) -> None:
+    for key in keys:
+        del attempt.data["tasks"][2][key]
+    attempt.refused(*mentions)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_checkpoint_anywhere(attempt: Attempt, method: str) -> None:
+    attempt.data["method"] = METHODS[method]
+    for task in attempt.data["tasks"]:
+        del task["checkpoint"], task["adapt"]
+    attempt.refused("no task has a checkpoint", "at least one")
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "/abs", "", "a b", "a\nb", "ä", "-o\x00"])
@@ -245,10 +280,11 @@ def test_task_listed_twice(attempt: Attempt) -> None:
     attempt.refused("'shade'", "listed 2 times", "unique")
 
 
-@pytest.mark.parametrize("names", [["only"], []])
-def test_fewer_than_two_classes(attempt: Attempt, names: list[str]) -> None:
-    attempt.task["classnames"] = names
+def test_fewer_than_two_classes(attempt: Attempt) -> None:
+    attempt.task["classnames"] = ["only"]
     attempt.refused("tasks[0].classnames", "at least 2")
+    attempt.task["classnames"] = []
+    attempt.refused("tasks[0]", "'colour' has images but no classnames")
 
 
 @pytest.mark.parametrize(
@@ -332,6 +368,67 @@ def test_unknown_method_with_a_guess(attempt: Attempt, value: object) -> None:
 def test_method_without_a_name(attempt: Attempt, value: object) -> None:
     attempt.data["method"] = value
     attempt.refused("method")
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_option_that_a_method_does_not_have(attempt: Attempt, name: str) -> None:
+    attempt.data["method"] = {"name": name, "checkpoint": "x", "nonsense": 1}
+    if name != "joint":
+        del attempt.data["method"]["checkpoint"]
+    attempt.refused("config.yaml", "method.nonsense: unknown key", "known here: ", "name")
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value", "mention"),
+    [
+        ("task_arithmetic", "scaling", "big", "valid number"),
+        ("task_arithmetic", "scaling", float("nan"), "finite"),
+        ("ties", "density", 1.5, "less than or equal to 1; got 1.5"),
+        ("ties", "merge", "max", "'sum' or 'mean'; got 'max'"),
+        ("ties", "trim_scope", "layer", "'visual', 'full' or 'tensor'"),
+        ("dare", "density", 0, "greater than 0; got 0"),
+        ("dare", "elect_sign", "maybe", "valid boolean"),
+        ("tsv", "scaling", None, "valid number"),
+        ("iso_c", "scaling", [1.3], "valid number"),
+        ("iso_cts", "common_fraction", 1.1, "less than or equal to 1"),
+        ("wudi", "iterations", 0, "greater than or equal to 1; got 0"),
+        ("wudi", "lr", 0, "greater than 0; got 0"),
+        ("fisher", "images", 0, "greater than or equal to 1"),
+        ("fisher", "samples", 0, "'exact' or greater than or equal to 1; got 0"),
+        ("fisher", "samples", "all", "'exact' or a valid integer"),
+        ("regmean", "alpha", 1.01, "less than or equal to 1"),
+        ("regmean_pp", "alpha", -0.1, "greater than or equal to 0"),
+        ("joint", "checkpoint", "", "at least 1 character"),
+        ("adamerging", "objective", "accuracy", "'infomax'"),
+        ("adamerging", "task_vectors", "wudi", "'raw', 'ties', 'dare', 'tsv' or 'iso'"),
+        ("adamerging", "temperature", 0, "greater than 0"),
+        ("adamerging", "filter", 0, "greater than 0"),
+        ("adamerging", "normalise", 2, "valid boolean"),
+        ("adamerging", "collapse", "halt", "'ignore', 'warn', 'stop' or 'restore'"),
+        ("fw_hard", "granularity", "block", "'task' or 'tensor'"),
+        ("fw_hard", "oracle", "true", "'inner' or 'cosine'"),
+        ("fw_hard", "objective", "kl", "'cross_entropy' or 'entropy'"),
+        ("fw_hard", "step_size", 0, "greater than 0"),
+        ("fw_hard", "scaling", -1, "greater than 0"),
+        ("fw_hard", "gap", -1e-9, "greater than or equal to 0"),
+        ("fw_hard", "images", 0, "greater than or equal to 1"),
+        ("fw_soft", "iterations", 0, "greater than or equal to 1"),
+        ("fw_soft", "later_init", float("inf"), "finite"),
+        ("fw_soft", "start", "", "at least 1 character"),
+    ],
+)
+def test_method_option_out_of_range(
+    attempt: Attempt, method: str, key: str, value: object, mention: str
+) -> None:
+    attempt.data["method"] = {"name": method, "checkpoint": "x", key: value}
+    if method != "joint":
+        del attempt.data["method"]["checkpoint"]
+    attempt.refused("config.yaml", f"method.{key}: ", mention)
+
+
+def test_sharpness_below_zero(attempt: Attempt) -> None:
+    attempt.data["optimizer"]["sharpness"] = -0.1
+    attempt.refused("optimizer.sharpness", "greater than or equal to 0; got -0.1")
 
 
 def test_key_of_another_method(attempt: Attempt) -> None:
@@ -840,6 +937,37 @@ def test_several_broken_images_are_counted(attempt: Attempt) -> None:
     attempt.refused("003.png", "2 more images")
 
 
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if METHODS[name]["name"] in DATA_METHODS]
+)
+def test_methods_of_data_need_adapt_folders(attempt: Attempt, method: str) -> None:
+    attempt.data["method"] = METHODS[method]
+    del attempt.data["tasks"][1]["adapt"]
+    if not method.startswith("fw_"):  # which takes a model without images as a candidate
+        attempt.refused(f"method {METHODS[method]['name']}", "shade", "tasks[].adapt")
+    for k in (0, 2, 3):
+        del attempt.data["tasks"][k]["adapt"]
+    for command in ("plan", "merge"):
+        names = f"task {', '.join(CLASSES)} has no adapt folder"
+        attempt.refused(f"method {METHODS[method]['name']}", names, command=command)
+
+
+@pytest.mark.parametrize("method", ["adamerging", "fw_hard", "fw_soft"])
+def test_cross_entropy_needs_labels(attempt: Attempt, method: str) -> None:
+    attempt.data["method"] = {"name": method, "objective": "cross_entropy"}
+    for task in attempt.data["tasks"][1:]:
+        task["adapt"] = task["test"]
+    remedy = ("method.objective: cross_entropy needs one folder per class", "objective: entropy")
+    for command in ("plan", "merge"):
+        words = ("tasks[0].adapt", "0 class folders for 3 class names", *remedy)
+        attempt.refused(*words, command=command)
+    attempt.task["adapt"] = attempt.task["test"]
+    folder = attempt.images("adapt")
+    for name in ("one.png", "two.png"):
+        write_image(folder / name, np.random.default_rng(0))
+    attempt.refused("tasks[0].adapt", str(folder), "2 images lie in no class folder", *remedy)
+
+
 @pytest.mark.parametrize("workers", [0, "auto"])
 def test_learning_needs_unlabeled_images(attempt: Attempt, workers: object) -> None:
     attempt.data["cluster"]["workers"] = workers
@@ -859,6 +987,103 @@ def test_eval_needs_test_images(attempt: Attempt) -> None:
     for task in attempt.data["tasks"]:
         del task["test"]
     attempt.refused("test folder", command="eval")
+
+
+# --- what a method goes on from, and what it runs on -------------------------------------------
+
+
+def test_joint_without_a_checkpoint(attempt: Attempt) -> None:
+    attempt.data["method"] = {"name": "joint"}
+    attempt.refused("config.yaml", "method.checkpoint: missing")
+
+
+def test_joint_with_a_checkpoint_that_does_not_fit(attempt: Attempt) -> None:
+    path = attempt.folder / "joint.safetensors"
+    attempt.data["method"] = {"name": "joint", "checkpoint": str(path)}
+    attempt.refused("method.checkpoint: ", str(path), "no such file")
+    state = attempt.expert_state()
+    del state["visual.ln_post.weight"]
+    save_file(state, path)
+    for command in ("plan", "merge"):
+        words = ("method.checkpoint: ", str(path), "1 missing (visual.ln_post.weight)")
+        attempt.refused(*words, command=command)
+    state["visual.ln_post.weight"] = torch.full((64,), float("nan"))
+    save_file(state, path)
+    attempt.refused(str(path), "visual.ln_post.weight", "64 NaN or Inf values")
+
+
+def _lambdas(attempt: Attempt, name: str = "start", **changes: Any) -> dict[str, Any]:
+    """A ``lambdas.json`` that fits the world but for ``changes``; None removes a key."""
+    layers = [
+        key.removeprefix("visual.") for key in attempt.expert_state() if key.startswith("visual.")
+    ]
+    data = {"tasks": list(CLASSES), "layers": layers, "values": [[0.3] * len(layers)] * 4}
+    (attempt.folder / name).mkdir()
+    data = {key: value for key, value in (data | changes).items() if value is not None}
+    (attempt.folder / name / "lambdas.json").write_text(json.dumps(data))
+    return {"method": {"name": "fw_hard", "objective": "entropy", "start": name}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "mention"),
+    [
+        ({"tasks": ["colour", "shade", "tone", "other"]}, "has 4 models, but not 'shape' of this"),
+        ({"tasks": ["a", "b", "c", "d"]}, "not 'colour' and 3 more of this merge's 4"),
+        ({"layers": ["all"], "values": [[0.3]] * 4}, "has 1 layers, but not"),
+        ({"values": [[0.3] * 32] * 3}, "is no lambdas.json"),
+        ({"values": [[0.3] * 5] * 4}, "is no lambdas.json"),
+        ({"values": [[0.3], [0.3, 0.3]]}, "is no lambdas.json"),
+        ({"values": "none"}, "is no lambdas.json"),
+        ({"values": None}, "is no lambdas.json"),
+        ({"tasks": 4}, "is no lambdas.json"),
+        ({"values": [[float("nan")] * 32] * 4}, "holds NaN or Inf"),
+    ],
+)
+def test_start_that_does_not_fit(attempt: Attempt, changes: dict[str, Any], mention: str) -> None:
+    attempt.data |= _lambdas(attempt, **changes)
+    for command in ("plan", "merge"):
+        words = ("method.start: ", str(attempt.folder / "start" / "lambdas.json"), mention)
+        attempt.refused(*words, "layer-wise AdaMerging or Frank-Wolfe run", command=command)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3"])
+def test_start_that_is_no_run(attempt: Attempt, content: str) -> None:
+    attempt.data["method"] = {"name": "fw_soft", "objective": "entropy", "start": "start"}
+    attempt.refused("method.start: ", "No such file", "give the folder of")
+    (attempt.folder / "start").write_text(content)
+    attempt.refused("method.start: ", "is no lambdas.json", "give the folder of")
+
+
+def test_start_over_other_vectors(attempt: Attempt) -> None:
+    attempt.data |= _lambdas(attempt)
+    config = {"method": {"name": "adamerging", "task_vectors": "tsv"}}
+    write_config(attempt.folder / "start" / "config.yaml", config)
+    attempt.refused("method.start: ", "multiplies tsv vectors", "method.task_vectors: raw")
+
+
+@pytest.mark.parametrize("method", ["fw_hard", "fw_soft"])
+@pytest.mark.parametrize(("workers", "shards", "groups"), [(2, 1, 2), (4, 2, 2)])
+def test_cosines_of_a_gradient_in_parts(
+    attempt: Attempt, method: str, workers: int, shards: int, groups: int
+) -> None:
+    attempt.data["method"] = {"name": method, "objective": "entropy", "oracle": "cosine"}
+    attempt.data["cluster"] = {"workers": workers, "shards": shards, "cpus_per_worker": 1}
+    for command in ("plan", "merge"):
+        words = (f"{workers} workers with cluster.shards={shards} are {groups} groups",)
+        remedy = (f"set cluster.shards: {workers}", "method.oracle: inner")
+        attempt.refused("method.oracle: cosine", *words, *remedy, command=command)
+
+
+@pytest.mark.parametrize("method", ["regmean", "regmean_pp"])
+def test_regmean_of_a_tower_without_transformer_blocks(attempt: Attempt, method: str) -> None:
+    write_model(attempt.folder / "resnet", RESNET)
+    attempt.data["model"] = f"local-dir:{attempt.folder / 'resnet'}"
+    for task in attempt.data["tasks"]:
+        task["checkpoint"] = str(attempt.folder / "resnet")
+    attempt.data["method"] = METHODS[method]
+    for command in ("plan", "merge"):
+        words = ("vision transformers", "choose another method, such as fisher")
+        attempt.refused(f"method.name: {method}", *words, command=command)
 
 
 # --- what does not fit the machine -------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_the_resolved_config_runs_again_from_anywhere(
     recorded = merged / "out" / "config.yaml"
     data = yaml.safe_load(recorded.read_text())
     assert data["output"] == str(merged / "out")
-    assert data["method"]["init"] == 0.3  # defaults are spelled out
+    assert data["method"]["clamp"] == "projected"  # defaults are spelled out
     moved = tmp_path / "elsewhere.yaml"
     moved.write_text(recorded.read_text())
     raymerge.ok("merge", moved, "--output", tmp_path / "again")

@@ -29,6 +29,11 @@ def _task(**keys: Any) -> dict[str, Any]:
     return {**copy.deepcopy(BASE["tasks"][0]), **keys}
 
 
+def _method(name: str) -> dict[str, Any]:
+    """The least that a config says of a method."""
+    return {"name": name, **({"checkpoint": "/abs/joint.pt"} if name == "joint" else {})}
+
+
 def _parse(data: dict[str, Any], root: Path = Path("/root")) -> Config:
     return parse_config(data, root=root)
 
@@ -54,13 +59,13 @@ def _write(folder: Path, data: Any) -> Path:
 def test_the_defaults_are_the_contracts():
     config = _parse(_data())
     method = config.method.model_dump()
-    assert {k: method[k] for k in ("name", "granularity", "task_vectors", "objective", "init")} == {
+    assert {k: method[k] for k in ("name", "granularity", "task_vectors", "objective")} == {
         "name": "adamerging",
         "granularity": "tensor",
         "task_vectors": "raw",
         "objective": "entropy",
-        "init": 0.3,
     }
+    assert config.method.effective_init == 0.3
     assert method["clamp"] == "projected"
     optimizer = config.optimizer
     assert (optimizer.lr, optimizer.betas, optimizer.steps) == (1e-3, (0.9, 0.999), 500)
@@ -174,6 +179,10 @@ def test_a_key_of_another_method_is_unknown():
         (_data(cluster={"workers": 0, "shards": 2}), "cannot hold 2 shards"),
         (_data(cluster={"cpus_per_worker": 0}), "cluster.cpus_per_worker: "),
         (_data(cluster={"gpus_per_worker": -0.5}), "cluster.gpus_per_worker: "),
+        (
+            _data(vectors={"location": "files", "dtype": "bfloat16"}),
+            "vectors: location: files keeps no vectors",
+        ),
         (_data(cluster={"micro_batch": 0}), "cluster.micro_batch: "),
         (_data(cluster={"micro_batch": "some"}), "cluster.micro_batch: "),
         (_data(vectors={"dtype": "float16"}), "vectors.dtype: "),
@@ -206,7 +215,10 @@ def test_an_unknown_method_is_named_with_what_was_meant_and_all_that_are_known()
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_method_name_alone_is_that_method_with_its_defaults(name):
-    assert _parse(_data(method=name)) == _parse(_data(method={"name": name}))
+    if name == "joint":  # whose checkpoint has no default
+        assert "method.checkpoint: missing" in _refusal(_data(method=name))
+    else:
+        assert _parse(_data(method=name)) == _parse(_data(method={"name": name}))
 
 
 def test_a_model_string_is_its_arch():
@@ -247,8 +259,9 @@ def test_what_the_config_gives_wins_over_the_preset():
 
 @pytest.mark.parametrize("name", [n for n in METHOD_NAMES if n != "adamerging"])
 def test_the_preset_leaves_methods_that_have_no_clamp_alone(name):
-    with_preset = _parse(_data(preset="official", method=name)).method
-    assert with_preset == _parse(_data(method=name)).method
+    method = _method(name)
+    with_preset = _parse(_data(preset="official", method=method)).method
+    assert with_preset == _parse(_data(method=method)).method
 
 
 # --- paths -------------------------------------------------------------------------------------
@@ -427,7 +440,7 @@ ROUND_TRIPS = [
     _data(cluster={"workers": 6, "shards": 3, "gpus_per_worker": 0.25, "micro_batch": 8}),
     _data(optimizer={"lr": 1e-7, "betas": [0.0, 0.1 + 0.2]}, state={"keep": 1}),
     _data(tasks=[_task(classnames=["yes", "no", "1", "null", "é: #", "'q'"], templates=["{}"])]),
-    *[_data(method=name) for name in METHOD_NAMES],
+    *[_data(method=_method(name)) for name in METHOD_NAMES],
 ]
 
 

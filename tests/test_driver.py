@@ -8,15 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from raymerge.driver import learn, sum_results
+from raymerge.driver import StepRecord, learn, sum_results
 from raymerge.errors import RunError
 from raymerge.merging.optimizer import Adam, AdamState
 from raymerge.messages import StepRequest, StepResult
+from raymerge.watch import Watch
 
 
 def _result(rank: int, gradient: np.ndarray, step: int = 0, loss: float = 1.0) -> StepResult:
+    """Of as many tasks as models, each with two classes that are equally likely."""
     tasks = len(gradient)
-    return StepResult(step, rank, 0, gradient, np.full(tasks, loss), np.full(tasks, 0.5))
+    halves, evenly = np.full(tasks, 0.5), np.full((tasks, 2), 0.5)
+    return StepResult(step, rank, 0, gradient, np.full(tasks, loss), halves, evenly)
+
+
+def _watch(*tasks: str) -> Watch:
+    return Watch(tasks, range(len(tasks)), "ignore")
 
 
 class Scripted:
@@ -64,7 +71,7 @@ def test_learning_minimises_a_quadratic_and_records_every_step() -> None:
         Adam(lr=0.05),
         start,
         300,
-        ["a", "b"],
+        _watch("a", "b"),
         lambda record, state: records.append(record),
     )
     assert np.allclose(end.lambdas.numpy(), target, atol=1e-2)
@@ -87,7 +94,7 @@ def test_a_step_that_is_not_finite_names_the_task_and_changes_nothing(bad: float
             Adam(),
             AdamState.start(torch.full((2, 1), 0.3)),
             10,
-            ["sun", "gtsrb"],
+            _watch("sun", "gtsrb"),
             lambda record, state: seen.append(state.step),
         )
     assert seen == [1, 2, 3]
@@ -100,8 +107,94 @@ def test_resuming_from_any_step_gives_the_same_bits() -> None:
 
     states = {}
     start = AdamState.start(torch.full((3, 4), 0.3))
-    group, tasks = Scripted(2, answer), ["a", "b", "c"]
-    whole = learn(group, Adam(), start, 20, tasks, lambda r, s: states.update({s.step: s}))  # type: ignore[arg-type]
+    group, watch = Scripted(2, answer), _watch("a", "b", "c")
+    whole = learn(group, Adam(), start, 20, watch, lambda r, s: states.update({s.step: s}))  # type: ignore[arg-type]
     for step in (1, 7, 19):
-        again = learn(group, Adam(), states[step], 20, tasks, lambda r, s: None)  # type: ignore[arg-type]
+        again = learn(group, Adam(), states[step], 20, watch, lambda r, s: None)  # type: ignore[arg-type]
         assert torch.equal(again.lambdas, whole.lambdas)
+
+
+# --- sharpness ---------------------------------------------------------------------------------
+
+CURVATURE = np.diag([1.0, 3.0, 0.2, 5.0])
+TARGET = np.array([[0.2, 0.7], [0.9, 0.1]])
+
+
+def _slope(lambdas: np.ndarray) -> np.ndarray:
+    """Of ½ (λ − target)ᵀ A (λ − target)."""
+    return (CURVATURE @ (lambdas - TARGET).ravel()).reshape(2, 2)
+
+
+class Quadratic(Scripted):
+    """Remembers where it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[StepRequest] = []
+        super().__init__(2, self._half)
+
+    def _half(self, request: StepRequest, rank: int) -> StepResult:
+        self.asked += [request] if rank == 0 else []
+        loss = float(np.abs(request.lambdas).sum())
+        return _result(rank, _slope(request.lambdas) / 2, request.step, loss)
+
+
+@pytest.mark.parametrize("rho", [0.05, 0.5])
+@pytest.mark.parametrize("clamp", ["none", "projected", "forward"])
+def test_a_sharpness_aware_step_takes_its_gradient_up_the_slope(rho, clamp) -> None:
+    """At λ + ρ g/‖g‖ with the same images; what is recorded is of λ itself."""
+    group, optimizer = Quadratic(), Adam(lr=0.05, clamp=clamp, sharpness=rho)
+    records: list[StepRecord] = []
+    start = AdamState.start(torch.tensor([[0.3, 0.3], [1.2, -0.1]]))
+    end = learn(
+        group,  # type: ignore[arg-type]
+        optimizer,
+        start,
+        5,
+        _watch("a", "b"),
+        lambda record, state: records.append(record),
+    )
+    state = start
+    for step in range(5):
+        here, above = group.asked[2 * step], group.asked[2 * step + 1]
+        used = optimizer.effective(state.lambdas).numpy()
+        gradient = _slope(used)
+        ascended = used + rho * gradient / np.sqrt((gradient**2).sum())
+        assert here.step == above.step == step
+        assert np.array_equal(here.lambdas, used)
+        np.testing.assert_allclose(above.lambdas, ascended, rtol=1e-12, atol=1e-12)
+        state = optimizer.update(state, torch.from_numpy(_slope(above.lambdas)))
+        # Two tasks, two workers.
+        assert records[step].loss == pytest.approx(4 * np.abs(used).sum())
+    assert len(group.asked) == 10
+    torch.testing.assert_close(end.lambdas, state.lambdas, rtol=1e-12, atol=0)
+
+
+def test_without_sharpness_each_step_asks_once_and_it_may_end_on_a_plateau() -> None:
+    group = Quadratic()
+    learn(group, Adam(), AdamState.start(torch.zeros(2, 2)), 3, _watch("a", "b"), lambda r, s: None)  # type: ignore[arg-type]
+    assert [request.step for request in group.asked] == [0, 1, 2]
+    flat = AdamState.start(torch.from_numpy(TARGET))  # no slope, so no way up
+    end = learn(group, Adam(sharpness=0.1), flat, 1, _watch("a", "b"), lambda r, s: None)  # type: ignore[arg-type]
+    assert torch.equal(end.lambdas, flat.lambdas)
+
+
+def test_tasks_need_not_be_models() -> None:
+    """Three models; two tasks with images, the second of the third model, and one only tested."""
+
+    def answer(request: StepRequest, rank: int) -> StepResult:
+        entropy, probabilities = np.array([0.5, 0.4, 0.0]), np.array([[1.0, 0], [0.5, 0.5], [0, 0]])
+        return StepResult(request.step, rank, 0, np.ones((3, 1)), entropy, entropy, probabilities)
+
+    records: list[StepRecord] = []
+    learn(
+        Scripted(1, answer),  # type: ignore[arg-type]
+        Adam(),
+        AdamState.start(torch.tensor([[0.1], [0.2], [0.3]])),
+        1,
+        Watch(("a", "c", "tested"), (0, 2, -1)),
+        lambda record, state: records.append(record),
+    )
+    (record,) = records
+    assert record.entropy == {"a": 0.5, "c": 0.4}
+    assert record.lambdas == {"a": pytest.approx(0.1), "c": pytest.approx(0.3)}
+    assert record.marginal_entropy == {"a": 0.0, "c": pytest.approx(np.log(2))}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -20,7 +22,10 @@ from raymerge.checkpoints.visual import open_visual
 from raymerge.config import ModelConfig
 from raymerge.errors import CheckpointError, UserError
 from raymerge.export import write_merged
+from raymerge.merging.basis import Given, MatrixBasis
+from raymerge.merging.dare import Dare
 from raymerge.merging.layout import CELL
+from raymerge.merging.spectral import iso_c, iso_cts, tsv
 from raymerge.rundir import RunFolder
 
 
@@ -44,11 +49,11 @@ def _flat(checkpoint) -> Tensor:
     return flat_P
 
 
-def _write(path: Path, opened, lambdas_KL: Tensor, granularity: str = "tensor", ties=None) -> Path:
+def _write(path: Path, opened, lambdas_KL: Tensor, granularity: str = "tensor", basis=None) -> Path:
     pretrained, experts = opened
     layers = pretrained.layout.layers(granularity)
     lambdas_KL = lambdas_KL.expand(len(experts), len(layers.names)).double()
-    write_merged(path, pretrained, experts, lambdas_KL, layers, ties)
+    write_merged(path, pretrained, experts, lambdas_KL, layers, basis)
     return path
 
 
@@ -56,8 +61,8 @@ def _write(path: Path, opened, lambdas_KL: Tensor, granularity: str = "tensor", 
 def merged(tmp_path):
     """The merged θ of the written file, and nothing but what was there beside it."""
 
-    def merged(opened, lambdas_KL: Tensor, granularity: str = "tensor", ties=None) -> Tensor:
-        path = _write(tmp_path / "merged.safetensors", opened, lambdas_KL, granularity, ties)
+    def merged(opened, lambdas_KL: Tensor, granularity: str = "tensor", basis=None) -> Tensor:
+        path = _write(tmp_path / "merged.safetensors", opened, lambdas_KL, granularity, basis)
         return _flat(open_visual(str(path), opened[0].layout))
 
     return merged
@@ -105,7 +110,7 @@ def test_every_layer_takes_its_own_coefficients(merged, opened):
 def test_ties_is_the_sum_of_phi(merged, opened, mean):
     pretrained, experts = opened
     statistics = ties_statistics(pretrained, experts, density=0.2, scope="visual", mean=mean)
-    merged_P = merged(opened, torch.full((4, 1), 0.3), ties=statistics)
+    merged_P = merged(opened, torch.full((4, 1), 0.3), basis=statistics)
     vectors_KP = torch.stack([_flat(expert) for expert in experts]) - _flat(pretrained)
     phi_KP = statistics.phi(vectors_KP, 0)
     expected_P = _flat(pretrained) + 0.3 * phi_KP.sum(0)
@@ -138,11 +143,85 @@ def test_counting_the_signs_while_merging_changes_no_byte(resolved, opened, tmp_
     assert counted.majority == sign
     assert later.majority is None
     half = torch.full((2, 1), 0.5)
-    one = _write(tmp_path / "a", files, half, ties=counted)
-    two = _write(tmp_path / "b", files, half, ties=later)
+    one = _write(tmp_path / "a", files, half, basis=counted)
+    two = _write(tmp_path / "b", files, half, basis=later)
     assert two.read_bytes() == one.read_bytes()
-    undecided = _write(tmp_path / "c", files, half, ties=replace(counted, majority=0.0))
+    undecided = _write(tmp_path / "c", files, half, basis=replace(counted, majority=0.0))
     assert undecided.read_bytes() != one.read_bytes()
+
+
+# --- other bases -------------------------------------------------------------------------------
+
+
+def _write_rows(path: Path, opened, rows: int, scaling: float, basis) -> Tensor:
+    """θ of the merge with one constant λ for the ``rows`` that the basis has."""
+    pretrained, experts = opened
+    layers = pretrained.layout.layers("task")
+    lambdas_JL = torch.full((rows, 1), scaling, dtype=torch.float64)
+    write_merged(path, pretrained, experts, lambdas_JL, layers, basis)
+    return _flat(open_visual(str(path), pretrained.layout))
+
+
+@pytest.mark.parametrize(
+    ("function", "separate"),
+    [
+        (tsv, True),
+        (partial(iso_cts, common_fraction=0.5), True),
+        (iso_c, False),
+        (lambda matrices_KMN: matrices_KMN.amax(0), False),
+    ],
+)
+def test_a_matrix_basis_is_the_function_of_whole_matrices_and_vectors_are_averaged(
+    opened, tmp_path, function: Callable[[Tensor], Tensor], separate: bool
+):
+    """λ times the sum of the rows; only tensors with two dimensions are matrices."""
+    pretrained, experts = opened
+    layout, scaling = pretrained.layout, 0.7
+    basis = MatrixBasis(function, separate)
+    merged_P = _write_rows(tmp_path / "w", opened, 4 if separate else 1, scaling, basis)
+    merged, base = layout.views(merged_P), layout.views(_flat(pretrained))
+    finetuned = [layout.views(_flat(expert)) for expert in experts]
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        vectors = torch.stack([expert[name] - base[name] for expert in finetuned])
+        moved = vectors.mean(0)
+        if len(shape) == 2:
+            moved = function(vectors).sum(0) if separate else function(vectors)
+        torch.testing.assert_close(merged[name], base[name] + scaling * moved, rtol=0, atol=1e-6)
+    assert {len(shape) for shape in layout.shapes} == {1, 2, 4}
+
+
+def test_small_blocks_do_not_cut_a_matrix(opened, tmp_path, monkeypatch):
+    basis = MatrixBasis(tsv)
+    whole_P = _write_rows(tmp_path / "a", opened, 4, 1.0, basis)
+    monkeypatch.setattr(task_vectors, "_BLOCK_BYTES", 4 * 4 * CELL)
+    monkeypatch.setattr(task_vectors, "_LEAST_COLUMNS", CELL)
+    assert torch.equal(_write_rows(tmp_path / "b", opened, 4, 1.0, basis), whole_P)
+
+
+@pytest.mark.parametrize("elect_sign", [False, True])
+def test_dare_writes_what_its_rows_sum_to_whatever_the_blocks(
+    opened, tmp_path, monkeypatch, elect_sign
+):
+    pretrained, experts = opened
+    dare = Dare(("a", "b", "c", "d"), seed=7, density=0.3, elect_sign=elect_sign)
+    whole_P = _write_rows(tmp_path / "a", opened, 4, 0.3, dare)
+    vectors_KP = torch.stack([_flat(expert) for expert in experts]) - _flat(pretrained)
+    expected_P = _flat(pretrained) + 0.3 * dare.phi(vectors_KP, 0).sum(0)
+    torch.testing.assert_close(whole_P, expected_P, rtol=0, atol=1e-6)
+    monkeypatch.setattr(task_vectors, "_BLOCK_BYTES", 4 * 4 * CELL)
+    monkeypatch.setattr(task_vectors, "_LEAST_COLUMNS", CELL)
+    assert torch.equal(_write_rows(tmp_path / "b", opened, 4, 0.3, dare), whole_P)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 0.25])
+def test_a_given_vector_is_added_and_no_expert_is_read(opened, tmp_path, scaling):
+    pretrained, _ = opened
+    delta_P = torch.zeros(pretrained.layout.columns)
+    for view in pretrained.layout.views(delta_P).values():
+        view.copy_(torch.randn(view.shape, generator=torch.Generator().manual_seed(0)))
+    merged_P = _write_rows(tmp_path / "w", (pretrained, []), 1, scaling, Given(delta_P))
+    expected_P = _flat(pretrained) + scaling * delta_P
+    torch.testing.assert_close(merged_P, expected_P, rtol=0, atol=1e-6)
 
 
 # --- the file ----------------------------------------------------------------------------------

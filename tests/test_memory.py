@@ -12,6 +12,7 @@ from raymerge.memory import (
     choose_storage,
     machine_bytes,
     micro_batch,
+    pass_images,
     storage_for,
     worker_bytes,
 )
@@ -26,15 +27,29 @@ GB = 10**9
         ("all", 10**6, False, None),
         ("all", 10**6, True, None),
         ("auto", 10**6, True, None),
-        ("auto", 1 << 20, False, 1024),
+        ("auto", 1 << 20, False, 512),
         ("auto", 1 << 40, False, 1),  # one image is always taken
-        ("auto", 0, False, 1 << 30),
+        ("auto", 0, False, 1 << 29),
         (7, 1 << 40, False, 7),
         (7, 1, True, 7),
     ],
 )
 def test_images_of_one_pass(wanted, bytes_per_image, gpu, expected):
     assert micro_batch(wanted, bytes_per_image, gpu) == expected
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 64, None])
+@pytest.mark.parametrize("images", [1, 2, 7, 63, 64, 65, 128, 130])
+def test_passes_are_as_few_as_can_be_and_then_even(images, most):
+    each = pass_images(images, most)
+    fewest = 1 if most is None else -(-images // most)
+    assert -(-images // each) == fewest
+    assert each <= (most or images)
+    assert each - images / fewest < 1  # 65 with room for 64: 33 and 32, not 64 and 1
+
+
+def test_nothing_to_show_takes_no_images():
+    assert pass_images(0, 5) == pass_images(0, None) == 0
 
 
 @pytest.mark.parametrize(
@@ -57,7 +72,7 @@ def test_the_first_place_with_room_is_taken(device, host, dtype, location):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("location", ["device", "host", "disk"])
+@pytest.mark.parametrize("location", ["device", "host", "disk", "files"])
 def test_what_was_asked_for_is_taken_even_without_room(dtype, location):
     wanted = VectorsConfig(dtype=dtype, location=location)
     assert choose_storage(wanted, 8, 0, 0) == VectorStorage(dtype, location)
@@ -108,6 +123,7 @@ def test_an_unknown_machine_has_room():
         (VectorStorage("bfloat16"), 4),
         (VectorStorage("float32", "host"), 8),
         (VectorStorage("float32", "disk"), 0),
+        (VectorStorage("float32", "files"), 0),
     ],
 )
 def test_a_worker_holds_the_sum_of_its_parts(storage, vectors):

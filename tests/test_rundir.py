@@ -225,7 +225,8 @@ def _state(step: int) -> AdamState:
 
 
 def _record(step: int) -> StepRecord:
-    return StepRecord(step, 0.5, {"a": 0.25, "b": 0.75}, {"a": 0.3, "b": 0.3}, 0.01, {})
+    entropy, lambdas, marginal = {"a": 0.25, "b": 0.75}, {"a": 0.3, "b": 0.3}, {"a": 1.0, "b": 0.9}
+    return StepRecord(step, 0.5, entropy, lambdas, marginal, 0.01, {})
 
 
 class _StoppedError(Exception):
@@ -257,6 +258,7 @@ def test_a_line_is_there_as_soon_as_its_step_is(folder: RunFolder, store: StateS
             assert read_steps(folder.metrics) == list(range(1, step + 1))
     line = json.loads(folder.metrics.read_text().splitlines()[0])
     assert line["entropy"] == {"a": 0.25, "b": 0.75}
+    assert line["marginal_entropy"] == {"a": 1.0, "b": 0.9}
     assert {"step", "loss", "entropy", "seconds"} <= set(line)
 
 

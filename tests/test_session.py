@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ import raymerge
 from raymerge.config import Config
 from raymerge.driver import StepRecord
 from raymerge.errors import RunError, UserError
+from raymerge.merging.guard import CollapseGuard
 from raymerge.merging.optimizer import AdamState
 from raymerge.rundir import Recorder
-from raymerge.session import MergeResult, evaluate, merge
+from raymerge.session import MergeResult, Merging, evaluate, merge
 from raymerge.state import StateStore
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -235,6 +236,109 @@ def test_the_python_api(world: World, tmp_path: Path) -> None:
     assert raymerge.evaluate(config, str(result.output)) == result.scores
 
 
+# --- tasks and models that are not the same ----------------------------------------------------
+
+
+def _reference(task: dict[str, Any]) -> dict[str, Any]:
+    """A model that is merged, and no task: neither classes nor images."""
+    return {key: task[key] for key in ("name", "checkpoint")}
+
+
+def _foreign(task: dict[str, Any]) -> dict[str, Any]:
+    """A task that the merge does not know: only tested."""
+    return {key: task[key] for key in ("name", "classnames", "test")}
+
+
+def _mixed(world: World) -> list[dict[str, Any]]:
+    """colour is both, shade only a model, tone only a task, shape both."""
+    colour, shade, tone, shape = world.config["tasks"]
+    return [colour, _reference(shade), _foreign(tone), shape]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "average"},
+        {"name": "ties"},
+        {"name": "tsv"},
+        {"name": "fw_hard", "objective": "entropy", "iterations": 2, "images": 4},
+    ],
+)
+def test_rows_of_lambda_are_models_and_rows_of_results_are_tasks(
+    run: Merge, world: World, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    result = run(tasks=_mixed(world), method=method)
+    written = read_json(tmp_path / "out" / "lambdas.json")
+    assert written["tasks"] == ["colour", "shade", "shape"]
+    assert result.lambdas is not None
+    assert result.lambdas.shape == (3, len(result.layers))
+    assert list(result.scores) == ["colour", "tone", "shape"]
+    recorded = read_json(tmp_path / "out" / "results.json")["tasks"]
+    assert list(recorded) == ["colour", "tone", "shape"]
+
+
+def test_a_task_that_is_only_tested_changes_nothing_that_is_learned(
+    run: Merge, world: World, tmp_path: Path
+) -> None:
+    """Nor does its place in the list; its score is that of the merged model on its images."""
+    colour, _, tone, shape = world.config["tasks"]
+    method = {"objective": "infomax", "collapse": "restore"}
+    run("three", tasks=[colour, _foreign(tone), shape], method=method)
+    run("two", tasks=[colour, shape], method=method)
+    for name in (WEIGHTS, "lambdas.json"):
+        assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    three, two = (read_json(tmp_path / name / "results.json")["tasks"] for name in ("three", "two"))
+    assert list(three) == ["colour", "tone", "shape"]
+    assert {name: three[name] for name in two} == two
+    alone = evaluate(_config(world, tmp_path / "x", tasks=[tone]), str(tmp_path / "two"))
+    assert three["tone"] == asdict(alone["tone"])
+    lines = (tmp_path / "three" / "metrics.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        for key in ("entropy", "lambdas", "marginal_entropy"):
+            assert list(line[key]) == ["colour", "shape"]
+
+
+def test_a_model_that_is_only_merged_is_merged(
+    run: Merge,
+    world: World,
+    pretrained: dict[str, Tensor],
+    experts: list[dict[str, Tensor]],
+    tmp_path: Path,
+) -> None:
+    run(tasks=_mixed(world), method={"name": "task_arithmetic", "scaling": 0.5})
+    merged = _weights(tmp_path / "out")
+    for key in experts[0]:
+        vectors = sum(experts[k][key] - pretrained[key] for k in (0, 1, 3))
+        expected = pretrained[key] + 0.5 * vectors
+        torch.testing.assert_close(merged[key], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_are_scored_where_there_is_one(run: Merge, world: World) -> None:
+    result = run(tasks=_mixed(world), method={"name": "individual"})
+    assert list(result.scores) == ["colour", "shape"]
+
+
+def test_learning_needs_images_of_every_model(run: Merge, world: World, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"adamerging learns .* task shade has no adapt folder"):
+        run(tasks=_mixed(world))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("objective", ["kl", "infomax", "cross_entropy"])
+def test_every_objective_learns_and_lowers_its_loss(
+    run: Merge, world: World, tmp_path: Path, objective: str
+) -> None:
+    tasks = [
+        {k: v for k, v in task.items() if k != "test"} | {"adapt": task["test"]}
+        for task in world.config["tasks"]
+    ]
+    optimizer = {"steps": 12, "lr": 0.05, "batch_size": 24, "sharpness": 0.01}
+    run(tasks=tasks, method={"objective": objective}, optimizer=optimizer)
+    losses = _column(tmp_path / "out", "loss")
+    # The loss of infomax's first step is the entropy.
+    assert losses[-1] < losses[1]
+
+
 # --- scores ------------------------------------------------------------------------------------
 
 
@@ -390,6 +494,16 @@ def test_where_the_vectors_lie_changes_no_bit(run: Merge, tmp_path: Path, locati
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
+def test_vectors_that_are_read_anew_in_every_step_give_the_same_lambda(
+    run: Merge, tmp_path: Path
+) -> None:
+    run("pinned", untested=True)
+    result = run("anew", untested=True, vectors={"location": "files"})
+    pinned, anew = _lambdas(tmp_path / "pinned"), _lambdas(tmp_path / "anew")
+    torch.testing.assert_close(anew, pinned, rtol=0, atol=1e-6)
+    assert result.lambdas is not None
+
+
 @pytest.mark.parametrize("location", ["device", "disk"])
 def test_vectors_in_bfloat16_learn_nearly_the_same(
     run: Merge, tmp_path: Path, location: str
@@ -539,6 +653,72 @@ def test_resuming_a_finished_run_changes_nothing_that_counts(
     _same_run(tmp_path / "out", undisturbed, 6)
 
 
+@pytest.mark.parametrize("stop", [2, 4, 5])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"objective": "infomax"},
+        {"objective": "infomax", "collapse": "restore"},
+        {"objective": "kl", "collapse": "restore"},
+    ],
+)
+def test_what_the_loop_remembers_is_resumed_as_well(
+    run: Merge,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    method: dict[str, Any],
+    stop: int,
+) -> None:
+    """With a guard that takes any task whose entropy falls for one that collapses."""
+    _nervous(monkeypatch)
+    options = {"untested": True, "method": method, "optimizer": {"steps": 8, "lr": 0.05}}
+    run("whole", **options)
+    restored = [r.getMessage() for r in caplog.records if "are restored" in r.getMessage()]
+    assert bool(restored) == (method.get("collapse") == "restore")
+    with monkeypatch.context() as patch:
+        _stop_at(patch, stop, recorded=True)
+        with pytest.raises(KeyboardInterrupt):
+            run(**options)
+    run(resume=True, **options)
+    _same_run(tmp_path / "out", tmp_path / "whole", 8)
+    assert _column(tmp_path / "out", "marginal_entropy") == _column(
+        tmp_path / "whole", "marginal_entropy"
+    )
+
+
+def _nervous(monkeypatch: pytest.MonkeyPatch, warmup_steps: int = 1) -> None:
+    watch, guard = Merging.watch, CollapseGuard(2.0, momentum=0.5, warmup_steps=warmup_steps)
+    monkeypatch.setattr(Merging, "watch", lambda self: replace(watch(self), guard=guard))
+
+
+def test_a_run_ends_and_reports_though_no_task_is_left(
+    run: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every task was restored: λ stays where it is, and there is nothing to record of a step."""
+    monkeypatch.undo()  # draw the report as well
+    cache_tokenizer(monkeypatch)
+    _nervous(monkeypatch)
+    method = {"collapse": "restore"}
+    run(untested=True, method=method, optimizer={"steps": 25, "lr": 0.05, "batch_size": 12})
+    entropies = _column(tmp_path / "out", "entropy")
+    assert len(entropies[0]) == 4
+    assert entropies[-1] == {}
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_collapse_that_is_to_stop_the_run_leaves_its_state(
+    run: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _nervous(monkeypatch)
+    options = {"untested": True, "optimizer": {"steps": 25, "lr": 0.05, "batch_size": 12}}
+    with pytest.raises(RunError, match=r"step \d+: task \w+ collapses: .* set method\.collapse"):
+        run(method={"collapse": "stop"}, **options)
+    assert not (tmp_path / "out" / WEIGHTS).exists()
+    (state,) = (tmp_path / "out" / "state").glob("step-*")
+    assert int(state.name[5:]) == read_steps(tmp_path / "out" / "metrics.jsonl")[-1]
+
+
 def test_resume_without_a_run_starts_one(run: Merge, undisturbed: Path, tmp_path: Path) -> None:
     run(resume=True, untested=True, optimizer={"steps": 6})
     _same_run(tmp_path / "out", undisturbed, 6)
@@ -576,10 +756,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_step(
 
     def explode(logits_BC: Tensor) -> Tensor:
         nonlocal calls
-        calls += 1
+        calls += logits_BC.requires_grad  # as the loss, not as what is reported
         return objectives.entropy(logits_BC) * (float("nan") if calls > 8 + 1 else 1.0)
 
-    monkeypatch.setitem(objectives.OBJECTIVES, "entropy", explode)
+    monkeypatch.setattr("raymerge.share.entropy", explode)
     with pytest.raises(RunError, match=r"step 3: the loss of task shade, tone, shape is NaN"):
         run(untested=True)
     assert read_steps(tmp_path / "out" / "metrics.jsonl") == [1, 2]

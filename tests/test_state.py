@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,37 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     found = _store(tmp_path).newest()
     assert _same(found, state)
     assert found.lambdas.view(torch.int64).tolist() == state.lambdas.view(torch.int64).tolist()
+
+
+def test_what_the_loop_remembers_comes_back_in_its_own_dtype(tmp_path):
+    """By name, also what shares its memory with something else or is part of a larger tensor."""
+    state, shared = _state(7), torch.arange(12, dtype=torch.float64).reshape(3, 4)
+    memory = {
+        "start": state.lambdas,
+        "marginals": shared,
+        "guard.entropy": shared[:, 1],
+        "guard.start_entropy": shared[:, 1],
+        "collapsed": torch.tensor([False, True]),
+    }
+    store = _store(tmp_path)
+    store.claim()
+    store.save(replace(state, memory=memory))
+    found = _store(tmp_path).newest()
+    assert _same(found, state)
+    assert found.memory.keys() == memory.keys()
+    for name, value in memory.items():
+        assert found.memory[name].dtype == value.dtype
+        assert torch.equal(found.memory[name], value)
+
+
+def test_coefficients_of_any_stride_are_saved(tmp_path):
+    state = _state(7)
+    turned = replace(state, lambdas=state.lambdas.t().contiguous().t())
+    assert not turned.lambdas.is_contiguous()
+    store = _store(tmp_path)
+    store.claim()
+    store.save(turned)
+    assert _same(_store(tmp_path).newest(), state)
 
 
 def test_without_a_state_there_is_none(tmp_path):
@@ -268,6 +300,9 @@ def test_what_does_not_decide_lambda_may_change(changes):
         {"seed": 1},
         {"model": "local-dir:other"},
         {"method": {"name": "adamerging", "clamp": "none"}},
+        {"method": {"name": "adamerging", "objective": "kl"}},
+        {"method": {"name": "adamerging", "collapse": "restore"}},
+        {"optimizer": {"sharpness": 0.1}},
         {"optimizer": {"lr": 0.1}},
         {"optimizer": {"batch_size": 4}},
         {"precision": "bfloat16"},

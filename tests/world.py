@@ -61,11 +61,17 @@ class World:
         return path
 
 
-def make_world(root: Path, tasks: int = 4, adapt: int = 12, test: int = 6) -> World:
+def make_world(
+    root: Path,
+    tasks: int = 4,
+    adapt: int = 12,
+    test: int = 6,
+    model_cfg: Mapping[str, Any] = MODEL_CFG,
+) -> World:
     """Write the model, ``tasks`` experts and their images below ``root``."""
     torch.manual_seed(0)
     names = list(CLASSES)[:tasks]
-    model = write_model(root / "pretrained")
+    model = write_model(root / "pretrained", model_cfg)
     entries = [_write_task(root, model, k, name, adapt, test) for k, name in enumerate(names)]
     config = {
         "model": f"local-dir:{root / 'pretrained'}",

@@ -5,6 +5,7 @@ preset, checks every key, and makes every path absolute (paths are relative to t
 folder). A wrong key or value raises :class:`~raymerge.errors.ConfigError` in one line.
 """
 
+from raymerge.config.finetune import FinetuneConfig
 from raymerge.config.loading import dump_config, load_config, parse_config
 from raymerge.config.methods import (
     METHOD_NAMES,
@@ -52,6 +53,7 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "Dare",
+    "FinetuneConfig",
     "Fisher",
     "FwHard",
     "FwSoft",

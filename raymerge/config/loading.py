@@ -179,7 +179,7 @@ def _resolve_model(model: dict[str, Any], root: Path) -> None:
 
 def _resolved_task(task: dict[str, Any], root: Path, where: str) -> dict[str, Any]:
     task = dict(task)
-    for key in ("checkpoint", "adapt", "test"):
+    for key in ("checkpoint", "adapt", "test", "train"):
         if isinstance(task.get(key), str):
             task[key] = absolute(task[key], root)
     for key in ("classnames", "templates"):

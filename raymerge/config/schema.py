@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from raymerge.config.finetune import FinetuneConfig
 from raymerge.config.methods import AdaMerging, Frozen, MethodConfig, Reference
 
 VectorDtype = Literal["float32", "bfloat16"]
@@ -62,10 +63,12 @@ class TaskConfig(Frozen):
     """Unlabeled images: a folder, flat or with one folder per class."""
     test: Reference | None = None
     """Labelled images: one folder per class, named as in ``classnames``."""
+    train: Reference | None = None
+    """Labelled images to train its expert on, for ``raymerge finetune``; laid out as ``test``."""
 
     @model_validator(mode="after")
     def _has_what_it_is_for(self) -> TaskConfig:
-        if self.checkpoint is None and self.test is None:
+        if self.checkpoint is None and self.test is None and self.train is None:
             raise ValueError(
                 f"task {self.name!r} has neither a checkpoint to merge nor test images"
             )
@@ -74,7 +77,7 @@ class TaskConfig(Frozen):
                 f"task {self.name!r} has images to adapt on but no checkpoint; name its checkpoint "
                 "or remove adapt"
             )
-        if not self.classnames and (self.adapt is not None or self.test is not None):
+        if not self.classnames and any((self.adapt, self.test, self.train)):
             raise ValueError(f"task {self.name!r} has images but no classnames; list its classes")
         return self
 
@@ -177,6 +180,12 @@ class VectorsConfig(Frozen):
     folder: Reference | None = None
     """Where ``disk`` puts its file, which vanishes with the worker; default: the temporary one."""
 
+    @model_validator(mode="after")
+    def _files_are_as_they_are(self) -> VectorsConfig:
+        if self.location == "files" and self.dtype == "bfloat16":
+            raise ValueError("location: files keeps no vectors, so dtype: bfloat16 saves nothing")
+        return self
+
 
 class StateConfig(Frozen):
     """How often λ and the optimiser's moments are saved for ``--resume``."""
@@ -197,11 +206,13 @@ class Config(Frozen):
     seed: int = Field(default=0, ge=0)
     cluster: ClusterConfig = ClusterConfig()
     state: StateConfig = StateConfig()
+    finetune: FinetuneConfig | None = None
+    """For ``raymerge finetune``; default: the task-vectors recipe."""
     output: Reference | None = None
 
     @model_validator(mode="after")
     def _has_a_model(self) -> Config:
-        if not self.models:
+        if not self.models and all(task.train is None for task in self.tasks):
             raise ValueError("no task has a checkpoint; merging needs at least one")
         return self
 
@@ -213,6 +224,15 @@ class Config(Frozen):
                 raise ValueError(
                     f"task {name!r} is listed {names.count(name)} times; names are unique"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _finetuning_knows_its_tasks(self) -> Config:
+        named = {} if self.finetune is None else self.finetune.named_tasks
+        for task, key in named.items():
+            if task not in self.task_names:
+                known = ", ".join(self.task_names)
+                raise ValueError(f"{key}: no task has this name (tasks: {known}, or default)")
         return self
 
     @property

@@ -36,7 +36,15 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
         reason = str(first["ctx"]["error"])
         return f"{key}: {reason}" if key else reason
     hint = "; put it in quotes" if _is_unquoted(first) else ""
-    return f"{key}: {_lower_first(first['msg'])}; got {short(first['input'])}{hint}"
+    told = [e["msg"] for e in error.errors() if _key_path(e["loc"], schema) == key]
+    return f"{key}: {_lower_first(_either(told))}; got {short(first['input'])}{hint}"
+
+
+def _either(messages: Sequence[str]) -> str:
+    """What each choice of a union says, as one: Input should be 'auto' or a valid integer."""
+    start = "Input should be "
+    others = [text.removeprefix(start) for text in messages[1:] if text.startswith(start)]
+    return " or ".join([messages[0], *others])
 
 
 def _is_unquoted(error: Mapping[str, Any]) -> bool:

@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raymerge.checkpoints import task_vectors
-from raymerge.checkpoints.task_vectors import read_shard, store, stream, ties_statistics
+from raymerge.checkpoints.task_vectors import store, stream, ties_statistics
 from raymerge.checkpoints.visual import VisualCheckpoint, open_visual
 from raymerge.errors import CheckpointError
 from raymerge.merging.layout import CELL, ParameterLayout, Piece
+from raymerge.messages import VectorStorage
+from raymerge.vectors import PinnedVectors
 
 SHAPES = {"a": (50, 3), "b": (CELL,), "c": (7,), "d": (2 * CELL - 100,), "e": ()}
 LAYOUT = ParameterLayout(tuple(SHAPES), tuple(SHAPES.values()))
@@ -58,15 +60,18 @@ def _unpadded(flat: Tensor) -> Tensor:
     return kept
 
 
-def _read_shards(files, shards: int = 1, ties=None, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+def _read_shards(files, shards: int = 1, basis=None, dtype="float32") -> tuple[Tensor, Tensor]:
     """θ₀ (P,) and V (K, P), put together from all shards."""
     pretrained, experts = files
+    storage, layers = VectorStorage(dtype), LAYOUT.layers("tensor")
+    no_lambdas_KL = torch.zeros(len(experts), len(layers.names))
     base, vectors = [], []
     for rank in range(shards):
         shard = LAYOUT.shard(rank, shards)
-        out_CKn = torch.zeros(shard.cells, len(experts), CELL, dtype=dtype)
-        base.append(read_shard(pretrained, experts, shard, ties, out_CKn, CPU))
-        vectors.append(out_CKn.transpose(0, 1).flatten(1))
+        pinned = PinnedVectors(storage, pretrained, experts, basis, shard, layers, CPU)
+        base.append(torch.zeros(shard.columns))
+        pinned.merge(no_lambdas_KL, base[-1])
+        vectors.append(pinned.vectors_CKn.transpose(0, 1).flatten(1))
     return _unpadded(torch.cat(base)), _unpadded(torch.cat(vectors, 1))
 
 
@@ -109,7 +114,7 @@ def test_shards_hold_their_columns_and_together_all(files, vectors_KP, base_P, s
 
 
 def test_vectors_are_stored_in_the_dtype_of_their_memory(files, vectors_KP, base_P):
-    read_P, read_KP = _read_shards(files, 2, dtype=torch.bfloat16)
+    read_P, read_KP = _read_shards(files, 2, dtype="bfloat16")
     assert torch.equal(read_P, base_P)
     assert torch.equal(read_KP, vectors_KP.bfloat16())
 

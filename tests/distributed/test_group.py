@@ -19,7 +19,14 @@ from raymerge.distributed.group import ActorGroup
 from raymerge.driver import LocalGroup
 from raymerge.errors import RunError, UserError, WorkerLostError
 from raymerge.merging.layout import CELL
-from raymerge.messages import EvaluateRequest, LoadRequest, StepRequest, StepResult, WorkerSpec
+from raymerge.messages import (
+    EvaluateRequest,
+    LoadRequest,
+    Loss,
+    StepRequest,
+    StepResult,
+    WorkerSpec,
+)
 from raymerge.placement import Placement
 from raymerge.session import merge
 
@@ -34,10 +41,11 @@ def _spec(world: World) -> WorkerSpec:
     return WorkerSpec(config.model, config.tasks)
 
 
-def _load_request(**changes: object) -> LoadRequest:
+def _load_request(world: World, **changes: object) -> LoadRequest:
     given = {
+        "models": tuple(task.checkpoint for task in world.parse().tasks),
         "granularity": "tensor",
-        "objective": "entropy",
+        "loss": Loss(),
         "images_per_step": 4,
         "batches": 1,
         "steps": 5,
@@ -95,7 +103,7 @@ def test_a_repeated_sharded_run_is_bit_identical(world: World) -> None:
     for _ in range(2):
         group = _group(world, 2, 2)
         try:
-            group.load(_load_request())
+            group.load(_load_request(world))
             results = group.step(StepRequest(0, lambdas))
         finally:
             group.close()
@@ -109,10 +117,10 @@ def world_layers(world: World) -> tuple[str, ...]:
 
 
 def test_vector_bytes_fall_as_one_over_shards_and_slots_are_shared(world: World) -> None:
-    local = LocalGroup(_spec(world)).load(_load_request())[0]
+    local = LocalGroup(_spec(world)).load(_load_request(world))[0]
     group = _group(world, 2, 2)
     try:
-        reports = group.load(_load_request())
+        reports = group.load(_load_request(world))
     finally:
         group.close()
     assert [report.rank for report in reports] == [0, 1]
@@ -127,7 +135,7 @@ def test_steps_are_idempotent_and_evaluation_does_not_depend_on_workers(world: W
     local = LocalGroup(_spec(world)).evaluate(request)
     group = _group(world, 3)
     try:
-        group.load(_load_request())
+        group.load(_load_request(world))
         step = StepRequest(3, np.full((4, len(world_layers(world))), 0.4))
         first, _, again = (
             group.step(step),
@@ -148,7 +156,7 @@ def test_steps_are_idempotent_and_evaluation_does_not_depend_on_workers(world: W
 def test_a_killed_worker_is_a_clear_error_soon(world: World, workers: int, shards: int) -> None:
     group = _group(world, workers, shards)
     try:
-        group.load(_load_request())
+        group.load(_load_request(world))
         lambdas = np.full((4, len(world_layers(world))), 0.3)
         group.step(StepRequest(0, lambdas))
         import ray
@@ -167,7 +175,7 @@ def test_a_killed_worker_is_a_clear_error_soon(world: World, workers: int, shard
 def test_a_silent_worker_is_named_after_the_deadline(world: World) -> None:
     group = _group(world, 2, step_timeout_s=2.0)
     try:
-        group.load(_load_request())
+        group.load(_load_request(world))
         import ray
 
         pid = ray.get(group._actors[1].__ray_call__.remote(lambda w: os.getpid()))
@@ -182,13 +190,11 @@ def test_a_silent_worker_is_named_after_the_deadline(world: World) -> None:
 
 
 def test_a_workers_own_error_arrives_as_it_was(world: World, tmp_path: object) -> None:
-    config = world.parse()
-    broken = config.tasks[0].model_copy(update={"checkpoint": str(tmp_path) + "/gone.pt"})
-    spec = WorkerSpec(config.model, (broken, *config.tasks[1:]))
-    group = ActorGroup(spec, Placement(1, 1, 1, 0.0), ClusterConfig())
+    missing = (str(tmp_path) + "/gone.pt",)
+    group = _group(world, 1)
     try:
         with pytest.raises(UserError, match=r"gone\.pt: no such file"):
-            group.load(_load_request())
+            group.load(_load_request(world, models=missing))
     finally:
         group.close()
 
@@ -216,7 +222,7 @@ def test_an_answer_of_an_abandoned_generation_is_refused(
     group = ActorGroup.__new__(ActorGroup)
     group.workers, group.generation, group._config = 1, 2, ClusterConfig()
     lambdas = np.zeros((1, 1))
-    stale = StepResult(0, 0, 1, lambdas, np.zeros(1), np.zeros(1))
+    stale = StepResult(0, 0, 1, lambdas, np.zeros(1), np.zeros(1), np.zeros((1, 2)))
     monkeypatch.setattr(group, "_call", lambda *args, **options: [stale])
     with pytest.raises(RunError, match=r"step 1: worker 0 of 1 answered for generation 1, .* is 2"):
         group.step(StepRequest(0, lambdas))

@@ -123,14 +123,14 @@ def test_dare_without_election_is_drop_and_rescale():
     vectors_KN = _vectors(3 * CELL)
     dare = Dare(NAMES, seed=5, density=0.3)
     expected_KN = _drop(vectors_KN, start=4 * CELL, seed=5)
-    assert torch.equal(dare.phi(vectors_KN, tensor=1, start=4 * CELL), expected_KN)
+    assert torch.equal(dare.phi(vectors_KN, 4 * CELL), expected_KN)
 
 
 def test_with_election_what_is_left_agrees_with_the_columns_sum():
     """Entry by entry, of the dropped and rescaled vectors."""
     vectors_KN = (3 * _vectors(3 * CELL)).round()  # so that columns cancel
     kept_KN = _drop(vectors_KN, density=0.5)
-    phi_KN = Dare(NAMES, 0, 0.5, elect_sign=True).phi(vectors_KN, tensor=0, start=0)
+    phi_KN = Dare(NAMES, 0, 0.5, elect_sign=True).phi(vectors_KN, 0)
     assert torch.equal(phi_KN, torch.where(kept_KN * kept_KN.sum(0) > 0, kept_KN, 0.0))
     assert ((kept_KN.sum(0) == 0) & (kept_KN != 0).any(0)).any()
 
@@ -139,8 +139,8 @@ def test_election_gives_the_same_bits_on_any_cut():
     vectors_KN = _vectors(10 * CELL)
     dare = Dare(NAMES, 0, 0.5, elect_sign=True)
     parts = vectors_KN.split(3 * CELL, 1)
-    pieces = [dare.phi(part, 0, 3 * CELL * i) for i, part in enumerate(parts)]
-    assert torch.equal(torch.cat(pieces, 1), dare.phi(vectors_KN, 0, 0))
+    pieces = [dare.phi(part, 3 * CELL * i) for i, part in enumerate(parts)]
+    assert torch.equal(torch.cat(pieces, 1), dare.phi(vectors_KN, 0))
 
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.5, math.nan])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from raymerge.config import AdaMerging
+from raymerge.merging import objectives
 from raymerge.merging.objectives import (
-    OBJECTIVES,
     cross_entropy,
     eata_weights,
     entropy,
@@ -93,8 +93,8 @@ def test_images_do_not_influence_each_other():
 
 
 def test_every_objective_of_the_config_exists():
-    assert set(OBJECTIVES) == set(AdaMerging.model_fields["objective"].annotation.__args__)
-    assert OBJECTIVES["entropy"] is entropy
+    for name in AdaMerging.model_fields["objective"].annotation.__args__:
+        assert callable(getattr(objectives, name))
 
 
 def _gradient(loss: Callable[[Tensor], Tensor], logits_BC: Tensor) -> Tensor:
