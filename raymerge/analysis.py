@@ -16,6 +16,11 @@ FloatArray = NDArray[np.float64]
 ENTROPY_EDGES = tuple(i / 10 for i in range(1, 11))
 """Upper ends, inclusive, in nats, of all bins but the last: [0, .1], (.1, .2] … (.9, 1], (1, ∞)."""
 
+BIN_NAMES = (
+    *(f"{'(' if i else '['}{i / 10:.1f}, {edge:.1f}]" for i, edge in enumerate(ENTROPY_EDGES)),
+    "(1.0, ∞)",
+)
+
 
 @dataclass(frozen=True)
 class EntropyLoss:

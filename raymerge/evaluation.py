@@ -3,7 +3,7 @@
 A task's test images are cut into chunks of fixed size; chunks are dealt to workers and their sums
 are added in chunk order, so the result does not depend on how many workers there are.
 
-Legend: B images, D features, C classes.
+Legend: B images of a chunk, N of a task, D features, C classes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from raymerge.data.cache import decode_batches
 from raymerge.data.folder import ImageList, labelled_images
 from raymerge.merging.layout import ParameterLayout
 from raymerge.merging.objectives import entropy
-from raymerge.messages import ChunkScore, EvaluateRequest
+from raymerge.messages import ChunkScore, EvaluateRequest, FloatArray
 
 if TYPE_CHECKING:
     from raymerge.models import FlatEncoder
@@ -40,6 +41,14 @@ class TaskScore:
     loss: float
     entropy: float
     examples: int
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Entropy and cross-entropy of each test image of a task, (N,) in nats."""
+
+    entropy_N: FloatArray
+    loss_N: FloatArray
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,8 @@ class Evaluator:
             for i, pixels_B3HW in enumerate(self._chunks(share, images)):
                 target_B = labels[i * CHUNK : i * CHUNK + len(pixels_B3HW)]
                 logits_BC = self._logits(pixels_B3HW, head(share.task), request.autocast)
-                out.append(_score(share.task, share.start + i, logits_BC, target_B))
+                chunk = share.start + i
+                out.append(_score(share.task, chunk, logits_BC, target_B, request.per_sample))
                 if progress is not None:
                     progress(len(target_B))
         return out
@@ -151,16 +161,21 @@ def _cut(images: ImageList, share: ChunkRange) -> ImageList:
     return ImageList(images.paths[here], images.labels[here])
 
 
-def _score(task: int, chunk: int, logits_BC: Tensor, target_B: Tensor) -> ChunkScore:
+def _score(
+    task: int, chunk: int, logits_BC: Tensor, target_B: Tensor, per_sample: bool = False
+) -> ChunkScore:
     logits_BC = logits_BC.cpu()
-    loss = torch.nn.functional.cross_entropy(logits_BC, target_B, reduction="none")
+    loss_B = torch.nn.functional.cross_entropy(logits_BC, target_B, reduction="none").double()
+    entropy_B = entropy(logits_BC).double()
     return ChunkScore(
         task=task,
         chunk=chunk,
         examples=len(target_B),
         correct=int((logits_BC.argmax(-1) == target_B).sum()),
-        loss=float(loss.double().sum()),
-        entropy=float(entropy(logits_BC).double().sum()),
+        loss=float(loss_B.sum()),
+        entropy=float(entropy_B.sum()),
+        losses=loss_B.numpy() if per_sample else None,
+        entropies=entropy_B.numpy() if per_sample else None,
     )
 
 
@@ -178,6 +193,23 @@ def summarise(scores: Iterable[ChunkScore], names: Sequence[str]) -> dict[str, T
             examples=n,
         )
     return rows
+
+
+def samples(scores: Iterable[ChunkScore], names: Sequence[str]) -> dict[str, Samples]:
+    """Every test image's values by task, in task and image order, whoever computed them.
+
+    The scores must answer a request with ``per_sample``.
+    """
+    ordered = sorted(scores, key=lambda s: (s.task, s.chunk))
+    parts: dict[str, list[tuple[FloatArray, FloatArray]]] = {}
+    for score in ordered:
+        assert score.losses is not None
+        assert score.entropies is not None
+        parts.setdefault(names[score.task], []).append((score.entropies, score.losses))
+    return {
+        name: Samples(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
+        for name, chunks in parts.items()
+    }
 
 
 def results_json(method: str, rows: Mapping[str, TaskScore]) -> dict[str, object]:

@@ -187,15 +187,22 @@ class Statistics:
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """Score the test images of the tasks named in ``checkpoints``, each on its checkpoint."""
+    """Score the test images of the tasks named in ``checkpoints``, each on its checkpoint.
+
+    ``per_sample``: also every image's own loss and entropy.
+    """
 
     checkpoints: Mapping[str, str]
     autocast: bool = False
+    per_sample: bool = False
 
 
 @dataclass(frozen=True)
 class ChunkScore:
-    """Sums over one fixed chunk of a task's test images."""
+    """Sums over one fixed chunk of a task's test images, in nats.
+
+    ``losses``, ``entropies`` (examples,): their terms in the order of the images, if asked for.
+    """
 
     task: int
     chunk: int
@@ -203,3 +210,5 @@ class ChunkScore:
     correct: int
     loss: float
     entropy: float
+    losses: FloatArray | None = field(default=None, compare=False)
+    entropies: FloatArray | None = field(default=None, compare=False)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from raymerge.report.data import Comparison, Measurements, Metrics, Scan
+from raymerge.report.data import Comparison, FoundCurves, Measurements, Metrics, Scan
 from raymerge.report.names import method_title
 from raymerge.report.ranking import mean_top1
 
@@ -63,6 +63,14 @@ def scan_series(comparison: Comparison, scan: Scan) -> list[Series]:
     ]
     curve = Series(method_title("task_arithmetic"), scan.scalings, scan.top1, strong=True)
     return [*levels, curve]
+
+
+def found_series(found: FoundCurves) -> list[Series]:
+    """Each line of an experiment; one with a single value all along is a level to compare with."""
+    return [
+        Series(method_title(name), found.x, y, constant=len(y) > 2 and len(set(y)) == 1)
+        for name, y in found.series.items()
+    ]
 
 
 def window(steps: int) -> int:

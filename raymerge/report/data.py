@@ -6,7 +6,7 @@ Shapes: K tasks, L layers, N steps, M scalings.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from raymerge.errors import UserError
@@ -119,18 +119,59 @@ class Comparison:
     provenance: Provenance
 
 
-def load(folder: Path) -> Run | Comparison:
-    """The comparison or the run in ``folder``; ``UserError`` if there is neither."""
+@dataclass(frozen=True)
+class FoundTable:
+    """A table of an experiment; numbers are fractions, to be read as percentages."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Mapping[str, tuple[str | float | None, ...]]
+    caption: str
+
+
+@dataclass(frozen=True)
+class FoundCurves:
+    """Lines of an experiment over one axis."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x: tuple[float, ...]
+    series: Mapping[str, Measurements]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    folder: Path
+    title: str
+    tables: tuple[FoundTable, ...]
+    curves: tuple[FoundCurves, ...]
+    notes: tuple[str, ...]
+    methods: frozenset[str]
+    """Names that its config gives to methods."""
+    provenance: Provenance
+
+
+def load(folder: Path) -> Run | Comparison | Experiment:
+    """The experiment, comparison or run in ``folder``; ``UserError`` if there is none."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the output folder of a merge or a demo")
+        raise UserError(
+            f"{folder}: no such folder; give the output folder of a merge or a demo, or of an "
+            "experiment"
+        )
+    experiment = read_json(folder / "experiment.json")
+    if experiment is not None:
+        return _experiment(folder, experiment)
     comparison = read_json(folder / "comparison.json")
     if comparison is not None:
         return _comparison(folder, comparison)
     run = load_run(folder)
     if run.results is None and run.lambdas is None and run.metrics is None:
         raise UserError(
-            f"{folder}: nothing to draw, for there is no comparison.json, results.json, "
-            "lambdas.json or metrics.jsonl; give the output folder of a merge or a demo"
+            f"{folder}: nothing to draw, for there is no experiment.json, comparison.json, "
+            "results.json, lambdas.json or metrics.jsonl; give the output folder of a merge or a "
+            "demo, or of an experiment"
         )
     return run
 
@@ -259,6 +300,72 @@ def _method_runs(parent: Path, methods: Iterable[str]) -> dict[str, Run]:
     folders = {p.name: p for p in parent.iterdir() if p.is_dir()} if parent.is_dir() else {}
     runs = {name: load_run(folders[name]) for name in methods if name in folders}
     return {name: run for name, run in runs.items() if run.lambdas or run.metrics}
+
+
+def _experiment(folder: Path, node: Node) -> Experiment:
+    import yaml
+
+    config = node["config"].value
+    return Experiment(
+        folder=folder,
+        title=node["title"].text(),
+        tables=tuple(_found_table(each) for each in _elements(node["tables"])),
+        curves=tuple(_found_curves(each) for each in _elements(node["curves"])),
+        notes=tuple(each.text() for each in _elements(node["notes"])),
+        methods=frozenset(node["config"]["methods"].names()),
+        provenance=replace(
+            _provenance(
+                folder, yaml.safe_dump(config, sort_keys=False) if config is not None else "", node
+            ),
+            versions=_experiment_versions(folder),
+        ),
+    )
+
+
+def _experiment_versions(folder: Path) -> dict[str, str]:
+    """Of the software: the experiment's own record, or else that of the first of its runs."""
+    files = [folder / "environment.json", *sorted(folder.glob("runs/**/environment.json"))]
+    first = next((file for file in files if file.exists()), None)
+    return {} if first is None else dict(_provenance(first.parent, "", None).versions)
+
+
+def _elements(node: Node) -> list[Node]:
+    return node.elements() if node.present else []
+
+
+def _found_table(node: Node) -> FoundTable:
+    columns = tuple(each.text() for each in node["columns"].elements())
+    rows = {name: tuple(map(_cell, row.elements())) for name, row in node["rows"].members()}
+    for name, row in rows.items():
+        if len(row) != len(columns):
+            raise UserError(
+                f"{node.file}: {node.key}.rows.{name} has {len(row)} cells, but there are "
+                f"{len(columns)} columns"
+            )
+    return FoundTable(node["title"].text(), columns, rows, _caption(node))
+
+
+def _cell(node: Node) -> str | float | None:
+    return node.value if isinstance(node.value, str) else node.measurement()
+
+
+def _found_curves(node: Node) -> FoundCurves:
+    x = tuple(each.number() for each in node["x"].elements())
+    series = {
+        name: tuple(each.measurement() for each in line.elements())
+        for name, line in node["series"].members()
+    }
+    for name, line in series.items():
+        if len(line) != len(x):
+            raise UserError(
+                f"{node.file}: {node.key}.series.{name} has {len(line)} points, but x has {len(x)}"
+            )
+    labels = (node["title"].text(), node["x_label"].text(), node["y_label"].text())
+    return FoundCurves(*labels, x, series, _caption(node))
+
+
+def _caption(node: Node) -> str:
+    return node["caption"].text() if node["caption"].present else ""
 
 
 def parse_scan(node: Node) -> Scan | None:

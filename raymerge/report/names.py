@@ -35,6 +35,8 @@ _TITLES = {
     "adamerging_pp_task": "AdaMerging++ (task-wise)",
 }
 
+KNOWN_METHODS = frozenset(_TITLES)
+
 NOT_MERGED = frozenset({"zero_shot", "individual", "joint"})
 """References: one model that saw no task, one model per task, one trained on all the labels."""
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raymerge.files import write_atomically
-from raymerge.report.curves import Series, lambda_series, scan_series
-from raymerge.report.data import Comparison, Lambdas, Run, load
+from raymerge.report.curves import Series, found_series, lambda_series, scan_series
+from raymerge.report.data import Comparison, Experiment, Lambdas, Run, load
 from raymerge.report.names import NOT_MERGED, layer_groups, method_title
 from raymerge.report.ranking import leaders, mean_top1
 from raymerge.report.svg import colour_range, spread
@@ -31,12 +31,15 @@ def write_plots(folder: str | Path) -> list[Path]:
     A run gives ``lambda_heatmap.png`` (the paper's Fig. 5) and ``lambda_curves.png`` (Fig. 4),
     as far as it has λ. A comparison gives these for every learned method under ``runs/``, the
     layer-wise map and the task-wise curves again at the top, ``comparison.png`` and
-    ``uniform_scan.png`` (Fig. 1). Raises ``UserError`` as ``write_report`` does.
+    ``uniform_scan.png`` (Fig. 1). An experiment gives ``curves_1.png`` and so on, one a chart.
+    Raises ``UserError`` as ``write_report`` does.
     """
     folder = Path(folder)
     report = load(folder)
     if isinstance(report, Run):
         return _run_plots(report, folder)
+    if isinstance(report, Experiment):
+        return _experiment_plots(report)
     inner = [path for run in report.runs.values() for path in _run_plots(run, run.folder)]
     return [*inner, *_comparison_plots(report)]
 
@@ -67,6 +70,17 @@ def _comparison_plots(comparison: Comparison) -> list[Path]:
     return paths
 
 
+def _experiment_plots(experiment: Experiment) -> list[Path]:
+    return [
+        _save(
+            _lines(found_series(found), found.x_label, found.y_label),
+            experiment.folder / f"curves_{number}.png",
+        )
+        for number, found in enumerate(experiment.curves, 1)
+        if any(y is not None for line in found.series.values() for y in line)
+    ]
+
+
 def _save(figure: Figure, path: Path) -> Path:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=_DPI))
     return path
@@ -87,11 +101,11 @@ def heat_map(lambdas: Lambdas) -> Figure:
     rows, columns = len(lambdas.tasks), len(lambdas.layers)
     figure, axes = _figure(min(max(4.0, 2.5 + 0.14 * columns), 16.0), 1.3 + 0.3 * rows)
     low, high = colour_range(lambdas)
-    image = axes.imshow(
-        lambdas.values, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="none"
-    )
+    # Not imshow: it resamples the whole picture in float64, which takes more than a small merge.
+    image = axes.pcolormesh(lambdas.values, cmap="viridis", vmin=low, vmax=high)
+    axes.invert_yaxis()
     axes.spines[:].set_visible(False)
-    axes.set_yticks(range(rows), lambdas.tasks)
+    axes.set_yticks([row + 0.5 for row in range(rows)], lambdas.tasks)
     axes.tick_params(length=0, labelsize=9)
     _mark_blocks(axes, lambdas)
     figure.colorbar(image, ax=axes, label="λ", pad=0.05 if lambdas.task_wise else 0.01)
@@ -102,14 +116,14 @@ def _mark_blocks(axes: Axes, lambdas: Lambdas) -> None:
     if lambdas.task_wise:
         axes.set_xticks([])
         for row, value in enumerate(lambdas.means):
-            axes.text(0, row, f"{value:.3f}", ha="center", va="center", bbox=_PLATE)
+            axes.text(0.5, row + 0.5, f"{value:.3f}", ha="center", va="center", bbox=_PLATE)
         return
     groups = [group for group in layer_groups(lambdas.layers) if group.label]
-    middles = [(group.start + group.stop - 1) / 2 for group in groups]
+    middles = [(group.start + group.stop) / 2 for group in groups]
     axes.set_xticks(middles, [group.label for group in groups])
     axes.set_xlabel("layer, by block")
     for group in groups[1:]:
-        axes.axvline(group.start - 0.5, color="white", linewidth=0.8)
+        axes.axvline(group.start, color="white", linewidth=0.8)
 
 
 def _has_curves(run: Run) -> bool:

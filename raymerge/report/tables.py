@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from raymerge.report.data import Results, Score
+from raymerge.report.data import FoundTable, Results, Score
 from raymerge.report.formats import count, decimal, percent
 from raymerge.report.markup import Markup, join, tag
 from raymerge.report.names import NOT_MERGED, method_title
@@ -116,6 +116,61 @@ def _tall(methods: Mapping[str, Results], tasks: list[str], cells: _Cells, corne
         for task in tasks
     ]
     return table([corner, *map(method_title, methods)], rows)
+
+
+def found_table(found: FoundTable, methods: frozenset[str]) -> Markup:
+    """A table of an experiment, the best of its merged models in bold.
+
+    ``methods`` are the names of methods: as rows they compete in every column, as columns in every
+    row; where neither is one, nothing competes.
+    """
+    best = _best_cells(found, methods)
+    rows = [
+        tag(
+            "tr",
+            _row_head(method_title(name)),
+            *(
+                _found_cell(cell, best=(name, column) in best)
+                for column, cell in zip(found.columns, row, strict=True)
+            ),
+            class_="reference" if name in NOT_MERGED else None,
+        )
+        for name, row in found.rows.items()
+    ]
+    across = not methods & found.rows.keys()
+    columns = [method_title(c) if across and c in methods else c for c in found.columns]
+    return table(["", *columns], rows)
+
+
+def _best_cells(found: FoundTable, methods: frozenset[str]) -> set[tuple[str, str]]:
+    cells = {
+        (name, column): cell
+        for name, row in found.rows.items()
+        for column, cell in zip(found.columns, row, strict=True)
+        if isinstance(cell, float)
+    }
+    if methods & found.rows.keys():
+        columns = [{n: v for (n, c), v in cells.items() if c == each} for each in found.columns]
+        pairs = zip(found.columns, columns, strict=True)
+        return {(name, column) for column, values in pairs for name in _winners(values)}
+    rows = [{c: v for (n, c), v in cells.items() if n == each} for each in found.rows]
+    return {
+        (name, column)
+        for name, values in zip(found.rows, rows, strict=True)
+        for column in _winners({c: v for c, v in values.items() if c in methods})
+    }
+
+
+def _winners(values: Mapping[str, float]) -> frozenset[str]:
+    """The leaders, where there is more than one to compare."""
+    competing = values.keys() - NOT_MERGED
+    return leaders(values) if len(competing) > 1 else frozenset()
+
+
+def _found_cell(cell: str | float | None, *, best: bool) -> Markup:
+    if isinstance(cell, str):
+        return _number(cell)
+    return _number(percent(cell), exact=cell, kinds=["best"] if best else [])
 
 
 def facts(rows: Mapping[str, str], headings: tuple[str, str], *, code: bool = False) -> Markup:
