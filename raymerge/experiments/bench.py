@@ -6,26 +6,32 @@ An experiment is a function of a :class:`Bench` that returns :class:`~.findings.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from raymerge.config import Config, TaskConfig, parse_config
+from raymerge.config import AdaMerging, Config, TaskConfig, parse_config
 from raymerge.driver import WorkerGroup
 from raymerge.errors import UserError
 from raymerge.evaluation import TaskScore
 from raymerge.merging.registry import describe
+from raymerge.rundir import RunFolder
 from raymerge.session import MergeResult, merge, open_group
+from raymerge.state import StateStore, fingerprint
 
 logger = logging.getLogger(__name__)
 
 Changes = Mapping[str, Any]
 
 FAST: Changes = {"preset": "fast"}
+
+_RUN = re.compile(r"(?!\.)[\w.+-]+(/(?!\.)[\w.+-]+)*")
 
 
 @dataclass
@@ -56,9 +62,15 @@ class Bench:
     def config(
         self, changes: Changes, run: str, tasks: Sequence[TaskConfig] | None = None
     ) -> Config:
-        """The base with ``changes`` (as in YAML), for ``tasks``, writing to ``runs/run``."""
+        """The base with ``changes`` (as in YAML), for ``tasks``, writing to ``runs/run``.
+
+        A preset decides what the base's optimizer would else override.
+        """
+        if not _RUN.fullmatch(run):
+            raise UserError(f"experiment: methods: {run!r} is no name for a row and its folder")
         given = self.base if tasks is None else self.base.model_copy(update={"tasks": tuple(tasks)})
-        data = given.model_dump(mode="json", exclude_none=True, exclude={"optimizer"})
+        decided = {"optimizer"} if "preset" in changes else set()
+        data = given.model_dump(mode="json", exclude_none=True, exclude=decided)
         data = {**data, **changes, "output": str(self.output / "runs" / run)}
         return parse_config(data, root=self.output, source=f"experiment: methods: {run}")
 
@@ -84,6 +96,23 @@ class Bench:
         top1 = "" if result.top1 is None else f": {result.top1:.1%}"
         say(f"{name}: {describe(config.method)}{top1} ({self.seconds[name]:.0f} s)")
         return result
+
+
+def collapsed(result: MergeResult) -> tuple[str, ...]:
+    """The tasks whose predictions the guard saw collapse; none where no λ was learned."""
+    config, names = result.config, result.config.task_names
+    if result.output is None or not isinstance(config.method, AdaMerging):
+        return ()
+    store = StateStore(
+        RunFolder(result.output).state,
+        fingerprint(config),
+        config.model_names,
+        result.layers,
+        config.state.keep,
+    )
+    state = store.newest()
+    flags_M = None if state is None else state.memory.get("collapsed")
+    return () if flags_M is None else tuple(compress(names, flags_M.tolist()))
 
 
 def _exists(config: Config) -> bool:

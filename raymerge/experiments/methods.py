@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from raymerge.config import Config
 from raymerge.config.experiments import Methods
 from raymerge.experiments.bench import FAST, Bench, Changes, mean_top1
 from raymerge.experiments.findings import Cell, Findings, Table
-from raymerge.experiments.published import published
+from raymerge.experiments.published import MEANS_COLUMNS, published
 from raymerge.merging.registry import needed_images
+from raymerge.zoo import ZooPaths
 
 PAPER: Changes = {"optimizer": {"steps": 500, "lr": 1e-3, "batch_size": 16}}
 
 
-def _ada(**options: object) -> Changes:
+def adamerging(**options: object) -> Changes:
+    """AdaMerging with these options, by the preset ``fast``."""
     return {"method": {"name": "adamerging", **options}, **FAST}
 
 
@@ -32,12 +35,12 @@ METHODS: Mapping[str, Changes] = {
     "iso_c": {"method": {"name": "iso_c"}},
     "iso_cts": {"method": {"name": "iso_cts"}},
     "wudi": {"method": {"name": "wudi"}},
-    "adamerging_task": _ada(granularity="task"),
-    "adamerging_task_pp": _ada(granularity="task", task_vectors="ties"),
-    "adamerging": _ada(),
-    "adamerging_pp": _ada(task_vectors="ties"),
-    "adamerging_kl": _ada(objective="kl"),
-    "adamerging_tsv": _ada(task_vectors="tsv", clamp="none"),
+    "adamerging_task": adamerging(granularity="task"),
+    "adamerging_task_pp": adamerging(granularity="task", task_vectors="ties"),
+    "adamerging": adamerging(),
+    "adamerging_pp": adamerging(task_vectors="ties"),
+    "adamerging_kl": adamerging(objective="kl"),
+    "adamerging_tsv": adamerging(task_vectors="tsv", clamp="none"),
     "samerging": {"method": {"name": "adamerging"}, "preset": "samerging"},
     "fw_hard": {
         "method": {"name": "fw_hard", "objective": "entropy", "step_size": 1.0, "scaling": 1.0}
@@ -46,6 +49,22 @@ METHODS: Mapping[str, Changes] = {
     "adamerging_500": {"method": {"name": "adamerging"}, **PAPER},
 }
 """What each row changes in the base config. The last has the paper's own optimiser settings."""
+
+
+def select(*names: str) -> dict[str, Changes]:
+    """These of :data:`METHODS`, in this order."""
+    return {name: METHODS[name] for name in names}
+
+
+def known_methods(base: Config) -> dict[str, Changes]:
+    """All of :data:`METHODS`, and Traditional MTL where the embedded world has a joint model."""
+    methods = dict(METHODS)
+    root = Path(base.model.reference.removeprefix("local-dir:")).parent
+    joint = ZooPaths(root).joint
+    if base.model.is_folder and joint.is_file():
+        methods["joint"] = {"method": {"name": "joint", "checkpoint": str(joint)}}
+    first = ("zero_shot", "individual", "joint")
+    return {name: methods[name] for name in dict.fromkeys((*first, *methods)) if name in methods}
 
 
 def run(bench: Bench, options: Methods) -> Findings:
@@ -58,11 +77,11 @@ def run(bench: Bench, options: Methods) -> Findings:
     rows: dict[str, list[Cell]] = {}
     for name, found in scores.items():
         each: list[Cell] = [found[task].top1 if task in found else None for task in tasks]
-        rows[name] = [*each, mean_top1(found), *published(name)]
-    columns = [*tasks, "mean", "B/32", "L/14"]
+        rows[name] = [*each, mean_top1(found), *published(name).cells]
+    columns = [*tasks, "mean", *MEANS_COLUMNS]
     caption = (
-        "Top-1 in %. B/32 and L/14: the mean published for the eight data sets of the AdaMerging "
-        "paper with CLIP ViTs; not this world."
+        "Top-1 in %. B/32, B/16, L/14: the mean published for CLIP ViTs on the eight data sets of "
+        "the AdaMerging paper; not this world, and not all of the same fine-tuned checkpoints."
     )
     return Findings(
         "Performance on all tasks",
@@ -74,7 +93,7 @@ def run(bench: Bench, options: Methods) -> Findings:
 def _possible(bench: Bench) -> dict[str, Changes]:
     """The methods for which the base config has the images."""
     kept = {}
-    for name, changes in METHODS.items():
+    for name, changes in known_methods(bench.base).items():
         config = bench.config(changes, name)
         if needed_images(config) == "none" or _all_adapt(config):
             kept[name] = changes
