@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -181,7 +182,7 @@ def check(
     found.attempt(lambda: _check_groups(config, placement))
     layout = pretrained.layout
     memory = (
-        _learned_memory(config, layout, resolved, rows, placement, resources)
+        _learned_memory(config, pretrained, resolved, rows, placement, resources)
         if learned
         else _static_memory(config, layout, resolved)
     )
@@ -395,7 +396,7 @@ def _static_memory(config: Config, layout: ParameterLayout, resolved: ResolvedMo
 
 def _learned_memory(
     config: Config,
-    layout: ParameterLayout,
+    pretrained: VisualCheckpoint,
     resolved: ResolvedModel,
     rows: Sequence[TaskPlan],
     placement: Placement | None,
@@ -406,14 +407,14 @@ def _learned_memory(
     visual = build_skeleton(resolved, "meta").visual
     height, width = make_preprocess(visual).size
     processes = placement.processes if placement else 1
-    shard = layout.shard(0, config.cluster.shards)
+    shard = pretrained.layout.shard(0, config.cluster.shards)
     gpu = bool(resources and resources.gpus and config.cluster.gpus_per_worker != 0)
     per_image = activation_bytes(visual)
     slots = -(-sum(row.images_per_step for row in rows) // processes)
     batch = micro_batch(config.cluster.micro_batch, per_image, gpu)
     shown = max(steps_of(config) * images_per_step(config), _merging_images(config))
     pinned = sum(min(row.adapt_images, shown) for row in rows)
-    export = 0 if gpu or processes > 1 else resolved.weights.stat().st_size + STREAM_BYTES
+    export = 0 if gpu or processes > 1 else STREAM_BYTES + _largest_tensor(pretrained)
     needs = WorkerNeeds(
         process=psutil.Process().memory_info().rss,
         weights=2 * shard.padded_columns * _FLOAT_BYTES,
@@ -433,6 +434,12 @@ def _learned_memory(
     )
     held = worker_bytes(needs, storage, vectors)
     return _Memory(held, storage, vector_bytes(storage.dtype, vectors), batch)
+
+
+def _largest_tensor(model: VisualCheckpoint) -> int:
+    """Bytes of the largest tensor of the whole file in float32: what writing it holds at once."""
+    specs = model.checkpoint.specs.values()
+    return max(math.prod(spec.shape) for spec in specs) * _FLOAT_BYTES
 
 
 def _merging_images(config: Config) -> int:
