@@ -330,7 +330,7 @@ class Merging:
     def optimizer(self) -> Adam:
         given, method = self.config.optimizer, self.config.method
         decay_steps = given.steps if given.schedule == "cosine" else None
-        clamp = method.clamp if isinstance(method, AdaMerging) else "none"
+        clamp = method.clamp if isinstance(method, AdaMerging) else "projected"
         return Adam(given.lr, given.betas, given.eps, clamp, decay_steps, given.sharpness)
 
     def watch(self) -> Watch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 import psutil
 import pytest
 
@@ -71,8 +72,13 @@ def test_the_first_place_with_room_is_taken(device, host, dtype, location):
     assert chosen == VectorStorage(dtype, location, "/f")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("location", ["device", "host", "disk", "files"])
+@pytest.mark.parametrize(
+    ("dtype", "location"),
+    [
+        *product(("float32", "bfloat16"), ("device", "host", "disk")),
+        ("float32", "files"),
+    ],
+)
 def test_what_was_asked_for_is_taken_even_without_room(dtype, location):
     wanted = VectorsConfig(dtype=dtype, location=location)
     assert choose_storage(wanted, 8, 0, 0) == VectorStorage(dtype, location)
