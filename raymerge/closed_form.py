@@ -54,7 +54,7 @@ class _Solver:
         experts: Sequence[VisualCheckpoint],
     ) -> None:
         self._config, self._group = config, group
-        self._pretrained, self._experts = pretrained, experts
+        self._experts, self._base_P = experts, pretrained.flat()
         self._layout: ParameterLayout = pretrained.layout
         self._indices = [k for k, task in enumerate(config.tasks) if task.checkpoint is not None]
 
@@ -83,7 +83,7 @@ class _Solver:
         delta_P = torch.zeros(self._layout.columns)
         for expert in self._experts:
             delta_P += self._vector(expert) / len(self._experts)
-        deltas, base = self._layout.views(delta_P), self._layout.views(self._read(self._pretrained))
+        deltas, base = self._layout.views(delta_P), self._layout.views(self._base_P)
         blocks = 1 + max(_block(name) for name in self._layout.names)
         new = [name for name in self._layout.names if _block(name) < 0]
         for block in range(blocks + 1):
@@ -127,24 +127,17 @@ class _Solver:
             merged or {},
         )
 
-    def _read(self, checkpoint: VisualCheckpoint) -> Tensor:
-        flat_P = torch.zeros(self._layout.columns)
-        for piece in self._layout.shard(0, 1).pieces():
-            checkpoint.read(piece, flat_P[piece.start : piece.stop])
-        return flat_P
-
     def _vector(self, expert: VisualCheckpoint) -> Tensor:
-        return self._read(expert).sub_(self._read(self._pretrained))
+        return expert.flat().sub_(self._base_P)
 
     def _tensors(self, expert: VisualCheckpoint, names: Sequence[str]) -> dict[str, Tensor]:
         """Some tensors of a task vector."""
-        out = {}
+        base, out = self._layout.views(self._base_P), {}
         for name in names:
             t = self._layout.names.index(name)
-            one_n, base_n = torch.empty(2, self._layout.sizes[t])
-            expert.read(self._layout.whole_piece(t), one_n)
-            self._pretrained.read(self._layout.whole_piece(t), base_n)
-            out[name] = one_n.sub_(base_n).view(self._layout.shapes[t])
+            values_n = torch.empty(self._layout.sizes[t])
+            expert.read(self._layout.whole_piece(t), values_n)
+            out[name] = values_n.view(self._layout.shapes[t]).sub_(base[name])
         return out
 
 

@@ -34,7 +34,15 @@ from raymerge.progress import Progress
 from raymerge.watch import Watch
 
 
-class WorkerGroup(Protocol):
+class Stepper(Protocol):
+    """What learning needs of a group: one result a worker."""
+
+    workers: int
+
+    def step(self, request: StepRequest) -> list[StepResult]: ...
+
+
+class WorkerGroup(Stepper, Protocol):
     """All workers of a run. Results come in rank order, whatever order they arrived in.
 
     Each call returns when every worker has answered, or raises: a worker's own error as it was, or
@@ -42,12 +50,9 @@ class WorkerGroup(Protocol):
     ``close`` may be called.
     """
 
-    workers: int
     spec: WorkerSpec
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]: ...
-
-    def step(self, request: StepRequest) -> list[StepResult]: ...
 
     def evaluate(
         self, request: EvaluateRequest, progress: Progress | None = None
@@ -140,7 +145,7 @@ def sum_results(results: Sequence[StepResult], request: StepRequest, workers: in
 
 
 def learn(
-    group: WorkerGroup,
+    group: Stepper,
     optimizer: Adam,
     start: AdamState,
     steps: int,
@@ -164,11 +169,11 @@ def learn(
         after = optimizer.update(state, gradient_KL)
         seen = (torch.from_numpy(total.entropy), torch.from_numpy(total.probabilities))
         state = watch.observe(state, after, *seen)
-        observe(_record(state, total, used.numpy(), watch, time.perf_counter() - began), state)
+        observe(record(state, total, used, watch, time.perf_counter() - began), state)
     return state
 
 
-def _evaluate(group: WorkerGroup, watch: Watch, state: AdamState, lambdas_KL: Tensor) -> StepTotal:
+def _evaluate(group: Stepper, watch: Watch, state: AdamState, lambdas_KL: Tensor) -> StepTotal:
     """Loss and gradient of the next step's images at ``lambdas_KL``."""
     weights_M, marginals_MC = watch.weights(state), watch.marginals(state)
     request = StepRequest(
@@ -182,10 +187,11 @@ def _evaluate(group: WorkerGroup, watch: Watch, state: AdamState, lambdas_KL: Te
     return total
 
 
-def _record(
-    state: AdamState, total: StepTotal, lambdas_KL: FloatArray, watch: Watch, seconds: float
+def record(
+    state: AdamState, total: StepTotal, lambdas_KL: Tensor, watch: Watch, seconds: float
 ) -> StepRecord:
-    marginals_M = state.memory["guard.marginal"].tolist()
+    """The record of the step that led to ``state`` from ``lambdas_KL``."""
+    marginal_M = state.memory.get("guard.marginal")
     tasks = [(m, name) for m, name in enumerate(watch.tasks) if total.probabilities[m].any()]
     return StepRecord(
         step=state.step,
@@ -196,7 +202,9 @@ def _record(
             for name, row in zip(watch.tasks, watch.rows, strict=True)
             if row >= 0
         },
-        marginal_entropy={name: marginals_M[m] for m, name in tasks},
+        marginal_entropy={}
+        if marginal_M is None
+        else {name: float(marginal_M[m]) for m, name in tasks},
         seconds=seconds,
         phases=total.phases,
     )

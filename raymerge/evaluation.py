@@ -149,11 +149,7 @@ class Evaluator:
 
 def load_weights(encoder: FlatEncoder, layout: ParameterLayout, reference: str) -> None:
     """Fill the encoder's θ from a checkpoint that fits the layout."""
-    checkpoint = open_visual(reference, layout)
-    theta_P = torch.zeros(len(encoder.theta_P))
-    for piece in layout.shard(0, 1).pieces():
-        checkpoint.read(piece, theta_P[piece.start : piece.stop])
-    encoder.theta_P.copy_(theta_P)
+    encoder.theta_P.copy_(open_visual(reference, layout).flat(len(encoder.theta_P)))
 
 
 def _cut(images: ImageList, share: ChunkRange) -> ImageList:

@@ -43,10 +43,10 @@ def staged(path: Path, folder: Path) -> Iterator[tuple[Path, Callable[[], None]]
 
 
 def _commit(temporary: Path, path: Path) -> None:
-    _sync(temporary)
+    sync(temporary)
     temporary.chmod(0o666 & ~_umask())
     temporary.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def claim(handle: int, size: int) -> None:
@@ -69,7 +69,8 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's or a folder's own entries are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

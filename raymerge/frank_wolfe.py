@@ -6,7 +6,7 @@ Legend: K models, M tasks, L layers, J candidates or chosen models.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,23 +19,13 @@ from raymerge.driver import (
     StepTotal,
     WorkerGroup,
     learn,
+    record,
     require_finite,
     sum_results,
 )
 from raymerge.merging import frank_wolfe as fw
 from raymerge.merging.optimizer import Adam, AdamState
-from raymerge.messages import (
-    ChunkScore,
-    EvaluateRequest,
-    FloatArray,
-    LoadReport,
-    LoadRequest,
-    Statistics,
-    StatisticsRequest,
-    StepRequest,
-    StepResult,
-)
-from raymerge.progress import Progress
+from raymerge.messages import FloatArray, LoadRequest, StepRequest, StepResult
 from raymerge.watch import Watch
 
 Observe = Callable[[StepRecord, AdamState], None]
@@ -72,7 +62,7 @@ def hard(
             iteration + 1,
             memory,
         )
-        observe(_record(state, used_KL, total, watch, time.perf_counter() - began), state)
+        observe(record(state, total, used_KL, watch, time.perf_counter() - began), state)
     return state
 
 
@@ -103,7 +93,7 @@ def soft(
             method.init if iteration == 0 else method.later_init,
         )  # fmt: skip
         state = AdamState(lambdas_KL, state.mean, state.square, iteration + 1, state.memory)
-        observe(_record(state, used_KL, total, watch, time.perf_counter() - began), state)
+        observe(record(state, total, used_KL, watch, time.perf_counter() - began), state)
     return state
 
 
@@ -158,7 +148,7 @@ class Mixed:
     """
 
     def __init__(self, group: WorkerGroup, origin_KL: Tensor, directions_JKL: Tensor) -> None:
-        self.workers, self.spec = group.workers, group.spec
+        self.workers = group.workers
         self._group, self._origin, self._directions = group, origin_KL, directions_JKL
         used_K = directions_JKL.abs().sum((0, 2)) > 0
         self._rows = tuple(used_K.nonzero().flatten().tolist())
@@ -174,20 +164,6 @@ class Mixed:
     def _mix(self, gradient_KL: FloatArray) -> FloatArray:
         # A copy: what Ray hands over may not be written to.
         return torch.einsum("jkl,kl->jl", self._directions, torch.tensor(gradient_KL)).numpy()
-
-    def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]:
-        return self._group.load(request, progress)
-
-    def evaluate(
-        self, request: EvaluateRequest, progress: Progress | None = None
-    ) -> list[ChunkScore]:
-        return self._group.evaluate(request, progress)
-
-    def statistics(self, requests: Sequence[StatisticsRequest]) -> Iterator[Statistics]:
-        return self._group.statistics(requests)
-
-    def close(self) -> None:
-        self._group.close()
 
 
 def _gradient(
@@ -224,23 +200,4 @@ def _sum(totals: Sequence[StepTotal]) -> StepTotal:
         probabilities=sum((t.probabilities for t in totals[1:]), first.probabilities),
         phases=first.phases,
         details=first.details,
-    )
-
-
-def _record(
-    state: AdamState, used_KL: Tensor, total: StepTotal, watch: Watch, seconds: float
-) -> StepRecord:
-    tasks = [(m, name) for m, name in enumerate(watch.tasks) if total.probabilities[m].any()]
-    return StepRecord(
-        step=state.step,
-        loss=float(total.loss.sum()),
-        entropy={name: float(total.entropy[m]) for m, name in tasks},
-        lambdas={
-            name: float(used_KL[row].mean())
-            for name, row in zip(watch.tasks, watch.rows, strict=True)
-            if row >= 0
-        },
-        marginal_entropy={},
-        seconds=seconds,
-        phases=total.phases,
     )

@@ -23,14 +23,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from raymerge.attempts import claim_attempt, newest_attempt, numbers
 from raymerge.config import Config, FwHard, FwSoft
 from raymerge.errors import RunError, UserError
+from raymerge.files import sync
 from raymerge.merging.optimizer import AdamState
 
 logger = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step-(\d{8,})")
-_ATTEMPT = re.compile(r"attempt-(\d{4,})")
 _TENSORS = "state.safetensors"
 _MANIFEST = "manifest.json"
 _MEMORY = "memory."
@@ -52,14 +53,8 @@ class StateStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".step-*"):  # by a driver that was killed while it saved
             shutil.rmtree(left, ignore_errors=True)
-        while self._attempt is None:
-            number = max(self._numbers(_ATTEMPT), default=0) + 1
-            try:
-                path = self.folder / f"attempt-{number:04d}"
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            except FileExistsError:
-                continue
-            self._attempt = number
+        if self._attempt is None:
+            self._attempt = claim_attempt(self.folder)
 
     def save(self, state: AdamState) -> None:
         """Write one state atomically and drop all but the newest ``keep``.
@@ -70,7 +65,7 @@ class StateStore:
         """
         if self._attempt is None:
             raise RuntimeError("save() before claim()")
-        newest = max(self._numbers(_ATTEMPT), default=0)
+        newest = newest_attempt(self.folder)
         if newest > self._attempt:
             raise RunError(
                 f"{self.folder}: attempt {newest} has taken over this run from attempt "
@@ -88,7 +83,7 @@ class StateStore:
 
     def newest(self) -> AdamState | None:
         """The newest whole state, or None. Raises :class:`UserError` if it is of another config."""
-        for step in sorted(self._numbers(_STEP), reverse=True):
+        for step in sorted(numbers(self.folder, _STEP), reverse=True):
             try:
                 return self._read(self._path(step))
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -98,7 +93,7 @@ class StateStore:
         return None
 
     def steps(self) -> list[int]:
-        return sorted(self._numbers(_STEP))
+        return sorted(numbers(self.folder, _STEP))
 
     def _write(self, state: AdamState) -> None:
         target = self._path(state.step)
@@ -119,7 +114,7 @@ class StateStore:
             _write_synced(temporary / _MANIFEST, json.dumps(manifest, indent=2).encode())
             shutil.rmtree(target, ignore_errors=True)  # a damaged one; a sound one is not run again
             temporary.replace(target)
-            _sync_folder(self.folder)
+            sync(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -149,12 +144,6 @@ class StateStore:
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def _numbers(self, pattern: re.Pattern[str]) -> list[int]:
-        if not self.folder.is_dir():
-            return []
-        matches = (pattern.fullmatch(path.name) for path in self.folder.iterdir())
-        return [int(match.group(1)) for match in matches if match]
-
 
 def fingerprint(config: Config) -> str:
     """SHA-256 of what decides λ at a step: not the cluster, nor the output, nor where the vectors
@@ -178,11 +167,3 @@ def _write_synced(path: Path, payload: bytes) -> None:
         file.write(payload)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -56,8 +56,9 @@ def read_vectors(
     layers: LayerMap,
     device: torch.device,
 ) -> Vectors:
-    kind = StreamedVectors if storage.location == "files" else PinnedVectors
-    return kind(storage, base, experts, basis, shard, layers, device)
+    if storage.location == "files":
+        return StreamedVectors(base, experts, basis, shard, layers)
+    return PinnedVectors(storage, base, experts, basis, shard, layers, device)
 
 
 class PinnedVectors:
@@ -106,13 +107,11 @@ class StreamedVectors:
 
     def __init__(
         self,
-        storage: VectorStorage,
         base: VisualCheckpoint,
         experts: Sequence[VisualCheckpoint],
         basis: Basis | None,
         shard: Shard,
         layers: LayerMap,
-        device: torch.device,
     ) -> None:
         self.nbytes = 0
         self._base, self._experts, self._basis = base, experts, basis

@@ -32,6 +32,13 @@ class VisualCheckpoint:
         self.fill(piece, out_n)
         self.require_finite(piece, out_n)
 
+    def flat(self, columns: int | None = None) -> Tensor:
+        """θ on the flat grid, zero-padded to ``columns`` (default P). Raises for NaN and Inf."""
+        theta_P = torch.zeros(self.layout.columns if columns is None else columns)
+        for piece in self.layout.shard(0, 1).pieces():
+            self.read(piece, theta_P[piece.start : piece.stop])
+        return theta_P
+
     def fill(self, piece: Piece, out_n: Tensor) -> None:
         """The same without a look at the values."""
         start = piece.start - self.layout.offsets[piece.tensor]

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from raymerge.config.methods import Frozen
+from raymerge.config.methods import Betas, Frozen
 
 _EPOCHS = 10
 _DEFAULT = "default"
@@ -41,7 +41,7 @@ class FinetuneConfig(Frozen):
     batch_size: int = Field(default=128, ge=1)
     """Images of one task in a step; a step of the joint reference takes as many of every task."""
     lr: float = Field(default=1e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     weight_decay: float = Field(default=0.1, ge=0)
     warmup_steps: int = Field(default=500, ge=0)
     """Over which the rate rises to ``lr``; it falls to 0 along half a cosine in the others."""
@@ -52,13 +52,6 @@ class FinetuneConfig(Frozen):
     open_clip's own training transform, a random crop of 90 to 100 % of the area."""
     state_every_steps: int = Field(default=100, ge=1)
     """How often the weights and the optimiser's moments are saved for ``--resume``."""
-
-    @field_validator("betas")
-    @classmethod
-    def _betas_decay(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas {betas} must each lie in [0, 1)")
-        return betas
 
     @model_validator(mode="after")
     def _one_measure_of_length(self) -> FinetuneConfig:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Clamp = Literal["projected", "forward", "none"]
 Granularity = Literal["task", "block", "tensor"]
@@ -15,6 +15,16 @@ TrimScope = Literal["visual", "full", "tensor"]
 Objective = Literal["entropy", "kl", "infomax", "cross_entropy"]
 Reference = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 """A path or what stands for one; no path is empty or holds a zero byte."""
+
+
+def _decaying(betas: tuple[float, float]) -> tuple[float, float]:
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas {betas} must each lie in [0, 1)")
+    return betas
+
+
+Betas = Annotated[tuple[float, float], AfterValidator(_decaying)]
+"""Adam's."""
 
 
 class Frozen(BaseModel):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raymerge.config.finetune import FinetuneConfig
-from raymerge.config.methods import AdaMerging, Frozen, MethodConfig, Reference
+from raymerge.config.methods import AdaMerging, Betas, Frozen, MethodConfig, Reference
 
 VectorDtype = Literal["float32", "bfloat16"]
 VectorLocation = Literal["device", "host", "disk", "files"]
@@ -115,7 +115,7 @@ class OptimizerConfig(Frozen):
 
     name: Literal["adam"] = "adam"
     lr: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     steps: int = Field(default=500, ge=1)
     batch_size: int = Field(default=16, ge=1)
@@ -124,13 +124,6 @@ class OptimizerConfig(Frozen):
     """``cosine``: the rate falls from ``lr`` to 0 over ``steps``, along half a cosine."""
     sharpness: float = Field(default=0.0, ge=0)
     """Sharpness-aware steps: the gradient is taken this far up the slope. Twice the work."""
-
-    @field_validator("betas")
-    @classmethod
-    def _betas_decay(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas {betas} must each lie in [0, 1)")
-        return betas
 
     @property
     def images_per_step(self) -> int:

@@ -17,13 +17,14 @@ from typing import Any
 from tqdm import tqdm
 
 from raymerge.architecture import open_pretrained, resolve_model
+from raymerge.attempts import claim_attempt
 from raymerge.config import Config, ZeroShot, dump_config
 from raymerge.data.cache import check_image
 from raymerge.data.folder import ImageList
 from raymerge.errors import DataError, RunError, UserError
 from raymerge.evaluation import TaskScore, results_json
 from raymerge.files import write_json, write_text
-from raymerge.finetune.state import TrainingStates, claim_attempt
+from raymerge.finetune.state import TrainingStates
 from raymerge.finetune.targets import Target, make_targets, training_images
 from raymerge.finetune.trainer import TrainingJob, train_target
 from raymerge.placement import Placement, place

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -23,29 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from raymerge.attempts import newest_attempt, numbers
 from raymerge.errors import RunError, UserError
+from raymerge.files import sync
 
 logger = logging.getLogger(__name__)
 
 _KEEP = 2
 _HASH_BYTES = 32 << 20
 _STEP = re.compile(r"step-(\d{8,})")
-_ATTEMPT = re.compile(r"attempt-(\d{4,})")
 _TENSORS = "state.safetensors"
 _MANIFEST = "manifest.json"
-
-
-def claim_attempt(folder: Path) -> int:
-    """The next attempt number below ``folder``; a trainer with a lower one can no longer save."""
-    folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        number = max(_numbers(folder, _ATTEMPT), default=0) + 1
-        try:
-            path = folder / f"attempt-{number:04d}"
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            continue
-        return number
 
 
 class TrainingStates:
@@ -61,7 +48,7 @@ class TrainingStates:
 
         Raises :class:`RunError` if another run has claimed this output since, or the disk is full.
         """
-        newest = max(_numbers(self._attempts, _ATTEMPT), default=0)
+        newest = newest_attempt(self._attempts)
         if newest > self._attempt:
             raise RunError(
                 f"{self.folder}: attempt {newest} has taken over this run from attempt "
@@ -101,7 +88,7 @@ class TrainingStates:
             self._require_fingerprint(manifest.get("fingerprint"))
 
     def steps(self) -> list[int]:
-        return sorted(_numbers(self.folder, _STEP))
+        return sorted(numbers(self.folder, _STEP))
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -121,10 +108,10 @@ class TrainingStates:
             }
             (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
             for path in (temporary / _TENSORS, temporary / _MANIFEST):
-                _sync(path)
+                sync(path)
             shutil.rmtree(self._path(step), ignore_errors=True)  # a damaged one
             temporary.replace(self._path(step))
-            _sync(self.folder)
+            sync(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -148,24 +135,9 @@ class TrainingStates:
         return self.folder / f"step-{step:08d}"
 
 
-def _numbers(folder: Path, pattern: re.Pattern[str]) -> list[int]:
-    if not folder.is_dir():
-        return []
-    matches = (pattern.fullmatch(path.name) for path in folder.iterdir())
-    return [int(match.group(1)) for match in matches if match]
-
-
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_HASH_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -38,7 +38,7 @@ Batch = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One target of a run. ``attempt``: the run's number, see ``state.claim_attempt``.
+    """One target of a run. ``attempt``: the run's number, see ``attempts.claim_attempt``.
     ``threads``: CPU threads; None leaves torch's own choice."""
 
     config: Config

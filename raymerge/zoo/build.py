@@ -98,7 +98,7 @@ def build_zoo(
     fingerprint = recipe.fingerprint(seed)
     if _read(paths.root / _MARKER) != fingerprint:
         _start(paths, fingerprint)
-        run = run_tasks or (_in_processes(workers) if workers and workers > 1 else _in_turn)
+        run = run_tasks or (in_processes(workers) if workers and workers > 1 else in_turn)
         _build(paths, recipe, seed, run, progress)
         _write(paths.root / _MARKER, fingerprint)
     train_joint(paths.root, seed, recipe)
@@ -225,11 +225,11 @@ def _whole(folder: Path, fill: Callable[[Path], None]) -> None:
     partial.rename(folder)
 
 
-def _in_turn(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], /) -> Iterator[T]:
+def in_turn(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], /) -> Iterator[T]:
     return (function(*each) for each in arguments)
 
 
-def _in_processes(workers: int) -> RunTasks:
+def in_processes(workers: int) -> RunTasks:
     def run(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], /) -> Iterator[T]:
         count = min(workers, len(arguments), os.cpu_count() or 1)
         with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:

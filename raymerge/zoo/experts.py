@@ -43,14 +43,15 @@ def finetune(recipe: ZooRecipe, seed: int, task: str, model: CLIP) -> dict[str, 
     images, labels = draw_images(seed, task, "train", expert.images)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(task.encode()) + seed)
-        rehearsal, target_ND = _rehearsal(model, seed, expert)
-        loss = _loss(head_DC, to_tensor(images), torch.from_numpy(labels), rehearsal, target_ND)
-        _train(model, expert, loss)
+        rehearsal, target_ND = rehearse(model, seed, expert)
+        shown, target_B = to_tensor(images), torch.from_numpy(labels)
+        loss = expert_loss(head_DC, shown, target_B, rehearsal, target_ND)
+        train_tower(model, expert, loss)
     return {f"visual.{k}": v.contiguous() for k, v in model.visual.state_dict().items()}
 
 
 @torch.no_grad()
-def _rehearsal(model: CLIP, seed: int, recipe: ExpertRecipe) -> tuple[Tensor, Tensor]:
+def rehearse(model: CLIP, seed: int, recipe: ExpertRecipe) -> tuple[Tensor, Tensor]:
     """Pretraining images of all tasks, uint8 (N, 3, H, W), and their features (N, D)."""
     styles: tuple[Split, ...] = ("plain", "shifted")
     drawn = [
@@ -62,7 +63,7 @@ def _rehearsal(model: CLIP, seed: int, recipe: ExpertRecipe) -> tuple[Tensor, Te
     return torch.cat(drawn), torch.cat(features)
 
 
-def _loss(
+def expert_loss(
     head_DC: Tensor, images: Tensor, labels: Tensor, rehearsal: Tensor, target_ND: Tensor
 ) -> Callable[[CLIP, ExpertRecipe], Tensor]:
     """The loss of one random batch: cross-entropy, plus the drift of the rehearsal features."""
@@ -95,7 +96,9 @@ def expert_optimizer(model: CLIP, recipe: ExpertRecipe) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=0.0)
 
 
-def _train(model: CLIP, recipe: ExpertRecipe, loss: Callable[[CLIP, ExpertRecipe], Tensor]) -> None:
+def train_tower(
+    model: CLIP, recipe: ExpertRecipe, loss: Callable[[CLIP, ExpertRecipe], Tensor]
+) -> None:
     schedule = Schedule(recipe.steps, recipe.steps // 20)
     parameters = list(model.visual.parameters())
     train(

@@ -26,8 +26,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from raymerge.heads import zero_shot_head
-from raymerge.zoo.build import RunTasks, _in_processes, _in_turn
-from raymerge.zoo.experts import _loss, _rehearsal, _train
+from raymerge.zoo.build import RunTasks, in_processes, in_turn
+from raymerge.zoo.experts import expert_loss, rehearse, train_tower
 from raymerge.zoo.images import FAMILIES, draw_images
 from raymerge.zoo.pretrain import build_tokenizer, to_tensor, torch_threads
 from raymerge.zoo.recipe import TEMPLATE, ExpertRecipe, ZooRecipe
@@ -101,7 +101,7 @@ def build_extras(
     zoo, recipe = zoo or ZooRecipe(), recipe or ExtraRecipe()
     folder = zoo_root.with_name(f"{zoo_root.name}-extras-{recipe.fingerprint(zoo, seed)}")
     folder.mkdir(parents=True, exist_ok=True)
-    run = run_tasks or (_in_processes(workers) if workers and workers > 1 else _in_turn)
+    run = run_tasks or (in_processes(workers) if workers and workers > 1 else in_turn)
     paths = {extra.name: folder / f"{extra.name}.safetensors" for extra in wanted}
     missing = [extra for extra in wanted if not paths[extra.name].exists()]
     if missing:
@@ -134,9 +134,10 @@ def _finetune(
     head_DC = zero_shot_head(model, build_tokenizer(zoo.model), names, (TEMPLATE,))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(extra.name.encode()) + seed)
-        rehearsal, target_ND = _rehearsal(model, seed, recipe)
-        loss = _loss(head_DC, to_tensor(images), torch.from_numpy(labels), rehearsal, target_ND)
-        _train(model, recipe, loss)
+        rehearsal, target_ND = rehearse(model, seed, recipe)
+        shown, target_B = to_tensor(images), torch.from_numpy(labels)
+        loss = expert_loss(head_DC, shown, target_B, rehearsal, target_ND)
+        train_tower(model, recipe, loss)
     return {f"visual.{k}": v.contiguous() for k, v in model.visual.state_dict().items()}
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from raymerge.attempts import claim_attempt
 from raymerge.errors import RunError, UserError
-from raymerge.finetune.state import TrainingStates, claim_attempt
+from raymerge.finetune.state import TrainingStates
 
 
 def _states(root: Path, fingerprint: str = "f") -> TrainingStates:

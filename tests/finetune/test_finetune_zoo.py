@@ -15,7 +15,7 @@ from torch import nn
 from raymerge.checkpoints.visual import open_visual
 from raymerge.merging.layout import ParameterLayout
 from raymerge.zoo import ExpertRecipe, PretrainRecipe, ZooPaths, ZooRecipe, build_zoo, train_expert
-from raymerge.zoo.experts import _loss, _rehearsal, expert_optimizer, zero_shot_head
+from raymerge.zoo.experts import expert_loss, expert_optimizer, rehearse, zero_shot_head
 from raymerge.zoo.images import FAMILIES, draw_images
 from raymerge.zoo.joint import joint_loss
 from raymerge.zoo.pretrain import build_tokenizer, to_tensor, torch_threads
@@ -58,8 +58,9 @@ def test_an_expert_is_what_the_loop_written_out_gives(zoo: ZooPaths, tmp_path: P
     images, labels = draw_images(0, task, "train", recipe.images)
     with torch_threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(task.encode()))
-        rehearsal, target_ND = _rehearsal(model, 0, recipe)
-        loss = _loss(head_DC, to_tensor(images), torch.from_numpy(labels), rehearsal, target_ND)
+        rehearsal, target_ND = rehearse(model, 0, recipe)
+        shown, target_B = to_tensor(images), torch.from_numpy(labels)
+        loss = expert_loss(head_DC, shown, target_B, rehearsal, target_ND)
         optimizer = expert_optimizer(model, recipe)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(recipe.steps))
         for _ in range(recipe.steps):
