@@ -36,7 +36,7 @@ METHODS: Mapping[str, Changes] = {
     "iso_cts": {"method": {"name": "iso_cts"}},
     "wudi": {"method": {"name": "wudi"}},
     "adamerging_task": adamerging(granularity="task"),
-    "adamerging_task_pp": adamerging(granularity="task", task_vectors="ties"),
+    "adamerging_pp_task": adamerging(granularity="task", task_vectors="ties"),
     "adamerging": adamerging(),
     "adamerging_pp": adamerging(task_vectors="ties"),
     "adamerging_kl": adamerging(objective="kl"),

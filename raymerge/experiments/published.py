@@ -43,7 +43,7 @@ MEANS: Mapping[str, Means] = {
     "task_arithmetic": Means(0.691, 0.738, 0.845),
     "ties": Means(0.724, 0.770, 0.860),
     "adamerging_task": Means(0.711, 0.760, None),
-    "adamerging_task_pp": Means(0.737, 0.780, None),
+    "adamerging_pp_task": Means(0.737, 0.780, None),
     "adamerging": Means(0.801, 0.849, 0.908),
     "adamerging_500": Means(0.801, 0.849, 0.908),
     "adamerging_pp": Means(0.811, 0.857, 0.910),

@@ -33,6 +33,9 @@ _TITLES = {
     "adamerging_pp": "AdaMerging++ (layer-wise)",
     "adamerging_pp_block": "AdaMerging++ (block-wise)",
     "adamerging_pp_task": "AdaMerging++ (task-wise)",
+    "adamerging_kl": "AdaMerging, KL",
+    "adamerging_tsv": "AdaMerging on TSV",
+    "samerging": "SAMerging",
 }
 
 KNOWN_METHODS = frozenset(_TITLES)
