@@ -249,6 +249,14 @@ def test_the_official_preset_is_the_released_code():
     )
 
 
+def test_the_recommended_preset_learns_on_tsv_from_the_experts():
+    config = _parse(_data(preset="recommended"))
+    assert (config.method.task_vectors, config.method.objective) == ("tsv", "kl")
+    assert config.method.effective_init == 1.0
+    assert config.method.clamp == "none"
+    assert (config.optimizer.steps, config.optimizer.schedule) == (50, "cosine")
+
+
 def test_what_the_config_gives_wins_over_the_preset():
     config = _parse(
         _data(preset="official", optimizer={"steps": 7}, method={"name": "adamerging", "init": 0.1})

@@ -1,7 +1,7 @@
 """An experiment's config: what ``raymerge experiment`` reads.
 
 experiment: {name: robustness, severity: 2}
-base: vit_b32_8tasks.yaml        # a merge's config, or `demo`: the embedded world
+base: vit_b32_8tasks.yaml        # a merge's config, or an embedded world
 methods: {adamerging: {preset: fast}}
 output: runs/robustness
 """
@@ -18,6 +18,9 @@ from raymerge.config.loading import absolute, apply_override, read_yaml
 from raymerge.config.methods import Frozen, Reference
 from raymerge.config.wording import explain
 from raymerge.errors import ConfigError
+
+EMBEDDED = ("demo", "demo-interfering")
+"""The embedded worlds, which an experiment may have as its base."""
 
 
 class Methods(Frozen):
@@ -65,10 +68,13 @@ class FwScaling(Frozen):
     name: Literal["fw_scaling"]
     irrelevant: int = Field(default=16, ge=0)
     relevant: int = Field(default=16, ge=0)
+    own: Annotated[int, Field(ge=1)] | Annotated[tuple[str, ...], Field(min_length=1)] = 2
+    """The tested tasks whose models the relevant ones are added to: how many, or their names."""
 
 
 class Seeds(Frozen):
-    """Learned methods over several worlds: mean and standard deviation."""
+    """Methods over several seeds: mean and standard deviation. Of an embedded world each seed is a
+    world of its own, else other images are drawn."""
 
     name: Literal["seeds"]
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
@@ -106,7 +112,7 @@ def load_experiment(
     if output is not None:
         data["output"] = str(Path(output).absolute())
     for key in ("base", "output"):
-        if isinstance(data.get(key), str) and data[key] != "demo":
+        if isinstance(data.get(key), str) and data[key] not in EMBEDDED:
             data[key] = absolute(data[key], root)
     try:
         return ExperimentConfig.model_validate(data)

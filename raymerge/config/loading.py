@@ -25,6 +25,11 @@ _PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     # A tenth of the paper's steps: a large rate that falls to zero (benchmarks/schedule.py).
     "fast": {"optimizer": {"batch_size": 16, "lr": 2e-2, "steps": 50, "schedule": "cosine"}},
+    # What did best where experts interfere, on embedded worlds (docs/experiments.md, seeds).
+    "recommended": {
+        "optimizer": {"batch_size": 16, "lr": 2e-2, "steps": 50, "schedule": "cosine"},
+        "method": {"task_vectors": "tsv", "clamp": "none", "objective": "kl"},
+    },
     # SAMerging (arXiv 2512.21288): the experts as teachers, and sharpness-aware steps.
     "samerging": {
         "optimizer": {"batch_size": 16, "lr": 1e-2, "steps": 100, "sharpness": 0.07},

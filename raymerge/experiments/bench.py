@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import compress
@@ -38,12 +38,14 @@ _RUN = re.compile(r"(?!\.)[\w.+-]+(/(?!\.)[\w.+-]+)*")
 class Bench:
     """``base``: the config that every merge changes; ``output``: below it each run has a folder.
 
-    ``methods``: what the user asked for instead of an experiment's own.
+    ``methods``: what the user asked for instead of an experiment's own. ``reseed``: the base with
+    another seed, which is another world where the base is an embedded one.
     """
 
     base: Config
     output: Path
     methods: Mapping[str, Changes] | None = None
+    reseed: Callable[[int], Config] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def tasks(self, names: Sequence[str] | None) -> tuple[TaskConfig, ...]:

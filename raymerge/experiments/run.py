@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from raymerge.config import Config, load_config
-from raymerge.config.experiments import ExperimentConfig
+from raymerge.config.experiments import EMBEDDED, ExperimentConfig
 from raymerge.errors import UserError
 from raymerge.experiments.bench import Bench, say
 from raymerge.experiments.findings import Findings, text
@@ -36,8 +37,8 @@ def run_experiment(config: ExperimentConfig, *, overwrite: bool = False) -> str:
     output = Path(config.output).absolute()
     _check_output(output, overwrite)
     began = perf_counter()
-    base = base_config(config)
-    bench = Bench(base, output, config.methods)
+    reseed = partial(base_config, config)
+    bench = Bench(reseed(config.seed), output, config.methods, reseed)
     for name, changes in (config.methods or {}).items():
         bench.config(changes, name)  # a wrong one is refused before the first runs
     run: Callable[[Bench, Any], Findings] = import_module(
@@ -56,22 +57,22 @@ def run_experiment(config: ExperimentConfig, *, overwrite: bool = False) -> str:
     return text(findings)
 
 
-def base_config(config: ExperimentConfig) -> Config:
-    """The merge config that the experiment changes; the embedded world is built for ``demo``."""
-    if config.base != "demo":
-        return load_config(config.base, [f"seed={config.seed}"])
-    return demo_config(config.seed)
+def base_config(config: ExperimentConfig, seed: int) -> Config:
+    """The merge config that the experiment changes, with this seed; an embedded world is built."""
+    if config.base in EMBEDDED:
+        return world_config(config.base, seed, joint=config.experiment.name == "methods")
+    return load_config(config.base, [f"seed={seed}"])
 
 
-def demo_config(seed: int) -> Config:
+def world_config(world: str, seed: int, *, joint: bool) -> Config:
     """The embedded world of this seed, from the cache if it is there; merges run in this process,
     which for so small a model is faster than to start workers."""
-    from raymerge.zoo import ZooRecipe, build_zoo
+    from raymerge.zoo import WORLDS, build_zoo
 
-    recipe = ZooRecipe()
+    recipe = WORLDS[world]
     root = cache_folder() / f"zoo-{recipe.fingerprint(seed)}"
     say(f"zoo in {root}")
-    paths = build_zoo(root, seed=seed, workers=2, recipe=recipe)
+    paths = build_zoo(root, seed=seed, workers=2, recipe=recipe, joint=joint)
     return load_config(paths.config, [f"seed={seed}", "cluster.workers=0"])
 
 

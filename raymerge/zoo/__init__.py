@@ -2,9 +2,17 @@
 
 from raymerge.zoo.build import RunTasks, ZooPaths, build_zoo, write_images
 from raymerge.zoo.experts import train_expert
-from raymerge.zoo.recipe import ExpertRecipe, JointRecipe, ModelRecipe, PretrainRecipe, ZooRecipe
+from raymerge.zoo.recipe import (
+    WORLDS,
+    ExpertRecipe,
+    JointRecipe,
+    ModelRecipe,
+    PretrainRecipe,
+    ZooRecipe,
+)
 
 __all__ = [
+    "WORLDS",
     "ExpertRecipe",
     "JointRecipe",
     "ModelRecipe",

@@ -86,8 +86,10 @@ def build_zoo(
     progress: bool = True,
     run_tasks: RunTasks | None = None,
     recipe: ZooRecipe | None = None,
+    joint: bool = True,
 ) -> ZooPaths:
-    """Build the world under ``root``, or return at once if it is there.
+    """Build the world under ``root``, with its ``joint`` reference or without, or return at once if
+    it is there.
 
     ``run_tasks`` runs the independent pieces (image folders, experts); by default ``workers``
     processes do, or this one if that is None or 1. The files do not depend on which.
@@ -101,7 +103,8 @@ def build_zoo(
         run = run_tasks or (in_processes(workers) if workers and workers > 1 else in_turn)
         _build(paths, recipe, seed, run, progress)
         _write(paths.root / _MARKER, fingerprint)
-    train_joint(paths.root, seed, recipe)
+    if joint:
+        train_joint(paths.root, seed, recipe)
     return paths
 
 

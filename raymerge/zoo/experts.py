@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -25,6 +26,8 @@ from raymerge.zoo.pretrain import (
     torch_threads,
 )
 from raymerge.zoo.recipe import TEMPLATE, ExpertRecipe, ZooRecipe
+
+_EARLY = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer.resblocks.0.")
 
 
 @torch.no_grad()
@@ -82,14 +85,14 @@ def expert_loss(
 
 
 def expert_optimizer(model: CLIP, recipe: ExpertRecipe) -> torch.optim.Optimizer:
-    """Weight decay on matrices only; vectors may have a rate of their own."""
-    parameters = list(model.visual.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+    """Weight decay on matrices only; the early layers have a rate of their own."""
+    groups: list[dict[str, Any]] = [
         {
-            "params": [p for p in parameters if p.ndim < 2],
-            "lr": recipe.lr * recipe.vector_lr_factor,
-        },
+            "params": [parameter],
+            "lr": recipe.lr * (recipe.early_lr_factor if name.startswith(_EARLY) else 1.0),
+            "weight_decay": recipe.weight_decay if parameter.ndim > 1 else 0.0,
+        }
+        for name, parameter in model.visual.named_parameters()
     ]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)

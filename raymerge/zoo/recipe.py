@@ -65,8 +65,9 @@ class ExpertRecipe:
 
     optimizer: Literal["sgd", "adamw"] = "adamw"
     lr: float = 6e-4
-    vector_lr_factor: float = 1.0
-    """On biases and norms, which fine-tuning recipes often let learn faster than matrices."""
+    early_lr_factor: float = 1.0
+    """On the stem and the first block. Experts that rewrite what all tasks share fit together less
+    well there than further up, so that no one λ suits all layers."""
     steps: int = 220
     batch: int = 48
     weight_decay: float = 0.01
@@ -112,6 +113,14 @@ class ZooRecipe:
     def joint_fingerprint(self, seed: int) -> str:
         """The same of the joint reference, which is made from the rest of the world."""
         return _digest({"world": self.fingerprint(seed), **asdict(self.joint)})
+
+
+WORLDS: Mapping[str, ZooRecipe] = {
+    "demo": ZooRecipe(),
+    "demo-interfering": ZooRecipe(expert=ExpertRecipe(early_lr_factor=4.0)),
+}
+"""The worlds that an experiment may name as its base. The second's experts interfere early on: its
+best common λ is small, and a λ for each layer beats it (docs/experiments.md, seeds)."""
 
 
 def _digest(numbers: Mapping[str, Any]) -> str:

@@ -10,12 +10,13 @@ from commands import Commands, cache_tokenizer, refused
 from experiment_worlds import ARITHMETIC, STEPS, bench, write
 from world import World
 
-from raymerge.config.experiments import Methods, load_experiment
+from raymerge.config.experiments import EMBEDDED, Methods, load_experiment
 from raymerge.errors import UserError
 from raymerge.experiments import methods
 from raymerge.experiments.findings import Findings, Table, text
 from raymerge.experiments.methods import METHODS, known_methods, select
 from raymerge.experiments.published import MEANS, published
+from raymerge.zoo import WORLDS
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "experiments"
 
@@ -140,4 +141,8 @@ def test_a_strangers_output_is_left_alone(world: World, tmp_path: Path, raymerge
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_experiments_are_valid_and_their_bases_are_there(path: Path) -> None:
     config = load_experiment(path)
-    assert config.base == "demo" or Path(config.base).is_file()
+    assert config.base in EMBEDDED or Path(config.base).is_file()
+
+
+def test_a_config_may_name_every_embedded_world() -> None:
+    assert tuple(WORLDS) == EMBEDDED

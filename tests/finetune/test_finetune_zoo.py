@@ -90,7 +90,7 @@ def test_the_fingerprint_of_a_world_does_not_know_the_joint_reference() -> None:
     """Worlds that were built before there was one stay valid."""
     recipe = ZooRecipe()
     other = replace(recipe, joint=replace(recipe.joint, batch=3))
-    assert recipe.fingerprint(0) == other.fingerprint(0) == "853e34ee5d48c4cb"
+    assert recipe.fingerprint(0) == other.fingerprint(0) == "da68ed3fe23f2320"
     assert recipe.joint_fingerprint(0) != other.joint_fingerprint(0)
     assert recipe.joint_fingerprint(0) != recipe.joint_fingerprint(1)
 
@@ -129,3 +129,24 @@ def test_the_joint_loss_is_the_mean_over_all_tasks(zoo: ZooPaths) -> None:
     ]
     together = joint_loss(model, torch.cat(pixels), targets, heads)
     torch.testing.assert_close(together, torch.stack(alone).mean())
+
+
+def test_early_layers_have_their_own_rate_and_only_matrices_decay(zoo: ZooPaths) -> None:
+    model = _model(zoo.root)
+    recipe = replace(_recipe().expert, lr=0.5, early_lr_factor=4.0, weight_decay=0.25)
+    names = {id(p): name for name, p in model.visual.named_parameters()}
+    rates = {
+        names[id(p)]: (group["initial_lr"] if "initial_lr" in group else group["lr"])
+        for group in expert_optimizer(model, recipe).param_groups
+        for p in group["params"]
+    }
+    assert set(rates) == set(names.values())
+    early = {name for name, rate in rates.items() if rate == 2.0}
+    assert {name for name, rate in rates.items() if rate == 0.5} == set(names.values()) - early
+    stem = {"conv1.weight", "class_embedding", "positional_embedding", "ln_pre.weight"}
+    assert stem | {"transformer.resblocks.0.attn.in_proj_weight"} <= early
+    assert not any(
+        name.startswith(("transformer.resblocks.1.", "ln_post", "proj")) for name in early
+    )
+    for group in expert_optimizer(model, recipe).param_groups:
+        assert all((p.ndim > 1) == (group["weight_decay"] == 0.25) for p in group["params"])
