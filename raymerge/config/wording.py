@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-_ALSO_READ = {"Config": ("preset",)}
+_ALSO_READ = {"Config": ("preset", "suite"), "TaskConfig": ("dataset",)}
 """Keys that loading takes out before validation, by schema."""
 
 
@@ -84,9 +84,8 @@ def _is_mapping(loc: Sequence[int | str], schema: type[BaseModel]) -> bool:
 
 def _did_you_mean(loc: Sequence[int | str], schema: type[BaseModel]) -> str:
     classes = _classes_at(loc[:-1], schema)
-    fields = sorted({name for cls in classes for name in cls.model_fields})
-    if len(loc) == 1:
-        fields = sorted([*fields, *_ALSO_READ.get(schema.__name__, ())])
+    read = [(*cls.model_fields, *_ALSO_READ.get(cls.__name__, ())) for cls in classes]
+    fields = sorted({name for names in read for name in names})
     guess = difflib.get_close_matches(str(loc[-1]), fields, 1)
     return f"; did you mean {guess[0]}?" if guess else f" (known here: {', '.join(fields)})"
 
