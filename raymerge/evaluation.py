@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raymerge.checkpoints.visual import open_visual
+from raymerge.checkpoints.visual import VisualCheckpoint, open_visual
 from raymerge.config import TaskConfig
 from raymerge.data.cache import decode_batches
-from raymerge.data.folder import ImageList, labelled_images
-from raymerge.merging.layout import ParameterLayout
+from raymerge.data.images import ImageList
+from raymerge.data.sources import labelled_images
 from raymerge.merging.objectives import entropy
 from raymerge.messages import ChunkScore, EvaluateRequest, FloatArray
 
@@ -88,11 +88,11 @@ class Evaluator:
     def __init__(
         self,
         encoder: FlatEncoder,
-        layout: ParameterLayout,
+        pretrained: VisualCheckpoint,
         shares: Sequence[ChunkRange],
         images: Mapping[int, ImageList],
     ) -> None:
-        self._encoder, self._layout = encoder, layout
+        self._encoder, self._pretrained = encoder, pretrained
         self._shares = [(share, _cut(images[share.task], share)) for share in shares]
         height, width = encoder.preprocess.size
         self._keep = sum(len(i) for _, i in self._shares) * 3 * height * width <= _KEEP_BYTES
@@ -113,7 +113,7 @@ class Evaluator:
             if reference is None:
                 continue
             if reference != loaded:
-                load_weights(self._encoder, self._layout, reference)
+                load_weights(self._encoder, self._pretrained, reference)
                 loaded = reference
             labels = torch.tensor(images.labels)
             for i, pixels_B3HW in enumerate(self._chunks(share, images)):
@@ -133,7 +133,7 @@ class Evaluator:
         if share in self._kept:
             return self._kept[share]
         batches = (
-            pixels for _, pixels in decode_batches(images.paths, self._encoder.preprocess, CHUNK)
+            pixels for _, pixels in decode_batches(images.items, self._encoder.preprocess, CHUNK)
         )
         if not self._keep:
             return batches
@@ -147,14 +147,15 @@ class Evaluator:
         self._kept[share] = kept
 
 
-def load_weights(encoder: FlatEncoder, layout: ParameterLayout, reference: str) -> None:
-    """Fill the encoder's θ from a checkpoint that fits the layout."""
-    encoder.theta_P.copy_(open_visual(reference, layout).flat(len(encoder.theta_P)))
+def load_weights(encoder: FlatEncoder, pretrained: VisualCheckpoint, reference: str) -> None:
+    """Fill the encoder's θ from a checkpoint that fits the pretrained model."""
+    checkpoint = open_visual(reference, pretrained.layout, pretrained)
+    encoder.theta_P.copy_(checkpoint.flat(len(encoder.theta_P)))
 
 
 def _cut(images: ImageList, share: ChunkRange) -> ImageList:
     here = slice(share.start * CHUNK, share.stop * CHUNK)
-    return ImageList(images.paths[here], images.labels[here])
+    return ImageList(images.items[here], images.labels[here])
 
 
 def _score(

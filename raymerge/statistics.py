@@ -15,8 +15,8 @@ from torch.func import functional_call
 
 from raymerge.checkpoints.visual import open_visual
 from raymerge.data.cache import PinnedImages
-from raymerge.data.folder import unlabeled_images
 from raymerge.data.slots import step_images
+from raymerge.data.sources import unlabeled_images
 from raymerge.evaluation import load_weights
 from raymerge.grams import HiddenStates, grams
 from raymerge.merging.fisher import fisher_diagonal
@@ -40,7 +40,7 @@ class ExpertStatistics:
     def _fisher(self, request: StatisticsRequest) -> dict[str, Tensor]:
         """The diagonal (P,), zero where the tower has buffers."""
         encoder, layout = self._model.encoder, self._model.layout
-        load_weights(encoder, layout, self._checkpoint(request))
+        load_weights(encoder, self._model.pretrained, self._checkpoint(request))
         head_DC, visual = self._model.head(request.task), encoder.visual
 
         def logits(parameters: dict[str, Tensor], images: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class ExpertStatistics:
         return {"fisher": fisher_P}
 
     def _grams(self, request: StatisticsRequest) -> dict[str, Tensor]:
-        load_weights(self._model.encoder, self._model.layout, self._checkpoint(request))
+        load_weights(self._model.encoder, self._model.pretrained, self._checkpoint(request))
         return grams(self._model.encoder.visual, self._images(request))
 
     def _block_grams(self, request: StatisticsRequest) -> dict[str, Tensor]:
@@ -85,7 +85,8 @@ class ExpertStatistics:
 
     def _load_block(self, reference: str, block: int) -> None:
         layout = self._model.layout
-        checkpoint, theta_P = open_visual(reference, layout), self._model.encoder.theta_P
+        checkpoint = open_visual(reference, layout, self._model.pretrained)
+        theta_P = self._model.encoder.theta_P
         for t, name in enumerate(layout.names):
             if name.startswith(f"transformer.resblocks.{block}."):
                 piece = layout.whole_piece(t)

@@ -127,7 +127,7 @@ class MergeWorker:
             images = test_images(self.spec.tasks)
             sizes = {task: len(listed) for task, listed in images.items()}
             dealt = deal_chunks(sizes, self.spec.workers)[self.spec.rank]
-            self._evaluator = Evaluator(model.encoder, model.layout, dealt, images)
+            self._evaluator = Evaluator(model.encoder, model.pretrained, dealt, images)
         names = self.spec.task_names
         return self._evaluator.scores(request, names, model.head, progress)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from raymerge.data.images import ImageList
 from raymerge.errors import DataError
 
 SUFFIXES = frozenset(
@@ -14,21 +14,10 @@ SUFFIXES = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class ImageList:
-    """Image files in a fixed order; ``labels[i]`` is the class of ``paths[i]``, −1 if unlabeled."""
-
-    paths: tuple[Path, ...]
-    labels: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-
 def unlabeled_images(folder: str, where: str) -> ImageList:
     """Every image below ``folder`` in sorted order; labels, if any, are not looked at."""
     root = _existing(folder, where)
-    paths = sorted(p for p in root.rglob("*") if _is_image(p))
+    paths = sorted(p for p in root.rglob("*") if is_image(p))
     if not paths:
         raise DataError(f"{where}: {root}: holds no image ({', '.join(sorted(SUFFIXES))})")
     for child in sorted(p for p in root.iterdir() if p.is_dir()):
@@ -45,7 +34,7 @@ def labelled_images(folder: str, classnames: Sequence[str], where: str) -> Image
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classnames):
-        images = sorted(p for p in by_class[name].rglob("*") if _is_image(p))
+        images = sorted(p for p in by_class[name].rglob("*") if is_image(p))
         if not images:
             raise DataError(f"{where}: {by_class[name]}: this class folder holds no image")
         paths += images
@@ -61,18 +50,18 @@ def _match_folders(
         twice = sorted({name for name in classnames if classnames.count(name) > 1})
         raise DataError(f"{where}: class {twice[0]!r} is listed twice, so its folder is ambiguous")
     matched = {name: folders[name] for name in classnames if name in folders}
-    left = {_plain(f): f for f in folders if f not in matched}
+    left = {plain(f): f for f in folders if f not in matched}
     for name in classnames:
-        if name not in matched and _plain(name) in left:
-            matched[name] = folders[left.pop(_plain(name))]
+        if name not in matched and plain(name) in left:
+            matched[name] = folders[left.pop(plain(name))]
     missing = [name for name in classnames if name not in matched]
     unexpected = sorted(set(folders.values()) - set(matched.values()))
     if missing or unexpected:
         raise DataError(
             f"{where}: {root}: {len(folders)} class folders for {len(classnames)} class names"
-            + (f"; no folder for {_quoted(missing)}" if missing else "")
+            + (f"; no folder for {quoted(missing)}" if missing else "")
             + (
-                f"; no class for folder {_quoted([p.name for p in unexpected])}"
+                f"; no class for folder {quoted([p.name for p in unexpected])}"
                 if unexpected
                 else ""
             )
@@ -80,23 +69,26 @@ def _match_folders(
     return matched
 
 
-def _quoted(names: Sequence[str], limit: int = 3) -> str:
+def quoted(names: Sequence[str], limit: int = 3) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(repr(name) for name in names[:limit]) + more
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     return re.sub(r"[\W_]+", " ", name.casefold()).strip()
 
 
 def _existing(folder: str, where: str) -> Path:
     root = Path(folder)
     if not root.is_dir() and re.match(r"[A-Za-z][\w+.-]*:", folder):
-        raise DataError(f"{where}: {folder}: raymerge reads local image folders; save it as one")
+        raise DataError(
+            f"{where}: {folder}: images come from local files, hf:ORG/NAME:SPLIT or "
+            "torchvision:NAME:SPLIT; copy them to a folder"
+        )
     if not root.is_dir():
         raise DataError(f"{where}: {folder}: no such folder")
     return root
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from torchvision.transforms import Compose, ToTensor
 
 from raymerge.data.cache import decode, decode_all
-from raymerge.data.folder import ImageList
+from raymerge.data.images import ImageList, Item
 from raymerge.models import Preprocess
 
 Augment = Literal["none", "open_clip"]
@@ -72,7 +71,7 @@ class TrainingImages:
         self._seed, self._batch_size = seed, batch_size
         self._preprocess, self._augment = preprocess, augment
         self._labels_N = torch.tensor(images.labels)
-        self._pixels_N3HW = decode_all(images.paths, preprocess) if keep else None
+        self._pixels_N3HW = decode_all(images.items, preprocess) if keep else None
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) uint8 and (B,) labels. Raises :class:`DataError` for a damaged image."""
@@ -82,12 +81,12 @@ class TrainingImages:
         labels_B = self._labels_N[chosen]
         if self._pixels_N3HW is not None:
             return self._pixels_N3HW[chosen], labels_B
-        paths = [self._images.paths[i] for i in indices_B]
+        items = [self._images.items[i] for i in indices_B]
         if self._augment is None:
-            return decode_all(paths, self._preprocess), labels_B
+            return decode_all(items, self._preprocess), labels_B
         epoch = step // steps_per_epoch(count, self._batch_size)
         keys = [_key(f"{self._seed}/{self.task}/{epoch}/{i}") for i in indices_B]
-        return decode_augmented(paths, keys, self._preprocess, self._augment), labels_B
+        return decode_augmented(items, keys, self._preprocess, self._augment), labels_B
 
 
 def may_keep(images: int, preprocess: Preprocess, augment: Augment) -> bool:
@@ -106,17 +105,17 @@ def make_augment(visual: Any) -> Compose:
 
 
 def decode_augmented(
-    paths: Sequence[Path], keys: Sequence[int], preprocess: Preprocess, augment: Compose
+    items: Sequence[Item], keys: Sequence[int], preprocess: Preprocess, augment: Compose
 ) -> Tensor:
     """(B, 3, H, W) uint8; what is random about an image depends on its key alone."""
 
-    def work(item: tuple[Path, int]) -> Tensor:
-        path, key = item
+    def work(keyed: tuple[Item, int]) -> Tensor:
+        item, key = keyed
         seeded = Compose([_Seeded(augment, key), ToTensor()])
-        return decode(path, replace(preprocess, transform=seeded))
+        return decode(item, replace(preprocess, transform=seeded))
 
     with ThreadPoolExecutor() as pool:
-        return torch.stack(list(pool.map(work, zip(paths, keys, strict=True))))
+        return torch.stack(list(pool.map(work, zip(items, keys, strict=True))))
 
 
 class _Seeded:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,7 +21,7 @@ from raymerge.architecture import open_pretrained, resolve_model
 from raymerge.attempts import claim_attempt
 from raymerge.config import Config, ZeroShot, dump_config
 from raymerge.data.cache import check_image
-from raymerge.data.folder import ImageList
+from raymerge.data.images import ImageList, Item
 from raymerge.errors import DataError, RunError, UserError
 from raymerge.evaluation import TaskScore, results_json
 from raymerge.files import write_json, write_text
@@ -28,7 +29,7 @@ from raymerge.finetune.state import TrainingStates
 from raymerge.finetune.targets import Target, make_targets, training_images
 from raymerge.finetune.trainer import TrainingJob, train_target
 from raymerge.placement import Placement, place
-from raymerge.plan import make_plan
+from raymerge.plan import check_heads, make_plan
 from raymerge.progress import Progress, progress_bar
 from raymerge.session import evaluate, known_resources
 
@@ -114,10 +115,12 @@ def _check_inputs(config: Config, listed: Mapping[int, ImageList]) -> None:
     if any(task.test for task in config.tasks):
         make_plan(tested, known_resources(tested), experts=False)
     else:
-        open_pretrained(resolve_model(config.model))
-    paths = [path for images in listed.values() for path in images.paths]
+        resolved = resolve_model(config.model)
+        open_pretrained(resolved)
+        check_heads(config, resolved)
+    items: Iterable[Item] = chain.from_iterable(images.items for images in listed.values())
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        problems = [problem for problem in pool.map(check_image, paths) if problem]
+        problems = [problem for problem in pool.map(check_image, items) if problem]
     if problems:
         more = f" (and {len(problems) - 1} more images)" if len(problems) > 1 else ""
         raise DataError(f"{problems[0]}{more}")

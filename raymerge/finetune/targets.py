@@ -11,8 +11,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from raymerge.checkpoints.digests import sha256
+from raymerge.checkpoints.locate import locate
 from raymerge.config import Config, FinetuneConfig
-from raymerge.data.folder import ImageList, labelled_images
+from raymerge.data.images import ImageList
+from raymerge.data.sources import labelled_images
+from raymerge.data.sources.fetched import local_reference
 from raymerge.errors import DataError, UserError
 from raymerge.finetune.images import steps_per_epoch
 
@@ -153,9 +157,10 @@ def _fingerprint(
 
 def _task(config: Config, task: int, images: ImageList) -> dict[str, Any]:
     given = config.tasks[task]
-    root = Path(str(given.train))
-    names = [str(path.relative_to(root)) for path in images.paths]
+    names = images.keys(local_reference(str(given.train)))
+    head = {} if given.head is None else {"head": sha256(locate(given.head))}
     return {
+        **head,
         "name": given.name,
         "classnames": given.classnames,
         "templates": given.templates,

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raymerge.config import Config
-from raymerge.data.folder import labelled_images
+from raymerge.data.sources import labelled_images
 from raymerge.errors import RunError
 from raymerge.evaluation import load_weights
 from raymerge.files import write_atomically, write_text
@@ -109,7 +109,7 @@ class Trainer:
         self._encoder = self._model.encoder
         self._device = self._encoder.device
         reference = str(self._model.pretrained.checkpoint.path)
-        load_weights(self._encoder, self._model.layout, reference)
+        load_weights(self._encoder, self._model.pretrained, reference)
         self._micro_batch = micro_batch(
             spec.micro_batch, self._model.bytes_per_image, gpu=self._device.type == "cuda"
         )

@@ -42,7 +42,7 @@ def _levels(pixels_N3HW: torch.Tensor) -> list[int]:
 
 
 def test_decoding_keeps_the_order_of_the_paths(images, preprocess):
-    shuffled = [images.paths[i] for i in (7, 3, 19, 3)]
+    shuffled = [images.items[i] for i in (7, 3, 19, 3)]
     seen = []
     assert _levels(decode_all(shuffled, preprocess, seen.append)) == [7, 3, 19, 3]
     assert sum(seen) == 4
@@ -50,7 +50,7 @@ def test_decoding_keeps_the_order_of_the_paths(images, preprocess):
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 20, 64])
 def test_batches_are_the_whole_list_cut_in_order(images, preprocess, batch):
-    pairs = list(decode_batches(images.paths, preprocess, batch))
+    pairs = list(decode_batches(images.items, preprocess, batch))
     assert [start for start, _ in pairs] == list(range(0, 20, batch))
     assert _levels(torch.cat([pixels for _, pixels in pairs])) == list(range(20))
 
@@ -121,7 +121,7 @@ def test_text_with_an_image_suffix_is_no_image(tmp_path, preprocess):
 def test_a_damaged_image_raises_through_the_threads_that_decode_ahead(images, preprocess, tmp_path):
     bad = _jpeg(tmp_path / "bad.jpg", keep=0.5)
     with pytest.raises(DataError, match=r"bad\.jpg"):
-        list(decode_batches([*images.paths[:5], bad], preprocess, 2))
+        list(decode_batches([*images.items[:5], bad], preprocess, 2))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "gif", "webp", "tiff", "ppm"])

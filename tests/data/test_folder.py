@@ -19,7 +19,7 @@ def _touch(root: Path, *names: str) -> Path:
 
 
 def _names(root: Path, listed) -> list[str]:
-    return [path.relative_to(root).as_posix() for path in listed.paths]
+    return [path.relative_to(root).as_posix() for path in listed.items]
 
 
 def test_unlabeled_images_are_all_images_below_in_sorted_order(tmp_path):
@@ -43,7 +43,7 @@ def test_labels_follow_the_order_of_the_class_names(tmp_path, classnames):
     listed = labelled_images(str(tmp_path), classnames, "w")
     labelled = [
         (classnames[label], path.relative_to(tmp_path).as_posix())
-        for path, label in zip(listed.paths, listed.labels, strict=True)
+        for path, label in zip(listed.items, listed.labels, strict=True)
     ]
     expected = {"ape": ["ape/x/9.png"], "cat": ["cat/1.png", "cat/2.png"], "dog": ["dog/1.png"]}
     assert labelled == [(name, path) for name in classnames for path in expected[name]]
@@ -52,7 +52,7 @@ def test_labels_follow_the_order_of_the_class_names(tmp_path, classnames):
 def test_folders_match_names_by_their_letters_and_digits(tmp_path):
     _touch(tmp_path, "sea_or_lake/1.png", "Annual-Crop/1.png", "river/1.png")
     listed = labelled_images(str(tmp_path), ["annual crop", "River", "Sea or Lake"], "w")
-    assert [path.parent.name for path in listed.paths] == ["Annual-Crop", "river", "sea_or_lake"]
+    assert [path.parent.name for path in listed.items] == ["Annual-Crop", "river", "sea_or_lake"]
     assert listed.labels == (0, 1, 2)
 
 

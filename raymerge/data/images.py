@@ -1,0 +1,124 @@
+"""A task's images, wherever they are: files, or places in a stored data set."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+"""What Pillow raises for damaged images."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """(N,) class numbers as they are stored; ``names[number]`` is a class, None if not known."""
+
+    numbers: NDArray[np.int64]
+    names: tuple[str, ...] | None = None
+
+
+class Source(Protocol):
+    """A stored data set of N images. Hashable, and small to pickle: what it keeps of the data is
+    left behind, so another process opens the data for itself. Methods may be called by several
+    threads at once. All raise :class:`~raymerge.errors.DataError`.
+    """
+
+    def __len__(self) -> int:
+        """N."""
+        ...
+
+    def key(self, row: int) -> str:
+        """What tells an image from the others, wherever the data set lies."""
+        ...
+
+    def name(self, row: int) -> str:
+        """For errors."""
+        ...
+
+    def encoded(self, row: int) -> bytes | None:
+        """An image's file; None if only its pixels are stored."""
+        ...
+
+    def image(self, row: int) -> Image.Image:
+        """An image, not yet decoded if it is encoded."""
+        ...
+
+    def labels(self) -> Labels: ...
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """One image of a data set, for any process to open."""
+
+    source: Source
+    row: int
+
+    def open(self) -> Image.Image:
+        return self.source.image(self.row)
+
+    def encoded(self) -> bytes | None:
+        return self.source.encoded(self.row)
+
+    @property
+    def key(self) -> str:
+        return self.source.key(self.row)
+
+    def __str__(self) -> str:
+        return self.source.name(self.row)
+
+
+Item: TypeAlias = Path | StoredImage
+
+
+class StoredImages(Sequence[Item]):
+    """Some rows of a data set, in this order. Only their numbers are held."""
+
+    def __init__(self, source: Source, rows: NDArray[np.int64]) -> None:
+        self.source, self._rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> StoredImage: ...
+    @overload
+    def __getitem__(self, index: slice) -> StoredImages: ...
+    def __getitem__(self, index: int | slice) -> StoredImage | StoredImages:
+        if isinstance(index, slice):
+            return StoredImages(self.source, self._rows[index])
+        return StoredImage(self.source, int(self._rows[index]))
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images in a fixed order; ``labels[i]`` is the class of ``items[i]``, −1 if unlabeled."""
+
+    items: Sequence[Item]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def keys(self, folder: str) -> list[str]:
+        """What tells the images apart, wherever they lie; ``folder``: of image files."""
+        return [
+            str(item.relative_to(folder)) if isinstance(item, Path) else f"{item.key} {label}"
+            for item, label in zip(self.items, self.labels, strict=True)
+        ]
+
+
+def open_image(item: Item) -> Image.Image:
+    """Not yet decoded. Raises one of ``DECODE_ERRORS``, or :class:`DataError`."""
+    return Image.open(item) if isinstance(item, Path) else item.open()
+
+
+def decoded_from(content: bytes) -> Image.Image:
+    """An image whose file is in memory."""
+    return Image.open(io.BytesIO(content))

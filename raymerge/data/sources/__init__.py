@@ -1,0 +1,191 @@
+"""Where a task's images are: an image folder, or a data set as others store it.
+
+This is the one place that decides which; see ``docs/data.md`` for what a reference may say.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raymerge.data import folder
+from raymerge.data.images import ImageList, Source, StoredImages
+from raymerge.data.sources.fetched import local_reference
+from raymerge.data.sources.labels import class_indices
+from raymerge.data.sources.reference import DataReference, parse_reference
+from raymerge.errors import DataError
+
+_MOST_IMAGES = 1 << 27
+
+
+def unlabeled_images(reference: str, where: str) -> ImageList:
+    """Every image, in sorted order (a folder) or as stored; labels are not looked at.
+
+    Raises :class:`DataError`, as does ``labelled_images``.
+    """
+    with _told(where):
+        reference = local_reference(reference)
+    found = _find(reference, where)
+    if found is None:
+        return folder.unlabeled_images(reference, where)
+    source, rows = found
+    return ImageList(StoredImages(source, rows), (-1,) * len(rows))
+
+
+def labelled_images(reference: str, classnames: Sequence[str], where: str) -> ImageList:
+    """Images with their places in ``classnames``: by class (a folder), or as stored."""
+    with _told(where):
+        reference = local_reference(reference)
+    found = _find(reference, where)
+    if found is None:
+        return folder.labelled_images(reference, classnames, where)
+    source, rows = found
+    with _told(where):
+        stored = source.labels()
+    if parse_reference(reference).options.get("match") == "index":
+        stored = replace(stored, names=None)
+    indices = class_indices(stored, classnames, f"{where}: {reference}")
+    return ImageList(StoredImages(source, rows), tuple(indices[rows].tolist()))
+
+
+def labels_in_order(reference: str, classnames: Sequence[str], where: str) -> tuple[int, ...]:
+    """Of ``unlabeled_images``, in its order. Raises :class:`DataError` where one has none."""
+    images = unlabeled_images(reference, where)
+    labelled = labelled_images(reference, classnames, where)
+    if isinstance(images.items, StoredImages):
+        return labelled.labels
+    label_of = dict(zip(labelled.items, labelled.labels, strict=True))
+    if label_of.keys() != set(images.items):
+        raise DataError(f"{where}: {reference}: some images lie in no class folder")
+    return tuple(label_of[item] for item in images.items)
+
+
+def is_folder(reference: str) -> bool:
+    """Whether these are image files in a folder. Raises :class:`DataError`."""
+    return _open(parse_reference(local_reference(reference))) is None
+
+
+def _find(reference: str, where: str) -> tuple[Source, NDArray[np.int64]] | None:
+    """The data set and its rows that are wanted; None: an image folder."""
+    with _told(where):
+        parsed = parse_reference(reference)
+        source = _open(parsed)
+        if source is None:
+            return None
+        limit = parsed.number("limit") or len(source)
+    count = len(source)
+    if count > _MOST_IMAGES:
+        raise DataError(f"{where}: {reference}: says that it has {count} images; none has so many")
+    if limit >= count:
+        return source, np.arange(count)
+    return source, np.arange(limit) * count // limit  # evenly: data sets are often sorted by class
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """What is wrong with a data set, with the key that names it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    except OSError as error:  # no permission on the way, or too long a name
+        raise DataError(f"{where}: {error.filename}: {error.strerror}") from error
+
+
+# --- which format ------------------------------------------------------------------------------
+
+
+def _open(reference: DataReference) -> Source | None:
+    if reference.scheme == "hf":
+        from raymerge.data.sources.hub import open_hub
+
+        return open_hub(reference)
+    if reference.scheme == "torchvision":
+        from raymerge.data.sources.vision import open_vision
+
+        return open_vision(reference)
+    path = Path(reference.place)
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return _open_folder(reference, path)
+    if suffix == ".parquet":
+        from raymerge.data.sources.parquet import open_parquet
+
+        reference.require_options("image", "label")
+        return open_parquet(reference, [path])
+    if suffix == ".tar":
+        from raymerge.data.sources.shards import expand, open_shards
+
+        return open_shards(reference, [path] if path.is_file() else expand(reference.place))
+    if suffix == ".npz":
+        from raymerge.data.sources.arrays import open_arrays
+
+        return open_arrays(reference, path)
+    if path.is_file():
+        raise DataError(
+            f"{path}: is no image folder and no .parquet, .tar or .npz file; see docs/data.md"
+        )
+    _refuse_options(reference)
+    return None
+
+
+def _open_folder(reference: DataReference, root: Path) -> Source | None:
+    """An image folder, unless it holds Parquet or tar files and not one image."""
+    stored = _stored_files(root)
+    if not stored or any(folder.is_image(path) for path in root.rglob("*")):
+        _refuse_options(reference)
+        return None
+    if stored[0].suffix.lower() == ".tar":
+        from raymerge.data.sources.shards import open_shards
+
+        return open_shards(reference, stored)
+    from raymerge.data.sources.parquet import open_parquet, split_files
+
+    reference.require_options("image", "label", "split", "config")
+    split, config = reference.options.get("split"), reference.options.get("config")
+    files = split_files(stored, root, split, config, reference.text)
+    return open_parquet(reference, files)
+
+
+def _stored_files(root: Path) -> list[Path]:
+    """Parquet or tar files: directly in the folder, or Parquet at most two folders deeper.
+
+    Looks no further than the first image."""
+    found: list[Path] = []
+    for path in _near(root, 3):
+        if folder.is_image(path):
+            return []
+        if path.suffix.lower() == ".parquet" or (
+            path.suffix.lower() == ".tar" and path.parent == root
+        ):
+            found.append(path)
+    parquet = sorted(path for path in found if path.suffix.lower() == ".parquet")
+    return parquet or sorted(found)
+
+
+def _near(root: Path, depth: int) -> Iterator[Path]:
+    """Files, those of a folder before those of its own folders; nothing hidden."""
+    folders = []
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_file():
+                yield Path(entry.path)
+            elif depth > 1 and entry.is_dir():
+                folders.append(Path(entry.path))
+    for path in folders:
+        yield from _near(path, depth - 1)
+
+
+def _refuse_options(reference: DataReference) -> None:
+    if reference.options:
+        raise DataError(
+            f"{reference.text}: a folder of images has no options; write {reference.place}"
+        )

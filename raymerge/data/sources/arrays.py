@@ -1,0 +1,205 @@
+""".npz: ``images`` (N, H, W, 3), (N, H, W, 1) or (N, H, W) uint8, and ``labels`` (N,).
+
+Images that are stored uncompressed (``np.savez``) are read one by one in place. Nothing is
+unpickled.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import IO, Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+from PIL import Image
+
+from raymerge.data.images import Labels
+from raymerge.data.sources.files import FileStamp, read_at, stamps_of
+from raymerge.data.sources.labels import text_labels
+from raymerge.data.sources.reference import DataReference
+from raymerge.errors import DataError
+
+_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    zipfile.BadZipFile,
+    RuntimeError,  # encrypted, or an unknown compression
+    struct.error,
+    zlib.error,
+)
+_LOCAL_HEADER = 30  # bytes before the name and the extra field of a zip's member
+
+
+@dataclass(frozen=True)
+class _Member:
+    """``offset``: of the numbers in the file; None where they are not there as they are."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int | None
+
+
+def open_arrays(reference: DataReference, path: Path) -> NpzArrays:
+    reference.require_options()
+    (stamp,) = stamps_of([path])
+    images = _member(path, "images")
+    shaped = len(images.shape) == 3 or (len(images.shape) == 4 and images.shape[3] in (1, 3))
+    if images.dtype != np.uint8 or not shaped or 0 in images.shape:
+        raise DataError(
+            f"{path}: images is {images.dtype} of shape {images.shape}; it must be uint8 of shape "
+            "(N, H, W, 3), (N, H, W, 1) or (N, H, W), none of them 0"
+        )
+    return NpzArrays(stamp, images.shape, images.offset)
+
+
+@dataclass(frozen=True)
+class NpzArrays:
+    """A :class:`~raymerge.data.images.Source`."""
+
+    file: FileStamp
+    shape: tuple[int, ...]
+    offset: int | None
+    _held: _Held = field(init=False, repr=False, compare=False, default_factory=lambda: _Held())
+
+    def __reduce__(self) -> tuple[type[NpzArrays], tuple[FileStamp, tuple[int, ...], int | None]]:
+        return NpzArrays, (self.file, self.shape, self.offset)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def key(self, row: int) -> str:
+        return f"{self.file.path.name} image {row}"
+
+    def name(self, row: int) -> str:
+        return f"{self.file.path} image {row}"
+
+    def encoded(self, row: int) -> None:
+        return None
+
+    def image(self, row: int) -> Image.Image:
+        height, width = self.shape[1:3]
+        pixels = self._pixels(row).reshape(height, width, *self.shape[3:])
+        return Image.fromarray(pixels[..., 0] if self.shape[3:] == (1,) else pixels)
+
+    def _pixels(self, row: int) -> NDArray[np.uint8]:
+        if self.offset is None:
+            pixels: NDArray[np.uint8] = self._held.all_of(self.file.path)[row]
+            return pixels
+        size = int(np.prod(self.shape[1:]))
+        content = read_at(self.file.path, self.offset + row * size, size)
+        if len(content) < size:
+            raise DataError(f"{self.name(row)}: the file has been cut off; write it again")
+        return np.frombuffer(content, dtype=np.uint8)
+
+    def labels(self) -> Labels:
+        labels = _member(self.file.path, "labels")
+        if labels.shape != self.shape[:1] or labels.dtype.kind not in "iuU":
+            raise DataError(
+                f"{self.file.path}: labels is {labels.dtype} of shape {labels.shape}; it must be "
+                f"whole numbers (or class names) of shape ({len(self)},), one an image"
+            )
+        values = _read(self.file.path, "labels")
+        if labels.dtype.kind == "U":
+            return text_labels([str(value) for value in values])
+        if labels.dtype.kind == "u" and len(values) and values.max() > np.iinfo(np.int64).max:
+            raise DataError(f"{self.file.path}: label {values.max()} is too large")
+        return Labels(values.astype(np.int64))
+
+
+class _Held:
+    """All images of a compressed file, once one of them is wanted."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._images: NDArray[np.uint8] | None = None
+
+    def all_of(self, path: Path) -> NDArray[np.uint8]:
+        with self._lock:
+            if self._images is None:
+                self._images = _read(path, "images")
+            return self._images
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+
+def _member(path: Path, name: str) -> _Member:
+    """Of ``name``.npy, from its header. Raises :class:`DataError`."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if f"{name}.npy" not in archive.namelist():
+                raise DataError(
+                    f"{path}: holds no array {name!r} (it has "
+                    f"{', '.join(sorted(_arrays(archive))[:5]) or 'none'}); save it with "
+                    "np.savez(path, images=…, labels=…)"
+                )
+            info = archive.getinfo(f"{name}.npy")
+            with archive.open(info) as file:
+                shape, fortran, dtype = _header(file)
+                header_bytes = file.tell()
+    except _ERRORS as error:
+        raise _unreadable(path, error) from error
+    if dtype.hasobject:
+        raise DataError(
+            f"{path}: {name} holds Python objects, which only pickle reads and raymerge does not; "
+            f"save {name} as an array of {'uint8' if name == 'images' else 'int64'}"
+        )
+    size = int(np.prod([1, *shape], dtype=object)) * dtype.itemsize
+    if info.file_size != header_bytes + size:
+        raise DataError(
+            f"{path}: {name} of shape {shape} takes {size} bytes, but {info.file_size} are stored; "
+            "write the file again"
+        )
+    if info.compress_type != zipfile.ZIP_STORED or fortran:
+        if size > psutil.virtual_memory().available:
+            raise DataError(
+                f"{path}: {name} takes {size / 2**30:.1f} GiB unpacked, more than is free; save it "
+                "with np.savez (uncompressed, C order), which is read in place"
+            )
+        return _Member(shape, dtype, None)
+    return _Member(shape, dtype, _offset(path, info) + header_bytes)
+
+
+def _arrays(archive: zipfile.ZipFile) -> list[str]:
+    return [name.removesuffix(".npy") for name in archive.namelist() if name.isprintable()]
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+        version, np.lib.format.read_array_header_2_0
+    )
+    shape, fortran, dtype = read(file)
+    return tuple(map(int, shape)), bool(fortran), dtype
+
+
+def _offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where a stored member's bytes start, which must all be there."""
+    header = read_at(path, info.header_offset, _LOCAL_HEADER)
+    name, extra = struct.unpack("<HH", header[26:30])
+    start = info.header_offset + _LOCAL_HEADER + int(name) + int(extra)
+    if start + info.file_size > path.stat().st_size:
+        raise DataError(f"{path}: is cut off; write it again")
+    return start
+
+
+def _read(path: Path, name: str) -> NDArray[Any]:
+    """The whole array. Its checksum is verified."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+            values: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+            return np.ascontiguousarray(values)
+    except _ERRORS as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return DataError(f"{path}: not a readable .npz file ({reason}); write it again")

@@ -1,0 +1,69 @@
+"""What the formats share: files as they were when they were opened, and reads from the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from raymerge.data.folder import quoted
+from raymerge.errors import DataError
+
+MOST_ENCODED_BYTES = 1 << 28
+"""Of one image's file: a larger one is a mistake, or meant to fill the memory."""
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """A file, and by what it is seen to have changed."""
+
+    path: Path
+    size: int
+    changed_ns: int
+
+
+def stamps_of(paths: Sequence[Path]) -> tuple[FileStamp, ...]:
+    """Raises :class:`DataError` naming the files that are missing."""
+    stamps, missing = [], []
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError:
+            missing.append(path)
+        else:
+            if path.is_file():
+                stamps.append(FileStamp(path, stat.st_size, stat.st_mtime_ns))
+            else:
+                missing.append(path)
+    if missing and len(paths) == 1:
+        raise DataError(f"{missing[0]}: no such file")
+    if missing:
+        names = quoted([path.name for path in missing])
+        raise DataError(
+            f"{missing[0].parent}: {len(missing)} of {len(paths)} files are missing: {names}"
+        )
+    return tuple(stamps)
+
+
+def read_at(path: Path, offset: int, size: int) -> bytes:
+    """Fewer bytes where the file has been cut off since. Raises :class:`DataError`."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def require_small(size: int, what: str) -> None:
+    if size > MOST_ENCODED_BYTES:
+        raise DataError(
+            f"{what}: is {size / 2**20:.0f} MiB encoded, and raymerge reads images of at most "
+            f"{MOST_ENCODED_BYTES >> 20} MiB; shrink or remove it"
+        )
+
+
+def shown(name: str, limit: int = 80) -> str:
+    """A name from inside a file, fit for one line."""
+    text = name if name.isprintable() else ascii(name)[1:-1]
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,55 @@
+"""``hf:ORG/NAME[@REVISION]:SPLIT[?config=NAME&image=COLUMN&label=COLUMN]``: the hub's Parquet."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from raymerge.data.sources.parquet import ParquetRows, open_parquet, split_files
+from raymerge.data.sources.reference import DataReference
+from raymerge.errors import DataError
+
+_FORM = re.compile(
+    r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?:(?P<split>\w+(\.\w+)*)", re.ASCII
+)
+
+
+def open_hub(reference: DataReference) -> ParquetRows:
+    """Fetches the split's files, unless they are in the hub's own cache."""
+    reference.require_options("config", "image", "label")
+    found = _FORM.fullmatch(reference.place)
+    if found is None:
+        raise DataError(
+            f"{reference.text}: write hf:ORG/NAME:SPLIT, with @REVISION after the name if wanted"
+        )
+    config = reference.options.get("config")
+    files = hub_files(reference.text, found["name"], found["revision"], found["split"], config)
+    return open_parquet(reference, files, place=reference.place)
+
+
+def hub_files(
+    text: str, name: str, revision: str | None, split: str, config: str | None
+) -> list[Path]:
+    """A split's Parquet files, in order; ``text``: what errors call the data set."""
+    root = _fetch(text, name, revision, split, config)
+    return split_files(sorted(root.rglob("*.parquet")), root, split, config, text)
+
+
+def _fetch(text: str, name: str, revision: str | None, split: str, config: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    below = "" if config in (None, "default") else f"{config}/"
+    forms = (f"{split}-*.parquet", f"{split}/*.parquet", f"{split}.parquet")
+    patterns = [f"{folder}{form}" for folder in (below, f"*{'/' + below if below else '/'}")
+                for form in forms]  # fmt: skip
+    try:
+        return Path(
+            snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise DataError(
+            f"{text}: cannot be fetched ({reason}); check the name, the network and "
+            "HF_TOKEN, or name local Parquet files"
+        ) from error

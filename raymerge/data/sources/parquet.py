@@ -1,0 +1,385 @@
+"""Hugging Face data sets in Parquet: images in a column, read a row group at a time.
+
+The image column is binary, or a struct of ``bytes`` and ``path`` as `datasets` writes it. Class
+names are taken from the ``huggingface`` metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from raymerge.data.folder import quoted
+from raymerge.data.images import Labels, decoded_from
+from raymerge.data.sources.files import FileStamp, require_small, stamps_of
+from raymerge.data.sources.labels import text_labels
+from raymerge.data.sources.reference import DataReference
+from raymerge.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_CACHE_BYTES = 1 << 27
+"""Of row groups that are kept for the next image, in a process."""
+_MOST_GROUP_BYTES = 1 << 31
+_SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-(?P<number>\d{5})-of-(?P<count>\d{5})(-\w+)?")
+_NUMBERED = re.compile(r"\d+|part[-_.]?\d+.*", re.IGNORECASE)
+_IMAGES, _LABELS = ("image", "img", "jpg", "png", "webp"), ("label", "labels", "cls", "class")
+
+
+# --- which files ---------------------------------------------------------------------------------
+
+
+def split_files(
+    files: Sequence[Path], root: Path, split: str | None, config: str | None, text: str
+) -> list[Path]:
+    """One split of the Parquet files below ``root``, in the order of their names.
+
+    Raises :class:`DataError` where they are of several, or one of them is missing.
+    """
+    places = {path: _place(path.relative_to(root)) for path in sorted(files)}
+    if split is not None:
+        places = {path: place for path, place in places.items() if place[1] == split}
+    elif len(found := sorted({place[1] for place in places.values()})) > 1:
+        raise DataError(f"{text}: holds the splits {quoted(found, 9)}; name one: ?split={found[0]}")
+    if config is not None:
+        places = {path: place for path, place in places.items() if place[0] == config}
+    elif len(found := sorted({place[0] for place in places.values()})) > 1:
+        raise DataError(
+            f"{text}: holds the configurations {quoted(found, 9)}; name one: config={found[0]}"
+        )
+    if not places:
+        there = sorted({"/".join(_place(path.relative_to(root))) for path in files})
+        wanted = "/".join(filter(None, (config, split)))
+        raise DataError(
+            f"{text}: holds no Parquet file of {wanted}; it has {quoted(there, 9) or 'none'}"
+        )
+    _require_all(list(places), text)
+    return list(places)
+
+
+def _place(path: Path) -> tuple[str, str]:
+    """(configuration, split): ``config/test-00000-of-00001``, ``config/test/0000``, ``test``."""
+    folders = [name for name in path.parts[:-1] if name != "data"]
+    if found := _SHARD.fullmatch(path.stem):
+        split = found.group("split")
+    elif _NUMBERED.fullmatch(path.stem) and folders:
+        split = folders.pop()
+    else:
+        split = path.stem
+    return "/".join(folders) or "default", split
+
+
+def _require_all(files: Sequence[Path], text: str) -> None:
+    shards = [found for path in files if (found := _SHARD.fullmatch(path.stem))]
+    counts = {int(found.group("count")) for found in shards}
+    if len(shards) == len(files) and len(counts) == 1 and len(files) != (count := counts.pop()):
+        there = {int(found.group("number")) for found in shards}
+        missing = [f"{i:05}" for i in range(min(count, 100_000)) if i not in there]
+        raise DataError(
+            f"{text}: {len(files)} of {count} Parquet files are there, without {quoted(missing)}; "
+            "fetch them too"
+        )
+
+
+# --- the data set --------------------------------------------------------------------------------
+
+
+def open_parquet(
+    reference: DataReference, paths: Sequence[Path], place: str | None = None
+) -> ParquetRows:
+    """``place``: what errors call the data set, if not by its files' folder."""
+    stamps = stamps_of(paths)
+    for stamp in stamps:
+        with _reading(stamp):
+            _opened(stamp)
+    schema = _schema(stamps[0])
+    image = _image_column(schema, reference)
+    for stamp in stamps[1:]:
+        if _schema(stamp).get(image) != schema[image]:
+            raise DataError(f"{stamp.path}: has no column {image!r} like that of {paths[0].name}")
+    rows = ParquetRows(stamps, image, reference.options.get("label"), place)
+    if not len(rows):
+        raise DataError(f"{reference.text}: holds no row")
+    return rows
+
+
+@dataclass(frozen=True)
+class ParquetRows:
+    """A :class:`~raymerge.data.images.Source`: the rows of some files in their order."""
+
+    files: tuple[FileStamp, ...]
+    column: str
+    label: str | None
+    place: str | None
+    _starts: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        counts = [int(_groups(file)[-1]) for file in self.files]
+        object.__setattr__(self, "_starts", np.cumsum([0, *counts]))
+
+    def __reduce__(self) -> tuple[type[ParquetRows], tuple[Any, ...]]:
+        return ParquetRows, (self.files, self.column, self.label, self.place)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _find(self, row: int) -> tuple[FileStamp, int]:
+        file = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self.files[file], row - int(self._starts[file])
+
+    def key(self, row: int) -> str:
+        file, place = self._find(row)
+        return f"{file.path.name} row {place}"
+
+    def name(self, row: int) -> str:
+        file, place = self._find(row)
+        known = file.path if self.place is None else f"{self.place} {file.path.name}"
+        return f"{known} row {place}"
+
+    def encoded(self, row: int) -> bytes:
+        file, place = self._find(row)
+        starts = _groups(file)
+        group = int(np.searchsorted(starts, place, side="right")) - 1
+        values = _CACHE.column(file, self.column, group)
+        value = _value(values, place - int(starts[group]))
+        if value is None:
+            raise DataError(
+                f"image {self.name(row)}: has no bytes in column {self.column!r}; save the data "
+                "set with its images embedded"
+            )
+        require_small(value.size, f"image {self.name(row)}")
+        return bytes(value.to_pybytes())
+
+    def image(self, row: int) -> Image.Image:
+        return decoded_from(self.encoded(row))
+
+    def labels(self) -> Labels:
+        columns = _schema(self.files[0])
+        name = _label_column(columns, self.label, str(self.files[0].path))
+        values = [_read_labels(file, name) for file in self.files]
+        if isinstance(values[0], list):
+            return text_labels([text for part in values for text in part])
+        names = {json.dumps(_class_names(_features(file).get(name))) for file in self.files}
+        if len(names) > 1:
+            raise DataError(
+                f"{self.files[0].path.parent}: its files name the classes of {name!r} differently"
+            )
+        return Labels(np.concatenate(values), _class_names(_features(self.files[0]).get(name)))
+
+
+def _value(chunks: Sequence[Any], place: int) -> Any:
+    """A buffer; None for null."""
+    for chunk in chunks:
+        if place < len(chunk):
+            return chunk[place].as_buffer() if chunk[place].is_valid else None
+        place -= len(chunk)
+    raise IndexError(place)
+
+
+# --- columns -------------------------------------------------------------------------------------
+
+
+def _image_column(schema: Mapping[str, str], reference: DataReference) -> str:
+    given = reference.options.get("image")
+    candidates = [name for name, kind in schema.items() if kind in ("image", "binary")]
+    if given is not None:
+        if given not in candidates:
+            raise DataError(_no_column(reference.text, "image", given, candidates, schema))
+        return given
+    return _only(candidates, _IMAGES, reference.text, "image", schema)
+
+
+def _label_column(schema: Mapping[str, str], given: str | None, text: str) -> str:
+    candidates = [name for name, kind in schema.items() if kind in ("integer", "text")]
+    if given is not None:
+        if given not in candidates:
+            raise DataError(_no_column(text, "label", given, candidates, schema))
+        return given
+    classes = [name for name in candidates if schema[name] == "integer"]
+    named = [name for name in candidates if name.lower() in _LABELS]
+    return _only(named or classes, _LABELS, text, "label", schema)
+
+
+def _only(
+    candidates: Sequence[str],
+    usual: Sequence[str],
+    text: str,
+    what: str,
+    schema: Mapping[str, str],
+) -> str:
+    named = next((name for known in usual for name in candidates if name.lower() == known), None)
+    if named is not None:
+        return named
+    if len(candidates) != 1:
+        raise DataError(_no_column(text, what, None, candidates, schema))
+    return candidates[0]
+
+
+def _no_column(
+    text: str, what: str, given: str | None, candidates: Sequence[str], schema: Mapping[str, str]
+) -> str:
+    if candidates:
+        which = f"column {given!r} holds no {what}s" if given else f"which column holds the {what}s"
+        return f"{text}: {which}; name it: {what}=…, one of {quoted(candidates, 9)}"
+    types = ", ".join(f"{name}: {kind}" for name, kind in list(schema.items())[:9])
+    return f"{text}: no column holds {what}s (columns: {types or 'none'})"
+
+
+def _class_names(feature: Any) -> tuple[str, ...] | None:
+    """Of a ClassLabel."""
+    names = feature.get("names") if isinstance(feature, dict) else None
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        return tuple(names)
+    return None
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reading(file: FileStamp) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise DataError(f"{file.path}: Parquet needs pyarrow; pip install pyarrow") from error
+    except (OSError, ValueError, EOFError, RuntimeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise DataError(
+            f"{file.path}: not a readable Parquet file ({reason}); fetch or write it again"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _opened(file: FileStamp) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(file.path)
+
+
+@lru_cache(maxsize=4096)
+def _groups(file: FileStamp) -> NDArray[np.int64]:
+    """First row of each row group, and the number of rows."""
+    with _reading(file), _LOCK:
+        metadata = _opened(file).metadata
+        counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    starts: NDArray[np.int64] = np.cumsum([0, *counts])
+    return starts
+
+
+@lru_cache(maxsize=4096)
+def _schema(file: FileStamp) -> dict[str, str]:
+    """Column → image, binary, integer, text, or another type's name."""
+    with _reading(file), _LOCK:
+        return {field.name: _kind(field.type) for field in _opened(file).schema_arrow}
+
+
+def _kind(kind: Any) -> str:
+    import pyarrow.types as types
+
+    if types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return "image" if index >= 0 and _kind(kind.field(index).type) == "binary" else "struct"
+    if types.is_dictionary(kind):
+        return _kind(kind.value_type)
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return "binary"
+    if types.is_string(kind) or types.is_large_string(kind):
+        return "text"
+    return "integer" if types.is_integer(kind) else str(kind)[:40]
+
+
+@lru_cache(maxsize=4096)
+def _features(file: FileStamp) -> dict[str, Any]:
+    """What `datasets` says of the columns."""
+    with _reading(file), _LOCK:
+        metadata = _opened(file).schema_arrow.metadata or {}
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _read_labels(file: FileStamp, column: str) -> NDArray[np.int64] | list[str]:
+    kind = _schema(file).get(column)
+    if kind not in ("integer", "text"):
+        raise DataError(f"{file.path}: has no column {column!r} of numbers or names")
+    with _reading(file), _LOCK:
+        values = _opened(file).read(columns=[column]).column(0)
+        if values.null_count:
+            raise DataError(
+                f"{file.path}: {values.null_count} of {len(values)} rows have no {column!r}; "
+                "remove them, or name another column: label=…"
+            )
+        if kind == "text":
+            return [str(value) for value in values.to_pylist()]
+        numbers: NDArray[np.int64] = np.array(values.to_pylist(), dtype=np.int64)
+        return numbers
+
+
+class _RowGroups:
+    """The image columns of the row groups that were read last."""
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[tuple[FileStamp, str, int], list[Any]] = OrderedDict()
+
+    def column(self, file: FileStamp, column: str, group: int) -> list[Any]:
+        """Binary arrays, one after the other."""
+        key = (file, column, group)
+        with _LOCK:
+            if key not in self._held:
+                self._held[key] = _read_group(file, column, group)
+                while len(self._held) > 1 and self._bytes() > _CACHE_BYTES:
+                    self._held.popitem(last=False)
+            self._held.move_to_end(key)
+            return self._held[key]
+
+    def _bytes(self) -> int:
+        return sum(array.nbytes for arrays in self._held.values() for array in arrays)
+
+
+_LOCK = Lock()
+"""One read at a time: a row group serves all threads that wait for it."""
+_CACHE = _RowGroups()
+
+
+def _read_group(file: FileStamp, column: str, group: int) -> list[Any]:
+    with _reading(file):
+        parquet = _opened(file)
+        metadata = parquet.metadata.row_group(group)
+        chunks = [metadata.column(i) for i in range(metadata.num_columns)]
+        size = sum(c.total_uncompressed_size for c in chunks if _is_part(c.path_in_schema, column))
+        if not 0 <= size <= _MOST_GROUP_BYTES:
+            raise DataError(
+                f"{file.path}: row group {group} has {size / 2**30:.1f} GiB of images, and is read "
+                "as a whole; write it again with row_group_size=100"
+            )
+        values = parquet.read_row_group(group, columns=[column], use_threads=False).column(0)
+        return [_binary(chunk) for chunk in values.chunks]
+
+
+def _is_part(path: str, column: str) -> bool:
+    return path == column or path.startswith(f"{column}.")
+
+
+def _binary(chunk: Any) -> Any:
+    import pyarrow.types as types
+
+    if types.is_dictionary(chunk.type):
+        chunk = chunk.dictionary_decode()
+    if not types.is_struct(chunk.type):
+        return chunk
+    return chunk.flatten()[chunk.type.get_field_index("bytes")]  # null where the struct is

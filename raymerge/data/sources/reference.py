@@ -1,0 +1,86 @@
+"""What ``adapt``, ``test`` and ``train`` may say: ``PLACE?option=value&option=value``.
+
+images/                                      a folder of images
+train.parquet, sun397/?split=test            Parquet: a file, or a folder of them
+hf:ORG/NAME@REVISION:SPLIT?config=NAME       Parquet of the Hugging Face hub
+torchvision:NAME:SPLIT?root=DIR              torchvision's own data sets
+shards-{000..003}.tar, shards/               WebDataset
+images.npz                                   arrays
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from raymerge.errors import DataError
+
+COMMON = ("limit", "match")
+"""Options that every data set has: how many images, and how labels are matched."""
+
+
+@dataclass(frozen=True)
+class DataReference:
+    """``text`` without the options is ``place``."""
+
+    text: str
+    place: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def scheme(self) -> str:
+        """``hf`` or ``torchvision``; empty for a path."""
+        found = re.match(r"(hf|torchvision):(?!//)", self.place)
+        return found.group(1) if found else ""
+
+    def number(self, option: str) -> int | None:
+        """A whole number of at least 1."""
+        given = self.options.get(option)
+        if given is None:
+            return None
+        if not re.fullmatch(r"[1-9][0-9]{0,17}", given):
+            raise DataError(f"{self.text}: {option}={given!r} is no whole number from 1 on")
+        return int(given)
+
+    def require_options(self, *known: str) -> None:
+        known = (*known, *COMMON)
+        for name in self.options:
+            if name not in known:
+                raise DataError(
+                    f"{self.text}: option {name!r} is unknown here; known: {', '.join(known)}"
+                )
+        self.choice("match", ("name", "index"))
+        self.number("limit")
+
+    def choice(self, option: str, values: Collection[str]) -> str | None:
+        given = self.options.get(option)
+        if given is not None and given not in values:
+            raise DataError(f"{self.text}: {option}={given!r}; write {' or '.join(values)}")
+        return given
+
+
+def parse_reference(text: str) -> DataReference:
+    """A path that is there is taken as it is, whatever its name holds. Raises DataError."""
+    place, mark, query = text.partition("?")
+    if not mark or _exists(text):
+        return DataReference(text, text)
+    try:
+        plus = query.replace("+", "%2B")  # paths have it, and mean no space
+        pairs = parse_qsl(plus, keep_blank_values=True, strict_parsing=True, max_num_fields=20)
+    except ValueError as error:
+        raise DataError(
+            f"{text}: {query!r} is not a list of options; write option=value&option=value"
+        ) from error
+    if len(dict(pairs)) != len(pairs):
+        raise DataError(f"{text}: an option is given twice")
+    return DataReference(text, place, dict(pairs))
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # too long a name
+        return False

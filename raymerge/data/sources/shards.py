@@ -1,0 +1,234 @@
+"""WebDataset tar shards: indexed once, read in place; nothing is unpacked, no name is a path.
+
+A sample is what has one name up to the first dot of its last part: ``0017.jpg`` and ``0017.cls``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from raymerge.data.images import Labels, decoded_from
+from raymerge.data.sources.files import FileStamp, read_at, require_small, shown, stamps_of
+from raymerge.data.sources.labels import text_labels
+from raymerge.data.sources.reference import DataReference
+from raymerge.errors import DataError
+
+_IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff", "gif")
+_LABELS = ("cls", "json", "txt")  # the first that a sample has
+_JSON_KEYS = ("label", "cls", "class")
+_MOST_LABEL_BYTES = 1 << 20
+_MOST_SHARDS = 100_000
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+
+
+def expand(pattern: str) -> list[Path]:
+    """``a-{00..02}.tar`` → a-00.tar, a-01.tar, a-02.tar. Raises :class:`DataError`."""
+    found = _BRACES.search(pattern)
+    if found is None:
+        return [Path(pattern)]
+    first, last = map(int, found.groups())
+    if not first <= last < first + _MOST_SHARDS:
+        raise DataError(f"{pattern}: {found.group()} names no shard, or over {_MOST_SHARDS}")
+    width = len(found.group(1))
+    texts = [f"{number:0{width}}" for number in range(first, last + 1)]
+    heads = [pattern[: found.start()] + text + pattern[found.end() :] for text in texts]
+    return [path for head in heads for path in expand(head)]
+
+
+def open_shards(reference: DataReference, paths: Sequence[Path]) -> TarShards:
+    reference.require_options()
+    return TarShards(stamps_of(paths))
+
+
+@dataclass(frozen=True)
+class _Index:
+    """(N,) of one shard: where its images and their labels are, in the order of the images."""
+
+    keys: tuple[str, ...]
+    images_N2: NDArray[np.int64]
+    """Offset and size."""
+    labels_N2: NDArray[np.int64]
+    """Of the label's member; size −1: none."""
+    kinds: tuple[str, ...]
+    """The label's suffix."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True)
+class TarShards:
+    """A :class:`~raymerge.data.images.Source`: the samples of the shards in their order."""
+
+    files: tuple[FileStamp, ...]
+    _starts: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        counts = [len(_indexed(file)) for file in self.files]
+        object.__setattr__(self, "_starts", np.cumsum([0, *counts]))
+
+    def __reduce__(self) -> tuple[type[TarShards], tuple[tuple[FileStamp, ...]]]:
+        return TarShards, (self.files,)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _find(self, row: int) -> tuple[FileStamp, _Index, int]:
+        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
+        file = self.files[shard]
+        return file, _indexed(file), row - int(self._starts[shard])
+
+    def key(self, row: int) -> str:
+        file, index, place = self._find(row)
+        return f"{file.path.name} {shown(index.keys[place])}"
+
+    def name(self, row: int) -> str:
+        file, index, place = self._find(row)
+        return f"{file.path} member {shown(index.keys[place])}"
+
+    def encoded(self, row: int) -> bytes:
+        file, index, place = self._find(row)
+        offset, size = map(int, index.images_N2[place])
+        require_small(size, f"image {self.name(row)}")
+        return read_at(file.path, offset, size)
+
+    def image(self, row: int) -> Image.Image:
+        return decoded_from(self.encoded(row))
+
+    def labels(self) -> Labels:
+        texts = [text for file in self.files for text in _label_texts(file, _indexed(file))]
+        if all(re.fullmatch(r"-?\d{1,9}", text) for text in texts):
+            return Labels(np.array([int(text) for text in texts], dtype=np.int64))
+        return text_labels(texts)
+
+
+# --- labels --------------------------------------------------------------------------------------
+
+
+def _label_texts(file: FileStamp, index: _Index) -> Iterator[str]:
+    with file.path.open("rb") as shard:
+        for place, key in enumerate(index.keys):
+            offset, size = map(int, index.labels_N2[place])
+            name = f"{file.path} member {shown(key)}"
+            if size < 0:
+                raise DataError(
+                    f"image {name}: has no label; add a member {shown(key)}.cls with its class"
+                )
+            if size > _MOST_LABEL_BYTES:
+                raise DataError(f"{name}.{index.kinds[place]}: {size} bytes are no label")
+            shard.seek(offset)
+            yield _label_text(shard.read(size), index.kinds[place], name)
+
+
+def _label_text(content: bytes, kind: str, name: str) -> str:
+    try:
+        text = content.decode("utf-8").strip()
+        if kind == "json":
+            text = _from_json(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name}.{kind}: no label can be read from it") from error
+    if not text or "\n" in text:
+        raise DataError(
+            f"{name}.{kind}: holds no label; write a number or a class name"
+            + (f", in JSON as {' or '.join(map(repr, _JSON_KEYS))}" if kind == "json" else "")
+        )
+    return text
+
+
+def _from_json(value: object) -> str:
+    if isinstance(value, dict):
+        value = next((value[key] for key in _JSON_KEYS if key in value), None)
+    plain = isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))
+    return str(value).strip() if plain else ""
+
+
+# --- the index -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sample:
+    image: tuple[int, int] | None = None
+    labels: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=4096)
+def _indexed(file: FileStamp) -> _Index:
+    """The samples of a shard that have an image. Raises :class:`DataError`."""
+    samples: dict[str, _Sample] = {}
+    for member in _members(file):
+        key, suffix = _split(member.name)
+        if suffix in _IMAGES or suffix in _LABELS:
+            _add(samples.setdefault(key, _Sample()), member, suffix, file)
+    kept = {key: sample for key, sample in samples.items() if sample.image is not None}
+    if not kept:
+        raise DataError(
+            f"{file.path}: holds no image ({', '.join(_IMAGES)}); expected members such as "
+            "0001.jpg with 0001.cls"
+        )
+    kinds = [next((k for k in _LABELS if k in s.labels), "") for s in kept.values()]
+    labels = [s.labels.get(k, (0, -1)) for s, k in zip(kept.values(), kinds, strict=True)]
+    return _Index(
+        tuple(kept),
+        np.array([sample.image for sample in kept.values()], dtype=np.int64),
+        np.array(labels, dtype=np.int64),
+        tuple(kinds),
+    )
+
+
+def _add(sample: _Sample, member: tarfile.TarInfo, suffix: str, file: FileStamp) -> None:
+    name = f"{file.path} member {shown(member.name)}"
+    if member.type not in _PLAIN or member.issparse():
+        raise DataError(f"{name}: is a link or no plain file; store the file itself")
+    end = member.offset_data + member.size
+    if member.size < 0 or end > file.size:
+        raise DataError(
+            f"{name}: ends at byte {end}, but the shard has {file.size}; it is cut off: fetch or "
+            "write it again"
+        )
+    place = (member.offset_data, member.size)
+    if suffix in _LABELS:
+        if suffix in sample.labels:
+            raise DataError(f"{name}: is there twice; a sample has one label of a kind")
+        sample.labels[suffix] = place
+    elif sample.image is not None:
+        raise DataError(f"{name}: the sample has another image; a sample has one")
+    else:
+        sample.image = place
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The key and what follows its dot; hidden files are no samples."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, suffix = last.partition(".")
+    return f"{folder}{slash}{stem}", suffix.lower() if stem else ""
+
+
+def _members(file: FileStamp) -> Iterator[tarfile.TarInfo]:
+    """Everything but folders, in order, none of it held."""
+    try:
+        with tarfile.open(file.path, "r:") as shard:
+            before = -1
+            while (member := shard.next()) is not None:
+                shard.members = []  # type: ignore[attr-defined]  # which would grow with the shard
+                if shard.offset <= before:
+                    raise tarfile.ReadError("a member ends before it starts")
+                before = shard.offset
+                if not member.isdir():
+                    yield member
+    except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise DataError(
+            f"{file.path}: not a readable tar file ({reason}); fetch or write it again, without "
+            "compression"
+        ) from error
