@@ -1,4 +1,4 @@
-"""Zero-shot heads: one classifier per task from class names and templates (CLIP, §3.1.4).
+"""Heads, one classifier per task: from class names and templates (CLIP, §3.1.4), or saved.
 
 Legend: C classes, D features.
 """
@@ -6,11 +6,18 @@ Legend: C classes, D features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from raymerge.models import OpenClipModel
+from raymerge.checkpoints.reader import Checkpoint, open_checkpoint, read_tensor
+from raymerge.checkpoints.visual import require_finite
+from raymerge.config import TaskConfig
+from raymerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from raymerge.models import OpenClipModel
 
 _TEXTS_PER_PASS = 256
 
@@ -35,3 +42,51 @@ def zero_shot_head(
     mean_CD = torch.cat(features).unflatten(0, (len(classnames), len(templates))).mean(1)
     scale: Tensor = model.logit_scale.exp()
     return (nn.functional.normalize(mean_CD, dim=-1).t() * scale).float().contiguous()
+
+
+def saved_head(task: TaskConfig, where: str, features: int) -> Tensor:
+    """(D, C) float32, from a ``weight`` (C, D) that has the logit scale in it.
+
+    The file: a ``ClassificationHead`` as task_vectors and AdaMerging release it, or a state dict.
+    ``features``: D of the model. Raises :class:`CheckpointError` for what does not fit the task.
+    """
+    try:
+        checkpoint = open_checkpoint(str(task.head))
+        _require_fit(checkpoint, len(task.classnames), features)
+        weight_CD = read_tensor(checkpoint, "weight", torch.float32)
+        require_finite(weight_CD, checkpoint, "weight")
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}.head ({task.name}): {error}") from error
+    return weight_CD.t().contiguous()
+
+
+def _require_fit(checkpoint: Checkpoint, classes: int, features: int) -> None:
+    path, specs = checkpoint.path, checkpoint.specs
+    odd = sorted(specs.keys() - {"weight", "bias"})
+    if "weight" not in specs or odd:
+        holds = ", ".join((odd or sorted(specs))[:3])
+        raise CheckpointError(
+            f"checkpoint {path}: is no head: it holds {holds}; expected weight ({classes} classes "
+            f"x {features} features)"
+        )
+    shape, dtype = specs["weight"].shape, specs["weight"].dtype
+    if shape != (classes, features):
+        turned = "; save it transposed" if shape == (features, classes) else ""
+        raise CheckpointError(
+            f"checkpoint {path}: weight has shape {list(shape)}, but the task has {classes} "
+            f"classnames and the model {features} features{turned}"
+        )
+    if not dtype.is_floating_point:
+        raise CheckpointError(f"checkpoint {path}: weight is {dtype}, not floating point")
+    if "bias" in specs and bool(read_tensor(checkpoint, "bias").any()):
+        raise CheckpointError(
+            f"checkpoint {path}: has a bias that is not zero, and heads here have none; save the "
+            "head without it"
+        )
+    attributes = getattr(checkpoint, "attributes", {})
+    for key in ("normalize", "normalize_input"):
+        if attributes.get(key) is False:
+            raise CheckpointError(
+                f"checkpoint {path}: was made for features that are not normalised ({key}=False), "
+                "and they are here; save a head for normalised features"
+            )

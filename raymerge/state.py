@@ -28,6 +28,7 @@ from raymerge.config import Config, FwHard, FwSoft
 from raymerge.errors import RunError, UserError
 from raymerge.files import sync
 from raymerge.merging.optimizer import AdamState
+from raymerge.urls import redacted_values
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,8 @@ class StateStore:
 def fingerprint(config: Config) -> str:
     """SHA-256 of what decides λ at a step: not the cluster, nor the output, nor where the vectors
     lie, nor (at a constant rate) how many steps, or Frank-Wolfe iterations, are asked for."""
-    data = config.model_dump(mode="json", exclude={"cluster", "output", "state", "finetune"})
+    left_out = {"card", "cluster", "output", "state", "finetune"}
+    data = redacted_values(config.model_dump(mode="json", exclude=left_out))
     if isinstance(config.method, FwHard | FwSoft):
         del data["method"]["iterations"]
     # Soft Frank-Wolfe runs all of the optimizer's steps in every iteration.
@@ -156,6 +158,8 @@ def fingerprint(config: Config) -> str:
         del data["optimizer"]["steps"]
     for task in data["tasks"]:
         del task["test"], task["train"]
+        if task["head"] is None:  # as before there were saved heads
+            del task["head"]
     del data["vectors"]["folder"]
     if config.vectors.dtype != "auto":  # else the place decides the precision
         del data["vectors"]["location"]

@@ -9,15 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
-import re
 import resource
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +24,7 @@ from torch import Tensor
 from raymerge.checkpoints.locate import locate, one_line
 from raymerge.errors import CheckpointError
 
+_TensorT = TypeVar("_TensorT")
 _NESTED = ("state_dict", "model_state_dict")
 _SPARE_FILES = 32
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -52,6 +51,16 @@ class Checkpoint(Protocol):
         ...
 
 
+@runtime_checkable
+class Partial(Checkpoint, Protocol):
+    """A checkpoint that leaves something to the pretrained model: an adapter, a bare tower."""
+
+    def over(self, base: Checkpoint, prefix: str) -> Checkpoint:
+        """The whole visual tower, ``visual.*``; that of ``base`` is ``prefix*``. Raises
+        :class:`CheckpointError` if the two do not fit."""
+        ...
+
+
 class SafetensorsCheckpoint:
     """A ``.safetensors`` file: checked by its own library, read with positioned reads.
 
@@ -64,7 +73,7 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = _open(path)
+            self._file = open_file(path)
             with safe_open(path, framework="pt") as file:  # checks the header against the size
                 self.specs: Mapping[str, TensorSpec] = {
                     key: _slice_spec(file.get_slice(key))
@@ -81,7 +90,7 @@ class SafetensorsCheckpoint:
         same = out_n.dtype == dtype and out_n.is_contiguous()
         values_n = out_n if same else torch.empty(len(out_n), dtype=dtype)
         try:
-            self._read(self._starts[key] + start * dtype.itemsize, values_n)
+            read_at(self._file, self._starts[key] + start * dtype.itemsize, values_n)
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint {self.path}: {key} cannot be read ({one_line(error)}); fetch it again"
@@ -89,23 +98,15 @@ class SafetensorsCheckpoint:
         if not same:
             out_n.copy_(values_n)
 
-    def _read(self, position: int, out_n: Tensor) -> None:
-        left = memoryview(out_n.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        while len(left):
-            count = os.preadv(self._file.fileno(), [left], position)
-            if not count:
-                raise OSError("the file ends early")
-            left, position = left[count:], position + count
-
 
 class TorchCheckpoint:
     """A ``torch.save`` file, through ``weights_only=True``: nothing in it can run code."""
 
     kind = "torch"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, loaded: Any) -> None:
         self.path = path
-        self._tensors = _state_dict(_load_weights_only(path), path)
+        self._tensors = state_dict(loaded, path, Tensor)
         self.specs: Mapping[str, TensorSpec] = {
             key: TensorSpec(tuple(t.shape), t.dtype) for key, t in self._tensors.items()
         }
@@ -124,8 +125,36 @@ def read_tensor(checkpoint: Checkpoint, key: str, dtype: torch.dtype | None = No
 
 
 def open_checkpoint(reference: str | Path) -> Checkpoint:
-    """Open by content. Raises :class:`CheckpointError` for missing, damaged or unsafe files."""
+    """Open by content. Raises :class:`CheckpointError` for missing, damaged or unsafe files.
+
+    Hugging Face's models are presented under open_clip's names, PEFT's adapters as what they are.
+    """
+    return _presented(open_stored(reference))
+
+
+def open_stored(reference: str | Path) -> Checkpoint:
+    """The same under the names that the file itself has."""
     path = locate(str(reference))
+    return _open_index(path) if path.name.endswith(".index.json") else _open(path)
+
+
+def _presented(checkpoint: Checkpoint) -> Checkpoint:
+    from raymerge.checkpoints.huggingface import HuggingFaceCheckpoint, vision_prefix
+    from raymerge.checkpoints.lora import LoraCheckpoint, is_adapter
+
+    if is_adapter(checkpoint.specs):
+        return LoraCheckpoint(checkpoint)
+    prefix = vision_prefix(checkpoint.specs)
+    return checkpoint if prefix is None else HuggingFaceCheckpoint(checkpoint, prefix)
+
+
+def _open_index(path: Path) -> Checkpoint:
+    from raymerge.checkpoints.huggingface import ShardedCheckpoint
+
+    return ShardedCheckpoint(path, _open)
+
+
+def _open(path: Path) -> Checkpoint:
     try:
         with path.open("rb") as file:
             head = file.read(9)
@@ -135,16 +164,37 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path}: the file is empty; fetch it again")
     if path.suffix == ".safetensors" or (len(head) == 9 and head[8:9] == b"{"):
         return SafetensorsCheckpoint(path)
-    return TorchCheckpoint(path)
+    return _open_torch(path)
 
 
-def _open(path: Path) -> FileIO:
+def _open_torch(path: Path) -> Checkpoint:
+    """Through torch's own safe reader; what it does not take is a pickled module, or refused."""
+    try:
+        loaded = _load_weights_only(path)
+    except Exception:  # a damaged pickle fails anywhere: struct.error, EOFError, …
+        from raymerge.checkpoints.pickled import PickledCheckpoint
+
+        return PickledCheckpoint(path)
+    return TorchCheckpoint(path, loaded)
+
+
+def open_file(path: Path) -> FileIO:
     """Open for reading; a thousand experts are more files than a process may open by default."""
     file = path.open("rb", buffering=0)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if file.fileno() > soft - _SPARE_FILES:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return file
+
+
+def read_at(file: FileIO, position: int, out_n: Tensor) -> None:
+    """Fill a contiguous tensor from there on. Raises :class:`OSError` if the file ends first."""
+    left = memoryview(out_n.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while len(left):
+        count = os.preadv(file.fileno(), [left], position)
+        if not count:
+            raise OSError("the file ends early")
+        left, position = left[count:], position + count
 
 
 def _data_starts(path: Path) -> dict[str, int]:
@@ -182,38 +232,13 @@ SAFETENSORS_DTYPES = {
 def _load_weights_only(path: Path) -> Any:
     with path.open("rb") as file:
         zipped = file.read(4) == _ZIP_MAGIC
-    try:
-        with warnings.catch_warnings():  # torch warns of odd pickles before it refuses them
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"checkpoint {path}: {_refusal(str(error))}") from None
-    except Exception as error:  # a damaged pickle fails anywhere: struct.error, EOFError, …
-        raise CheckpointError(
-            f"checkpoint {path}: damaged or not a torch file ({one_line(error)}); fetch it again"
-        ) from error
+    with warnings.catch_warnings():  # torch warns of odd pickles before it refuses them
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
-def _refusal(message: str) -> str:
-    found = re.search(
-        r"(?:GLOBAL|global:?|class|function:?)\s+([A-Za-z_][\w.]*\.\w[\w.]*)", message
-    )
-    if found or ("Unsupported" in message and "global" in message.lower()):
-        what = found.group(1) if found else "a global"
-        return (
-            f"refused: the pickle wants {what}, and running code from a checkpoint is unsafe; "
-            "save its state_dict instead"
-        )
-    detail = message.rpartition("WeightsUnpickler error:")[2].partition("Check the doc")[0]
-    if "Unsupported operand" in detail:  # pickle.dump, not torch.save: what it calls is not known
-        return (
-            f"refused: a pickle that cannot be read safely ({one_line(ValueError(detail))}); it is "
-            "unsafe to run, save its state_dict with torch.save instead"
-        )
-    return f"damaged or not a torch file ({one_line(ValueError(detail))}); fetch it again"
-
-
-def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
+def state_dict(loaded: Any, path: Path, kind: type[_TensorT]) -> dict[str, _TensorT]:
+    """The tensors by name, of what a file holds. Raises :class:`CheckpointError`."""
     for key in _NESTED:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
@@ -221,7 +246,7 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"checkpoint {path}: holds a {type(loaded).__name__}, not a state dict (name → tensor)"
         )
-    tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    tensors = {str(key): value for key, value in loaded.items() if isinstance(value, kind)}
     if not tensors:
         raise CheckpointError(f"checkpoint {path}: holds no tensor; expected a state dict")
     return tensors
