@@ -27,6 +27,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, unsafe, or does not fit the pretrained model."""
 
 
+class RemoteError(UserError):
+    """A file behind a URL is missing, cannot be reached, or does not come as it is there."""
+
+
 class DataError(UserError):
     """An image folder, a class list or an image is missing, empty or unreadable."""
 

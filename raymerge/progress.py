@@ -18,6 +18,7 @@ def progress_bar(what: str, *, unit: str, total: int | None = None) -> Iterator[
         total=total,
         desc=what,
         unit=unit,
+        unit_scale=unit == "B",
         file=sys.stderr,
         leave=False,
         mininterval=0.1 if sys.stderr.isatty() else 10.0,

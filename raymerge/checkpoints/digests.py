@@ -14,9 +14,11 @@ from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
-from raymerge.checkpoints.locate import locate
+from raymerge.checkpoints.locate import files_of, locate
 from raymerge.errors import RaymergeError
 from raymerge.files import cache_folder, write_json
+from raymerge.remote import sha256_of
+from raymerge.urls import is_remote
 
 _HASH_BYTES = 32 << 20  # few turns at the interpreter's lock, which an import hardly lets go
 _MOST_REMEMBERED = 10_000
@@ -36,10 +38,10 @@ def hash_ahead(references: Iterable[str]) -> None:
     """Begin to hash local checkpoints in the background; what cannot be found is left for later."""
     work = []
     for reference in references:
-        if not reference.startswith("hf-hub:"):
+        if not (reference.startswith("hf-hub:") or is_remote(reference)):
             with suppress(RaymergeError, OSError):
-                path = locate(reference)
-                work.append((path, *_future(path)))
+                for path in files_of(locate(reference)):
+                    work.append((path, *_future(path)))
     threading.Thread(target=_digest_all, args=(work,), daemon=True).start()
 
 
@@ -75,7 +77,7 @@ def _future(path: Path) -> tuple[Future[str], bool]:
         if identity in _digests:
             return _digests[identity], False
         future = _digests[identity] = Future()
-        known = _remembered().get(identity)
+        known = sha256_of(path) or _remembered().get(identity)
         if known is not None:
             future.set_result(known)
         return future, known is None

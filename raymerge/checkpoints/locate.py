@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raymerge.errors import CheckpointError
+from raymerge.errors import CheckpointError, RemoteError
+from raymerge.urls import is_remote
 
-WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_model.bin")
+WEIGHT_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_model.bin",
+    "model.safetensors",  # Hugging Face's
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",  # PEFT's
+    "adapter_model.bin",
+)
+_SHARD = re.compile(r"(pytorch_)?model-\d+-of-\d+\.(safetensors|bin)")
 
 
 def locate(reference: str) -> Path:
-    """The file behind a checkpoint reference: a file, an open_clip folder, or a hub id."""
+    """The file behind a checkpoint reference: a file, an open_clip folder, a hub id, or a URL of a
+    file or a folder, which is fetched."""
+    if is_remote(reference):
+        return _fetched(reference)
     if reference.startswith("hf-hub:"):
         return _download(reference.removeprefix("hf-hub:"))
     path = Path(reference.removeprefix("local-dir:"))
@@ -35,8 +52,87 @@ def _located(path: Path) -> Path:
     return path
 
 
+def _fetched(url: str) -> Path:
+    from raymerge.remote import fetch, fetch_folder, is_folder
+
+    folder, _, name = url.rpartition("/")
+    try:
+        if is_folder(url):
+            return _located(fetch_folder(url, needed_files))
+        if name.endswith(".index.json") or name.startswith("adapter_model."):
+            return fetch_folder(folder, needed_files) / name  # of no use without what is beside it
+        return fetch(url)
+    except RemoteError as error:
+        raise CheckpointError(f"checkpoint {error}") from None
+
+
+def outline(reference: str, folder: Path) -> Path:
+    """What stands in for a URL where headers are enough: a file, or a folder of the same names,
+    made in ``folder``. All but safetensors files are fetched."""
+    from raymerge import remote
+
+    try:
+        if not remote.is_folder(reference):
+            return remote.outline(reference, folder)
+        names = remote.list_folder(reference, needed_files)
+        for name in names:
+            url = f"{reference.rstrip('/')}/{name}"
+            if name.endswith(".safetensors"):
+                remote.outline(url, folder)
+            else:
+                (folder / name).symlink_to(remote.fetch(url))
+        return folder
+    except RemoteError as error:
+        raise CheckpointError(f"checkpoint {error}") from None
+
+
+def needed_files(names: Sequence[str]) -> list[str]:
+    """Of a model folder: the weights that would be opened, and the small files beside them."""
+    weights = [name for name in WEIGHT_FILES if name in names][:1]
+    if any(name.endswith(".index.json") for name in weights):
+        weights = [name for name in names if _SHARD.fullmatch(name)]  # .json comes below
+    return [*weights, *(name for name in names if name.endswith((".json", ".txt")))]
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files that a located checkpoint is in: an index and the shards that it names."""
+    if not path.name.endswith(".index.json"):
+        return [path]
+    content = read_json(path)
+    shards = content.get("weight_map", {}) if isinstance(content, dict) else {}
+    return [path, *(path.parent / name for name in sorted({*map(str, shards.values())}))]
+
+
 def _download(repository: str) -> Path:
+    path = _download_weights(repository)
+    for name in [file.name for file in files_of(path)[1:]]:
+        hub_file(repository, name)
+    if not path.name.startswith("open_clip"):
+        beside = "adapter_config.json" if path.name.startswith("adapter") else "config.json"
+        hub_file(repository, beside, missing_ok=True)
+    return path
+
+
+def hub_file(repository: str, name: str, *, missing_ok: bool = False) -> Path | None:
+    """A file of a hub repository; None for one that is not there, if ``missing_ok``.
+
+    Raises :class:`CheckpointError` in one line.
+    """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, name))
+    except Exception as error:  # offline, unknown id, gated: one line for all of them
+        if missing_ok and isinstance(error, EntryNotFoundError):
+            return None
+        raise CheckpointError(
+            f"hf-hub:{repository}: {name} cannot be fetched ({one_line(error, 160)})"
+        ) from error
+
+
+def _download_weights(repository: str) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -51,6 +147,10 @@ def _download(repository: str) -> Path:
                 error, LocalEntryNotFoundError
             ):
                 continue
+            if isinstance(error, LocalEntryNotFoundError):  # offline: what is here will do
+                for cached in (try_to_load_from_cache(repository, name) for name in WEIGHT_FILES):
+                    if isinstance(cached, str):
+                        return Path(cached)
             raise CheckpointError(
                 f"checkpoint hf-hub:{repository}: cannot be fetched ({one_line(error)})"
             ) from error
