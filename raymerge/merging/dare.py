@@ -78,6 +78,13 @@ def drop_and_rescale(
     return kept_KN
 
 
+def dropped(seed: int, name: str, start: int, columns: int, density: float) -> Tensor:
+    """(n,) bool: which entries of the vector ``name`` lose their value, from a cell's ``start``."""
+    if start % CELL:
+        raise ValueError(f"columns from {start} do not start a cell of {CELL}")
+    return _dropped(_generator(seed, name, start), columns, density)
+
+
 def _generator(seed: int, name: str, start: int) -> np.random.Philox:
     """Random bits of one task from flat position ``start`` on."""
     digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest()

@@ -1,0 +1,49 @@
+"""Weighted models: which entries are the largest, and identities of the sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from raymerge.merging.weighted import EVERYTHING, NOTHING, largest, linear, merge_tasks
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 50, 99, 100])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_largest_keeps_exactly_so_many_and_of_equal_ones_the_first(keep: int, parts: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    vector = (
+        torch.randint(1, 6, (100,), generator=random) * torch.randn(100, generator=random).sign()
+    )
+    cut = largest(lambda: vector.chunk(parts), keep, 100)
+    order = vector.abs().argsort(descending=True, stable=True)
+    wanted = torch.zeros(100, dtype=torch.bool)
+    wanted[order[:keep]] = True
+    assert torch.equal(cut.kept(vector, 0), wanted)
+    pieces = [cut.kept(piece, start) for piece, start in ((vector[:30], 0), (vector[30:], 30))]
+    assert torch.equal(torch.cat(pieces), wanted)
+
+
+def test_zeros_are_not_counted_out() -> None:
+    vector = torch.tensor([0.0, 0.0, 3.0, 0.0])
+    assert largest(lambda: [vector], 2, 4) == EVERYTHING
+    assert not NOTHING.kept(vector, 0).any()
+    assert EVERYTHING.kept(vector, 0).all()
+
+
+def test_one_model_of_weight_one_is_itself() -> None:
+    base, model = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(linear(model[None], [1.0], normalize=True), model)
+    for elect in (False, True):
+        out = merge_tasks(
+            base, (model - base)[None], [1.0], elect=elect, normalize=True, scaling=1.0
+        )
+        torch.testing.assert_close(out, model)
+
+
+def test_equal_vectors_are_their_mean_whatever_the_weights() -> None:
+    base, vector = torch.randn(2, 64, generator=torch.Generator().manual_seed(2))
+    for elect in (False, True):
+        rows = vector.repeat(3, 1)
+        out = merge_tasks(base, rows, [0.2, 0.5, 4.0], elect=elect, normalize=True, scaling=1.0)
+        torch.testing.assert_close(out, base + vector)
