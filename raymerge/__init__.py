@@ -11,10 +11,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Config", "MergeResult", "__version__", "evaluate", "load_config", "merge", "plan"]
+__all__ = [
+    "Config",
+    "MergeResult",
+    "MergedModule",
+    "__version__",
+    "evaluate",
+    "load_config",
+    "merge",
+    "merge_module",
+    "plan",
+]
 
 if TYPE_CHECKING:
     from raymerge.config import Config, load_config
+    from raymerge.modules import MergedModule, merge_module
     from raymerge.plan import make_plan as plan
     from raymerge.session import MergeResult, evaluate, merge
 
@@ -22,6 +33,8 @@ _HOMES = {
     "Config": ("raymerge.config", "Config"),
     "load_config": ("raymerge.config", "load_config"),
     "plan": ("raymerge.plan", "make_plan"),
+    "MergedModule": ("raymerge.modules", "MergedModule"),
+    "merge_module": ("raymerge.modules", "merge_module"),
     "MergeResult": ("raymerge.session", "MergeResult"),
     "evaluate": ("raymerge.session", "evaluate"),
     "merge": ("raymerge.session", "merge"),

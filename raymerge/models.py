@@ -24,6 +24,7 @@ from torchvision.transforms import Compose, ToTensor
 from raymerge.architecture import CONFIG_FILE, ResolvedModel, unmerged_tensors
 from raymerge.checkpoints.visual import VisualCheckpoint
 from raymerge.errors import CheckpointError, UserError
+from raymerge.flat import view_flat
 from raymerge.merging.layout import ParameterLayout
 
 OpenClipModel = Any
@@ -171,11 +172,7 @@ def make_preprocess(visual: Any) -> Preprocess:
 
 
 class FlatEncoder:
-    """open_clip's image encoder whose weights and gradients are views into two flat vectors.
-
-    Writing ``theta_P`` changes the model; a backward adds into ``gradient_P``. Buffers such as
-    BatchNorm's running statistics are merged too; their gradient stays zero.
-    """
+    """open_clip's image encoder over flat vectors (``view_flat``)."""
 
     def __init__(
         self,
@@ -190,20 +187,7 @@ class FlatEncoder:
         self.preprocess = make_preprocess(model.visual)
         self.device = device
         self._model: OpenClipModel = model.to(device).eval()
-        self._view_flat(layout)
-
-    def _view_flat(self, layout: ParameterLayout) -> None:
-        visual: Any = self._model.visual
-        parameters = dict(visual.named_parameters())
-        gradients = layout.views(self.gradient_P)
-        for name, view in layout.views(self.theta_P).items():
-            if name in parameters:
-                parameters[name].data = view
-                parameters[name].requires_grad_(True)
-                parameters[name].grad = gradients[name]
-            else:
-                owner, _, leaf = name.rpartition(".")
-                visual.get_submodule(owner)._buffers[leaf] = view
+        view_flat(self.visual, layout, self.theta_P, self.gradient_P)
 
     @property
     def visual(self) -> nn.Module:

@@ -16,30 +16,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raymerge.architecture import open_pretrained, resolve_model
+from raymerge.architecture import ResolvedModel, open_pretrained, resolve_model
 from raymerge.checkpoints.task_vectors import stream
 from raymerge.checkpoints.visual import open_visual
 from raymerge.data.cache import PinnedImages
-from raymerge.data.folder import labelled_images, unlabeled_images
 from raymerge.data.slots import SlotRange, slot_counts, split_slots, step_images
-from raymerge.errors import DataError
+from raymerge.data.sources import labels_in_order, unlabeled_images
 from raymerge.evaluation import load_weights
-from raymerge.heads import zero_shot_head
+from raymerge.heads import saved_head, zero_shot_head
+from raymerge.losses import image_losses
 from raymerge.memory import micro_batch, pass_images
 from raymerge.merging.layout import CELL, Piece
 from raymerge.merging.merge import cell_products, sum_cells
-from raymerge.merging.objectives import (
-    cross_entropy,
-    eata_weights,
-    entropy,
-    infomax,
-    kl,
-    probability_sum,
-    task_scale,
-)
+from raymerge.merging.objectives import entropy, probability_sum
 from raymerge.messages import FloatArray, LoadRequest, StepRequest, WorkerSpec
 from raymerge.models import (
     FlatEncoder,
+    OpenClipModel,
     activation_bytes,
     build_model,
     build_skeleton,
@@ -59,13 +52,7 @@ class ServedModel:
         self.bytes_per_image = activation_bytes(build_skeleton(resolved, "meta").visual)
         self.layout = self.pretrained.layout
         model = build_model(resolved, self.pretrained).to(choose_device(spec))
-        tokenizer = make_tokenizer(resolved)
-        self._heads = [
-            zero_shot_head(model, tokenizer, task.classnames, task.templates)
-            if task.classnames
-            else None
-            for task in spec.tasks
-        ]
+        self._heads = _heads(spec, resolved, model)
         padded = self.layout.shard(spec.shard, spec.shards).padded_columns
         self.encoder = FlatEncoder(model, self.layout, choose_device(spec), padded)
         self.encoder.drop_text()
@@ -80,6 +67,22 @@ class ServedModel:
     def classes(self) -> int:
         """Of the task with the most."""
         return max((head.shape[1] for head in self._heads if head is not None), default=0)
+
+
+def _heads(spec: WorkerSpec, resolved: ResolvedModel, model: OpenClipModel) -> list[Tensor | None]:
+    """(D, C) of every task that has classes; a tokenizer is made only where one is needed."""
+    heads: list[Tensor | None] = []
+    tokenizer = None
+    for k, task in enumerate(spec.tasks):
+        if task.head is not None:
+            head_DC = saved_head(task, f"tasks[{k}]", resolved.features)
+            heads.append(head_DC.to(choose_device(spec)))
+        elif task.classnames:
+            tokenizer = tokenizer or make_tokenizer(resolved)
+            heads.append(zero_shot_head(model, tokenizer, task.classnames, task.templates))
+        else:
+            heads.append(None)
+    return heads
 
 
 def choose_device(spec: WorkerSpec) -> torch.device:
@@ -143,7 +146,9 @@ class Share:
         )
         self._layer_of_cell = self._layers.of_cells(self._shard)
         self._images = images
-        self._models = [open_visual(reference, model.layout) for reference in request.models]
+        self._models = [
+            open_visual(reference, model.layout, model.pretrained) for reference in request.models
+        ]
         self.vectors = self._read(vectors, progress)
         self._targets = self._read_targets()
         self._model_square_KL: FloatArray | None = None
@@ -206,12 +211,7 @@ class Share:
     def _labels(self, task: int) -> Target:
         given = self._spec.tasks[task]
         where = f"tasks[{task}].adapt"
-        source = unlabeled_images(str(given.adapt), where)
-        labelled = labelled_images(str(given.adapt), given.classnames, where)
-        label_of = dict(zip(labelled.paths, labelled.labels, strict=True))
-        if label_of.keys() != set(source.paths):
-            raise DataError(f"{where}: {given.adapt}: some images lie in no class folder")
-        labels = torch.tensor([label_of[path] for path in source.paths])
+        labels = torch.tensor(labels_in_order(str(given.adapt), given.classnames, where))
         return Target(np.arange(len(labels)), labels)
 
     @torch.no_grad()
@@ -222,7 +222,7 @@ class Share:
             self._model.encoder,
             self._needed(part),
         )
-        load_weights(encoder, self._model.layout, str(given.checkpoint))
+        load_weights(encoder, self._model.pretrained, str(given.checkpoint))
         head_DC = self._model.head(part.task)
         logits = [
             encoder.features(self._images[part.task].take(some), self.request.autocast) @ head_DC
@@ -312,20 +312,14 @@ class Share:
     def _loss(
         self, request: StepRequest, task: int, images: NDArray[np.int64], logits_bC: Tensor
     ) -> Tensor:
-        """(b,): the objective, times the task's and the images' weights."""
-        loss, classes = self.request.loss, logits_bC.shape[1]
-        if loss.objective == "kl":
-            loss_b = kl(logits_bC, self._targets[task].of(images), loss.temperature)
-        elif loss.objective == "cross_entropy":
-            loss_b = cross_entropy(logits_bC, self._targets[task].of(images).to(logits_bC.device))
-        elif loss.objective == "infomax" and request.marginals is not None:
-            loss_b = infomax(logits_bC, torch.from_numpy(request.marginals[task, :classes]))
-        else:
-            loss_b = entropy(logits_bC)
-        if loss.filter is not None:
-            loss_b = loss_b * eata_weights(entropy(logits_bC), classes, loss.filter)
+        """(b,): the objective, times the task's weight."""
+        held, marginals = self._targets.get(task), request.marginals
+        target = None if held is None else held.of(images)
+        marginal_C = None
+        if marginals is not None:
+            marginal_C = torch.from_numpy(marginals[task, : logits_bC.shape[1]])
         weight = 1.0 if request.weights is None else float(request.weights[task])
-        return loss_b * (weight * task_scale(classes, loss.normalise))
+        return image_losses(self.request.loss, logits_bC, target, marginal_C) * weight
 
     def _slot_images(self, step: int, part: SlotRange) -> NDArray[np.int64]:
         name = self._spec.task_names[part.task]
