@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from raymerge.checkpoints.locate import locate, read_json
+from raymerge.checkpoints import huggingface_config
+from raymerge.checkpoints.locate import hub_file, locate, read_json
 from raymerge.checkpoints.reader import open_checkpoint, read_tensor
-from raymerge.checkpoints.visual import VisualCheckpoint, match_visual, require_finite
+from raymerge.checkpoints.visual import PREFIXES, VisualCheckpoint, match_visual, require_finite
 from raymerge.clip_shapes import clip_vit_shapes
 from raymerge.config import ModelConfig
 from raymerge.errors import CheckpointError, ConfigError
 from raymerge.merging.layout import ParameterLayout
+from raymerge.urls import is_remote, public
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -48,6 +50,11 @@ class ResolvedModel:
     """What ``open_clip.get_tokenizer`` takes; empty: the default tokenizer of ``model_cfg``."""
 
     @property
+    def features(self) -> int:
+        """Of an image or a text."""
+        return int(self.model_cfg["embed_dim"])
+
+    @property
     def config_json(self) -> str:
         """``open_clip_config.json`` of a folder that open_clip loads as ``local-dir:``."""
         cfg = {"model_cfg": self.model_cfg, "preprocess_cfg": self.preprocess_cfg}
@@ -58,15 +65,25 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
     """Find the architecture and the weights; downloads tags and hub models. Reads no tensor."""
     arch = config.arch
     if arch.startswith("local-dir:"):
-        folder = Path(arch.removeprefix("local-dir:"))
-        cfg = _model_json(folder / CONFIG_FILE)
-        return _resolved(arch, cfg, locate(str(folder)), tokenizer=arch)
+        return resolve_folder(Path(arch.removeprefix("local-dir:")), arch)
+    if is_remote(arch):
+        folder = locate(arch).parent
+        return replace(resolve_folder(folder, f"local-dir:{folder}"), name=public(arch))
     if arch.startswith("hf-hub:"):
-        return _resolved(arch, _hub_config(arch), locate(arch), tokenizer=arch)
+        return resolve_folder(_hub_folder(arch.removeprefix("hf-hub:")), arch)
     if arch.endswith(".json"):
         assert config.pretrained is not None  # ModelConfig requires it here
         return _resolved(arch, _model_json(Path(arch)), locate(config.pretrained), tokenizer="")
     return _resolve_builtin(arch.replace("/", "-"), str(config.pretrained))
+
+
+def resolve_folder(folder: Path, name: str) -> ResolvedModel:
+    """The model in a folder of open_clip's or of Hugging Face's, by the config that is in it."""
+    own, theirs = folder / CONFIG_FILE, folder / huggingface_config.CONFIG_FILE
+    foreign = theirs.is_file() and not own.is_file()
+    cfg = huggingface_config.read_huggingface(folder) if foreign else _model_json(own)
+    weights = locate(name if name.startswith("hf-hub:") else str(folder))
+    return _resolved(name, cfg, weights, tokenizer="" if foreign else name)
 
 
 def _resolve_builtin(arch: str, pretrained: str) -> ResolvedModel:
@@ -123,21 +140,21 @@ def _model_json(path: Path) -> dict[str, Any]:
     cfg = read_json(path)
     if isinstance(cfg, dict) and "vision_cfg" in cfg:
         cfg = {"model_cfg": cfg}
+    if isinstance(cfg, dict) and "model_type" in cfg:
+        return huggingface_config.read_huggingface(path.parent)
     if not isinstance(cfg, dict) or not isinstance(cfg.get("model_cfg"), dict):
         raise CheckpointError(f"model: {path}: holds neither a model_cfg nor a vision_cfg")
     return cfg
 
 
-def _hub_config(arch: str) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        path = Path(hf_hub_download(arch.removeprefix("hf-hub:"), CONFIG_FILE))
-    except Exception as error:  # offline, unknown id, gated: one line for all of them
-        raise CheckpointError(
-            f"model: {arch}: {CONFIG_FILE} cannot be fetched ({' '.join(str(error).split())[:160]})"
-        ) from error
-    return _model_json(path)
+def _hub_folder(repository: str) -> Path:
+    """Where the config of a hub repository is, of open_clip's or of Hugging Face's."""
+    path = hub_file(repository, CONFIG_FILE, missing_ok=True)
+    if path is None:
+        path = hub_file(repository, huggingface_config.CONFIG_FILE)
+        hub_file(repository, huggingface_config.PREPROCESSOR_FILE, missing_ok=True)
+    assert path is not None
+    return path.parent
 
 
 def _close_to(arch: str) -> str:
@@ -213,6 +230,7 @@ def model_shapes(resolved: ResolvedModel) -> tuple[ParameterLayout, Shapes]:
 def _require_whole(
     path: Path, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
+    _require_text(path, stored, expected)
     missing = sorted(expected.keys() - stored.keys())
     unexpected = sorted(stored.keys() - expected.keys() - set(_NOT_WEIGHTS))
     if missing or unexpected:
@@ -227,3 +245,19 @@ def _require_whole(
                 f"pretrained {path}: {key} has shape {list(stored[key])}, the architecture "
                 f"wants {list(shape)}"
             )
+
+
+def _require_text(
+    path: Path, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Image encoders alone, such as the released zeroshot.pt, are experts and no whole model."""
+    visual = [key.removeprefix("visual.") for key in expected if key.startswith("visual.")]
+    text = [key for key in expected if key.startswith(("transformer.", "text."))]
+    towers = [prefix for prefix in PREFIXES if all(prefix + name in stored for name in visual)]
+    endings = (key.removeprefix("model.") for key in stored)
+    if towers and text and not set(text) & set(endings):
+        raise CheckpointError(
+            f"pretrained {path}: is an image encoder without its text tower ({text[0]} and "
+            f"{len(text) - 1} more tensors are missing), and the merged model is a whole CLIP; use "
+            "a whole model, such as pretrained: openai, and this file as a task's checkpoint"
+        )

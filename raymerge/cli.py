@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from raymerge.errors import RaymergeError
+from raymerge.errors import RaymergeError, UserError
+from raymerge.urls import redacted
 
 if TYPE_CHECKING:
     from raymerge.config import Config
     from raymerge.evaluation import TaskScore
+    from raymerge.peers.job import Job
 
 _EPILOG = "Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."
 
@@ -28,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.INFO if args.verbose else logging.WARNING, format="raymerge: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Redacting("raymerge: %(message)s"))
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, handlers=[handler])
     # `ray job stop` and schedulers send SIGTERM: end as Ctrl-C does, with the state kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -54,8 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Redacting(logging.Formatter):
+    """Libraries log the URLs that they ask for, signatures and all."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 def _fail(message: object, code: int) -> int:
-    print(f"raymerge: error: {' '.join(str(message).splitlines())}", file=sys.stderr)
+    text = redacted(" ".join(str(message).splitlines()))
+    print(f"raymerge: error: {text}", file=sys.stderr)
     return code
 
 
@@ -87,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_experiment(commands)
     _add_finetune(commands)
     _add_inspect(commands)
+    _add_convert(commands)
     _add_report(commands)
+    _add_data(commands)
     for command in commands.choices.values():
         command.add_argument(
             "-v", "--verbose", action="store_true", help="log more, show tracebacks"
@@ -119,6 +131,15 @@ def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     how.add_argument(
         "--overwrite", action="store_true", help="replace the run in the output folder"
     )
+    merge.add_argument(
+        "--also", action="append", default=[], choices=["hf", "state_dict"],
+        help="write the merged model as Hugging Face's too (OUTPUT/hf), or as a plain state dict "
+        "(OUTPUT/state_dict.pt)",
+    )  # fmt: skip
+    merge.add_argument(
+        "--push-to-hub", metavar="ORG/NAME", help="publish the merged model on Hugging Face's hub"
+    )
+    merge.add_argument("--private", action="store_true", help="where only you see it")
     merge.set_defaults(run=_merge)
 
 
@@ -149,6 +170,22 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.set_defaults(run=_inspect)
 
 
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = commands.add_parser("convert", help="write a whole model in another format")
+    convert.add_argument("checkpoint", help="a folder, a file or a hub id (hf-hub:ORG/NAME)")
+    convert.add_argument("destination", help="folder to write")
+    convert.add_argument("--to", required=True, choices=["open_clip", "hf"])
+    convert.add_argument(
+        "--arch",
+        help="an open_clip architecture or a config JSON, where no config is beside the weights",
+    )
+    convert.add_argument(
+        "--no-verify", action="store_true",
+        help="do not compare open_clip's and transformers' outputs, where both are installed",
+    )  # fmt: skip
+    convert.set_defaults(run=_convert)
+
+
 def _add_finetune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     finetune = commands.add_parser(
         "finetune", help="train experts, and the joint multi-task reference"
@@ -165,6 +202,20 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     report = commands.add_parser("report", help="draw the report of a run or a demo again")
     report.add_argument("folder")
     report.set_defaults(run=_report)
+
+
+def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    data = commands.add_parser("data", help="get the data sets of the literature's suites")
+    verbs = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    prepare = verbs.add_parser("prepare", help="fetch a suite's data sets, check and lay them out")
+    prepare.add_argument(
+        "--suite", default="vit-8", help="vit-8, vit-14, vit-20, … (default: vit-8)"
+    )
+    prepare.add_argument("--only", nargs="+", metavar="TASK", help="some of its data sets")
+    prepare.add_argument("--root", default="data", help="folder to write into (default: data)")
+    prepare.add_argument("--json", action="store_true", help="print the result as JSON")
+    prepare.add_argument("-v", "--verbose", action="store_true", help="log more, show tracebacks")
+    prepare.set_defaults(run=_prepare)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -189,17 +240,52 @@ def _version_or_help(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> Config:
-    from raymerge.config import load_config
+    from raymerge.config import Config
 
-    return load_config(args.config, args.overrides)
+    config = _config_or_job(args)
+    if not isinstance(config, Config):
+        raise UserError(
+            f"config {args.config}: a {config.tool} file of state dicts, for merge and plan only"
+        )
+    return config
+
+
+def _config_or_job(args: argparse.Namespace) -> Config | Job:
+    """The file's config; or the job of state dicts that a mergekit or fusion_bench file holds."""
+    from raymerge.config import load_config
+    from raymerge.peers import open_foreign
+
+    return open_foreign(args.config, args.overrides) or load_config(args.config, args.overrides)
+
+
+def _plan_job(job: Job, args: argparse.Namespace) -> int:
+    print(json.dumps(job.to_json(), indent=2) if args.json else job.text_plan())
+    return 0
+
+
+def _merge_job(job: Job, args: argparse.Namespace) -> int:
+    if args.resume:
+        raise UserError("--resume: a merge of state dicts has no steps to resume; run it anew")
+    if args.also:
+        raise UserError(
+            "--also: a merge of state dicts is written as its config says; leave it out"
+        )
+    if args.push_to_hub is not None:
+        raise UserError("--push-to-hub: not for a merge of state dicts; use `hf upload`")
+    print(f"written to {job.run(args.output, overwrite=args.overwrite)}")
+    return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
-    config = _config(args)
-    from raymerge.plan import check, plan_text
+    from raymerge.config import Config
+
+    config = _config_or_job(args)
+    if not isinstance(config, Config):
+        return _plan_job(config, args)
+    from raymerge.plan import check_headers, plan_text
     from raymerge.session import known_resources
 
-    plan, problems = check(config, known_resources(config), probe=True)
+    plan, problems = check_headers(config, known_resources(config), probe=True)
     for problem in problems:
         _fail(problem, 2)
     if plan is not None and not problems:
@@ -208,20 +294,39 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    config = _config(args)
+    from raymerge.config import Config
+
+    config = _config_or_job(args)
+    if not isinstance(config, Config):
+        return _merge_job(config, args)
     if args.output is not None:
         config = config.model_copy(update={"output": str(Path(args.output).absolute())})
+    if args.push_to_hub is not None:
+        _require_target(config, args.push_to_hub)
     from raymerge.checkpoints.digests import hash_ahead
 
     hash_ahead([config.model.reference, *(str(task.checkpoint) for task in config.models)])
     from raymerge.merging.registry import describe
     from raymerge.session import merge
 
-    result = merge(config, resume=args.resume, overwrite=args.overwrite)
+    result = merge(config, resume=args.resume, overwrite=args.overwrite, also=args.also)
     if result.scores:
         _print_scores(describe(config.method), result.scores)
     print(f"written to {result.output}")
+    if args.push_to_hub is not None and result.output is not None:
+        from raymerge.hub import push
+
+        print(f"published as {push(result.output, args.push_to_hub, private=args.private)}")
     return 0
+
+
+def _require_target(config: Config, repository: str) -> None:
+    from raymerge.hub import require_target
+    from raymerge.merging.registry import method_of
+
+    if not method_of(config.method).merges:
+        raise UserError(f"--push-to-hub: method {config.method.name} writes no model to publish")
+    require_target(repository)
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -268,6 +373,40 @@ def _inspect(args: argparse.Namespace) -> int:
     inspection = inspect_checkpoint(args.checkpoint)
     print(json.dumps(inspection, indent=2) if args.json else inspection_text(inspection))
     return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from raymerge.convert import convert
+
+    destination = Path(args.destination)
+    difference = convert(
+        args.checkpoint, destination, args.to, args.arch, verify=not args.no_verify
+    )
+    if difference is not None:
+        print(f"cosines of open_clip and transformers agree to {difference:.1e}")
+    print(f"written to {destination}")
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from raymerge.suites import load_suite, unknown
+    from raymerge.suites.prepare import from_hub, prepare, prepared_text
+
+    name = f"vit-{args.suite}" if args.suite.isdigit() else args.suite
+    suite = load_suite(name)
+    members = [data_set.name for data_set in suite.data_sets]
+    for given in args.only or ():
+        if given not in members:
+            raise UserError(f"--only: {unknown(given, members)}")
+    chosen = [each for each in suite.data_sets if each.name in (args.only or members)]
+    done = prepare(chosen, Path(args.root), from_hub, lambda line: print(line, file=sys.stderr))
+    if args.json:
+        print(json.dumps([asdict(each) for each in done], indent=2))
+    else:
+        print(prepared_text(done, name, Path(args.root)))
+    return 0 if all(each.ready for each in done) else 1
 
 
 def _report(args: argparse.Namespace) -> int:

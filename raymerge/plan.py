@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,9 +30,11 @@ from raymerge.checkpoints.task_vectors import STREAM_BYTES
 from raymerge.checkpoints.visual import VisualCheckpoint, open_visual
 from raymerge.config import Config, FwHard, FwSoft, Joint, RegMean, RegMeanPP, TaskConfig
 from raymerge.data.cache import check_image
-from raymerge.data.folder import ImageList, labelled_images, unlabeled_images
+from raymerge.data.images import ImageList, Item
 from raymerge.data.slots import slot_counts
+from raymerge.data.sources import labelled_images, unlabeled_images
 from raymerge.errors import CheckpointError, DataError, UserError
+from raymerge.heads import saved_head
 from raymerge.lambdas import read_lambdas
 from raymerge.memory import (
     WorkerNeeds,
@@ -54,7 +56,9 @@ from raymerge.merging.registry import (
     steps_of,
 )
 from raymerge.messages import VectorStorage
+from raymerge.outline import Outlined, fetch_checkpoints, outlined, remote_checkpoints
 from raymerge.placement import Placement, Resources, place, require_work
+from raymerge.urls import public
 
 _FLOAT_BYTES = 4
 _LABELS = (
@@ -143,12 +147,43 @@ def local_resources() -> Resources:
 
 def make_plan(config: Config, resources: Resources | None = None, *, experts: bool = True) -> Plan:
     """Check everything; raises the first problem found, saying how many more there are."""
+    if remote_checkpoints(config):
+        with outlined(config) as headers:
+            _raise_first(check(headers.config, resources, experts=experts)[1], headers)
+        fetch_checkpoints(config)
     plan, problems = check(config, resources, experts=experts)
-    if problems:
-        more = f" (and {len(problems) - 1} more: see `raymerge plan`)" if len(problems) > 1 else ""
-        raise type(problems[0])(f"{problems[0]}{more}")
+    _raise_first(problems)
     assert plan is not None  # no problem means a plan
     return plan
+
+
+def _raise_first(problems: Sequence[UserError], headers: Outlined | None = None) -> None:
+    if problems:
+        more = f" (and {len(problems) - 1} more: see `raymerge plan`)" if len(problems) > 1 else ""
+        text = headers.named(str(problems[0])) if headers else problems[0]
+        raise type(problems[0])(f"{text}{more}")
+
+
+def check_headers(
+    config: Config, resources: Resources | None = None, *, probe: bool = False
+) -> tuple[Plan | None, list[UserError]]:
+    """As ``check``, with no more of remote checkpoints than their headers."""
+    urls = remote_checkpoints(config)
+    if not urls:
+        return check(config, resources, probe=probe)
+    with outlined(config) as headers:
+        plan, problems = check(headers.config, resources, probe=probe)
+        problems = [type(problem)(headers.named(str(problem))) for problem in problems]
+        if plan is not None:
+            tasks = tuple(
+                replace(row, checkpoint=task.checkpoint and public(task.checkpoint))
+                for row, task in zip(plan.tasks, config.tasks, strict=True)
+            )
+            note = f"fetches what is new of {len(urls)} remote checkpoints before it merges"
+            plan = replace(
+                plan, tasks=tasks, model=headers.named(plan.model), notes=(*plan.notes, note)
+            )
+        return plan, problems
 
 
 def check(
@@ -171,10 +206,11 @@ def check(
     rows = [_check_task(config, k, pretrained, found, experts) for k in range(len(config.tasks))]
     found.attempt(lambda: _check_method(config))
     if pretrained is not None:
-        fitting = pretrained.layout
+        fitting = pretrained
         found.attempt(lambda: _check_fit(config, fitting))
     if pretrained is None or resolved is None:
         return None, found.problems
+    found.attempt(lambda: check_heads(config, resolved))
     kind = method_of(config.method).kind
     learned = kind in ("learned", "frank_wolfe")
     step_images = sum(row.images_per_step for row in rows) if learned else 0
@@ -232,17 +268,24 @@ def _check_task(
     test = found.attempt(lambda: _test_images(task, k)) if task.test else None
     for images in (adapt, test):
         if images is not None:
-            found.attempt(lambda images=images: _check_images(images.paths))  # type: ignore[misc]
+            found.attempt(lambda images=images: _check_images(images.items))  # type: ignore[misc]
     population = len(adapt) if adapt else 0
     return TaskPlan(
         name=task.name,
-        checkpoint=task.checkpoint,
+        checkpoint=task.checkpoint and public(task.checkpoint),
         dtype=_dtype(expert),
         classes=len(task.classnames),
         adapt_images=population,
         test_images=len(test) if test else 0,
         images_per_step=slot_counts([population], images_per_step(config))[0],
     )
+
+
+def check_heads(config: Config, resolved: ResolvedModel) -> None:
+    """Raises :class:`CheckpointError` for a saved head that does not fit its task."""
+    for k, task in enumerate(config.tasks):
+        if task.head is not None:
+            saved_head(task, f"tasks[{k}]", resolved.features)
 
 
 def _open_expert(
@@ -253,7 +296,7 @@ def _open_expert(
         if pretrained is None:
             open_checkpoint(reference)
             return None
-        return open_visual(reference, pretrained.layout)
+        return open_visual(reference, pretrained.layout, pretrained)
     except CheckpointError as error:
         raise CheckpointError(f"tasks[{k}] ({task.name}): {error}") from error
 
@@ -266,9 +309,9 @@ def _test_images(task: TaskConfig, k: int) -> ImageList:
     return labelled_images(str(task.test), task.classnames, f"tasks[{k}].test")
 
 
-def _check_images(paths: Sequence[Path]) -> None:
+def _check_images(items: Sequence[Item]) -> None:
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        problems = [problem for problem in pool.map(check_image, paths) if problem]
+        problems = [problem for problem in pool.map(check_image, items) if problem]
     if problems:
         more = f" (and {len(problems) - 1} more images)" if len(problems) > 1 else ""
         raise DataError(f"{problems[0]}{more}")
@@ -280,8 +323,9 @@ def _check_method(config: Config) -> None:
     if not config.models and config.method.name not in ("zero_shot", "joint"):
         raise UserError("no task has a checkpoint; merging needs at least one")
     missing = [task.name for task in config.models if task.adapt is None]
-    everywhere = method.kind != "frank_wolfe"  # which takes a model without images as a candidate
-    if needed != "none" and (missing if everywhere else len(missing) == len(config.models)):
+    if method.kind == "frank_wolfe" and any(task.adapt for task in config.tasks):
+        missing = []  # a model without images is a candidate
+    if needed != "none" and missing:
         raise DataError(
             f"method {config.method.name} learns from {needed} images, but task "
             f"{', '.join(missing)} has no adapt folder; name one in tasks[].adapt, or choose a "
@@ -295,12 +339,12 @@ def _check_method(config: Config) -> None:
         )
 
 
-def _check_fit(config: Config, layout: ParameterLayout) -> None:
+def _check_fit(config: Config, pretrained: VisualCheckpoint) -> None:
     """What the method needs of the model, and of the runs that it goes on from."""
-    method = config.method
+    method, layout = config.method, pretrained.layout
     if isinstance(method, Joint):
         try:
-            open_visual(method.checkpoint, layout)
+            open_visual(method.checkpoint, layout, pretrained)
         except CheckpointError as error:
             raise CheckpointError(f"method.checkpoint: {error}") from error
     if isinstance(method, FwHard | FwSoft) and method.start is not None:

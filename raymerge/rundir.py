@@ -26,17 +26,19 @@ from tqdm import tqdm
 from raymerge.architecture import CONFIG_FILE, WEIGHTS_FILE, ResolvedModel
 from raymerge.card import model_card
 from raymerge.checkpoints.digests import remember, sha256
-from raymerge.checkpoints.locate import locate
+from raymerge.checkpoints.locate import files_of, locate
 from raymerge.config import Config, dump_config, load_config
+from raymerge.convert import HF_FILES, HF_FOLDER, STATE_DICT_FILE
 from raymerge.driver import StepRecord
 from raymerge.errors import RunError, UserError
 from raymerge.evaluation import TaskScore, results_json
 from raymerge.files import write_atomically, write_json, write_text
 from raymerge.merging.optimizer import AdamState
-from raymerge.merging.registry import describe, merged_checkpoints
+from raymerge.merging.registry import describe, merged_checkpoints, method_of
 from raymerge.plan import Plan
 from raymerge.report import write_plots, write_report
 from raymerge.state import StateStore, fingerprint
+from raymerge.urls import is_remote, public
 
 _JOB_COPY = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` uploads
 
@@ -50,6 +52,7 @@ _OWN_FILES = (
     "environment.json",
     "README.md",
     "report.html",
+    STATE_DICT_FILE,
     "lambda_heatmap.png",
     "lambda_curves.png",
 )
@@ -148,6 +151,8 @@ class RunFolder:
         for name in _OWN_FILES:
             if name != "config.yaml":
                 (self.path / name).unlink(missing_ok=True)
+        for name in HF_FILES:
+            (self.path / HF_FOLDER / name).unlink(missing_ok=True)
         for state in self.state.glob("step-*"):  # the attempts stay: they fence off old drivers
             shutil.rmtree(state, ignore_errors=True)
 
@@ -160,6 +165,13 @@ class RunFolder:
     ) -> None:
         values = {"tasks": list(tasks), "layers": list(layers), "values": lambdas_KL.tolist()}
         write_json(self.path / "lambdas.json", values)
+
+    def _lambdas(self, config: Config) -> dict[str, list[float]]:
+        """The coefficients that were written, by model."""
+        if not method_of(config.method).rows:
+            return {}
+        found = json.loads((self.path / "lambdas.json").read_text(encoding="utf-8"))
+        return dict(zip(found["tasks"], found["values"], strict=True))
 
     def write_results(
         self,
@@ -176,7 +188,7 @@ class RunFolder:
         environment = _environment(config, plan)
         write_json(self.path / "environment.json", environment)
         if plan.output_bytes:
-            card = model_card(config, plan, scores, environment["hashes"])
+            card = model_card(config, plan, scores, environment["hashes"], self._lambdas(config))
             write_text(self.path / "README.md", card)
         write_plots(self.path)
         write_report(self.path)
@@ -261,9 +273,16 @@ def _write_lines(path: Path, lines: Sequence[str]) -> None:
 
 
 def _environment(config: Config, plan: Plan) -> dict[str, Any]:
-    files = [plan.resolved.weights, *map(locate, merged_checkpoints(config))]
+    heads = [task.head for task in config.tasks if task.head is not None]
+    references = [config.model.reference, *merged_checkpoints(config), *heads]
+    located = [plan.resolved.weights, *map(locate, references[1:])]
+    named = {
+        _shown(reference, file): file
+        for reference, path in zip(references, located, strict=True)
+        for file in files_of(path)
+    }
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        hashes = list(pool.map(sha256, files))
+        hashes = list(pool.map(sha256, named.values()))
     remember()
     return {
         "raymerge": _version("raymerge"),
@@ -273,8 +292,16 @@ def _environment(config: Config, plan: Plan) -> dict[str, Any]:
         "ray": _version("ray"),
         "platform": platform.platform(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "hashes": dict(zip(map(str, files), hashes, strict=True)),
+        "hashes": dict(zip(named, hashes, strict=True)),
     }
+
+
+def _shown(reference: str, file: Path) -> str:
+    """A local file's path, or the URL that it came from."""
+    if not is_remote(reference):
+        return str(file)
+    url = public(reference)
+    return url if url.endswith(file.name) else f"{url.rstrip('/')}/{file.name}"
 
 
 def _version(package: str) -> str:

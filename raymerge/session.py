@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -26,23 +25,21 @@ from raymerge.checkpoints.visual import open_visual
 from raymerge.config import (
     AdaMerging,
     Config,
-    Dare,
     FwHard,
     FwSoft,
     Individual,
-    IsoCts,
     Ties,
-    Wudi,
     ZeroShot,
 )
+from raymerge.convert import Also, require_also, write_also
 from raymerge.driver import LocalGroup, WorkerGroup, learn
 from raymerge.errors import RunError, UserError
 from raymerge.evaluation import TaskScore, summarise
 from raymerge.export import write_merged
 from raymerge.files import staged
 from raymerge.lambdas import read_lambdas
-from raymerge.merging.basis import Basis, Given, MatrixBasis
-from raymerge.merging.dare import Dare as DareBasis
+from raymerge.merging.bases import basis_of
+from raymerge.merging.basis import Basis, Given
 from raymerge.merging.layout import LayerMap
 from raymerge.merging.optimizer import Adam, AdamState
 from raymerge.merging.registry import (
@@ -52,15 +49,14 @@ from raymerge.merging.registry import (
     needed_images,
     steps_of,
 )
-from raymerge.merging.spectral import iso_c, iso_cts, tsv
 from raymerge.merging.ties import TiesStatistics
-from raymerge.merging.wudi import wudi
 from raymerge.messages import EvaluateRequest, LoadRequest, Loss, WorkerSpec
 from raymerge.placement import Resources, environment_address, place
 from raymerge.plan import Plan, local_resources, make_plan, require_one_group
 from raymerge.progress import progress_bar
 from raymerge.rundir import Recorder, RunFolder
 from raymerge.state import StateStore, fingerprint
+from raymerge.urls import is_remote
 from raymerge.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -90,9 +86,11 @@ def merge(
     resume: bool = False,
     overwrite: bool = False,
     group: WorkerGroup | None = None,
+    also: Sequence[Also] = (),
 ) -> MergeResult:
     """Merge as the config says and write the output folder.
 
+    ``also``: further formats of the merged model: a folder ``hf``, a file ``state_dict.pt``.
     ``group``: workers already open for the same model and tasks (``open_group``), to be reused.
     Raises :class:`UserError` before anything is written when the input is wrong, and
     :class:`~raymerge.errors.RunError` later; then the output folder holds a state for ``resume``.
@@ -102,15 +100,23 @@ def merge(
     folder = RunFolder(Path(config.output))
     folder.check(config, resume=resume, overwrite=overwrite)
     plan = make_plan(config, known_resources(config))
+    require_also(plan.resolved, also)
     merging = Merging(config, plan)
+    if also and not merging.merges:
+        raise UserError(f"--also {also[0]}: method {config.method.name} writes no model")
     needs_workers = merging.needs_images or any(task.test for task in config.tasks)
     workers = group_or_new(group, config, merging.slots) if needs_workers else nullcontext(None)
     with workers as group:
-        return _run(merging, folder, group, resume=resume)
+        return _run(merging, folder, group, resume=resume, also=also)
 
 
 def _run(
-    merging: Merging, folder: RunFolder, group: WorkerGroup | None, *, resume: bool
+    merging: Merging,
+    folder: RunFolder,
+    group: WorkerGroup | None,
+    *,
+    resume: bool,
+    also: Sequence[Also] = (),
 ) -> MergeResult:
     config, clock = merging.config, _Clock()
     if group is not None:
@@ -134,6 +140,7 @@ def _run(
             folder.prepare(config, resume=resume, keep=temporary)
             commit()
         folder.write_model_config(merging.resolved)
+        write_also(folder.path, also)
         if merging.method.rows:
             folder.write_lambdas(config.model_names, merging.layers.names, lambdas_JL)
         clock.lap("export")
@@ -222,10 +229,17 @@ def evaluate(config: Config, model: str | None = None) -> dict[str, TaskScore]:
     config = config.model_copy(update={"tasks": tasks, "method": method, "output": None})
     plan = make_plan(config, known_resources(config), experts=own)
     if model is not None and not own:
-        open_visual(model, open_pretrained(plan.resolved)[0].layout)
-        model = str(locate(model).absolute())
+        pretrained, _ = open_pretrained(plan.resolved)
+        open_visual(model, pretrained.layout, pretrained)
+        model = _for_workers(model, locate(model))
+    scored = model or _for_workers(config.model.reference, plan.resolved.weights)
     with open_group(config, None) as group:
-        return score(config, group, None if own else model or str(plan.resolved.weights))
+        return score(config, group, None if own else scored)
+
+
+def _for_workers(reference: str, found: Path) -> str:
+    """A local file by its path; what is behind a URL each node fetches for itself."""
+    return reference if is_remote(reference) else str(found.absolute())
 
 
 def score(config: Config, group: WorkerGroup, model: str | None) -> dict[str, TaskScore]:
@@ -254,33 +268,14 @@ class Merging:
         self.slots = plan.step_images or None
         self.pretrained, _ = open_pretrained(plan.resolved)
         self._experts = [
-            open_visual(reference, self.pretrained.layout)
+            open_visual(reference, self.pretrained.layout, self.pretrained)
             for reference in merged_checkpoints(config)
         ]
         self.granularity = granularity_of(config.method)
         self.layers: LayerMap = self.pretrained.layout.layers(self.granularity)
-        self.basis = self._basis()
-
-    def _basis(self) -> Basis | None:
-        method = self.config.method
-        name = method.task_vectors if isinstance(method, AdaMerging) else method.name
-        if name == "ties":
-            return self._ties()
-        if name == "dare":
-            assert isinstance(method, Dare | AdaMerging)
-            elect = isinstance(method, Dare) and method.elect_sign
-            return DareBasis(self.config.model_names, self.config.seed, method.density, elect)
-        if name == "tsv":
-            return MatrixBasis(tsv)
-        if name == "iso_c":
-            return MatrixBasis(iso_c, separate=False)
-        if name in ("iso_cts", "iso"):
-            assert isinstance(method, IsoCts | AdaMerging)
-            return MatrixBasis(partial(iso_cts, common_fraction=method.common_fraction))
-        if isinstance(method, Wudi):
-            solve = partial(wudi, iterations=method.iterations, lr=method.lr)
-            return MatrixBasis(solve, separate=False)
-        return None
+        self.basis: Basis | None = basis_of(
+            config.method, config.model_names, config.seed, self._ties
+        )
 
     def _ties(self) -> TiesStatistics:
         method = self.config.method

@@ -250,6 +250,7 @@ def test_required_key_is_missing(attempt: Attempt, key: str) -> None:
         (("name",), ("tasks[2].name: missing",)),
         (("classnames",), ("tasks[2]", "'tone'", "no classnames", "list its classes")),
         (("checkpoint",), ("tasks[2]", "'tone'", "no checkpoint", "remove adapt")),
+        (("checkpoint", "test"), ("tasks[2]", "'tone'", "no checkpoint", "remove adapt")),
         (("checkpoint", "adapt", "test"), ("tasks[2]", "'tone'", "neither a checkpoint")),
     ],
 )
@@ -519,7 +520,7 @@ def test_pretrained_weights_that_do_not_fit_their_config(attempt: Attempt) -> No
 
 def test_visual_tower_alone_is_no_pretrained_model(attempt: Attempt) -> None:
     attempt.pretrained(attempt.expert_state())
-    attempt.refused("pretrained", "whole open_clip model")
+    attempt.refused("pretrained", "text tower")
 
 
 def test_unknown_architecture_with_a_guess(attempt: Attempt) -> None:
@@ -681,10 +682,16 @@ def test_pickle_that_would_run_code_is_refused_and_does_not_run(
     assert trace.exists()  # so the payload was live
 
 
-def test_whole_pickled_module_is_refused_with_the_remedy(attempt: Attempt) -> None:
+class _Encoder(torch.nn.Linear):
+    """Of a module that no release has."""
+
+
+def test_pickled_module_of_an_unknown_package_is_refused_with_the_remedy(attempt: Attempt) -> None:
     path = attempt.expert("module.pt")
-    torch.save(torch.nn.Linear(2, 2), path)
-    attempt.refused(str(path), "Linear", "save its state_dict")
+    torch.save(_Encoder(2, 2), path)
+    attempt.refused(str(path), "_Encoder", "save its state_dict")
+    torch.save(torch.nn.Linear(2, 2), path)  # opens, and is no encoder
+    attempt.refused(str(path), "its keys start with bias, weight")
 
 
 @pytest.mark.parametrize("content", [{}, {"a": 1}, [torch.zeros(1)], torch.zeros(3)])

@@ -124,6 +124,20 @@ def test_a_key_of_another_method_is_unknown():
     )
 
 
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_only_frank_wolfe_learns_for_a_task_that_no_model_was_trained_for(name: str) -> None:
+    unmerged = {"name": "svhn", "classnames": ["0", "1"], "adapt": "d/s"}
+    data = _data(method=_method(name), tasks=[_task(), unmerged])
+    if name in ("fw_hard", "fw_soft"):
+        config = _parse(data)
+        assert (config.model_names, config.task_names) == (("mnist",), ("mnist", "svhn"))
+        return
+    assert _refusal(data).endswith(
+        "tasks[1]: task 'svhn' has images to adapt on but no checkpoint; name its checkpoint or "
+        "remove adapt"
+    )
+
+
 # --- broken rules ------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from raymerge.driver import StepRecord, sum_results
 from raymerge.errors import RunError, UserError
 from raymerge.merging import frank_wolfe as fw
 from raymerge.merging.optimizer import AdamState
-from raymerge.messages import StepRequest
+from raymerge.messages import StepRequest, WorkerSpec
 from raymerge.rundir import Recorder
 from raymerge.session import MergeResult, Merging, merge, open_group
+from raymerge.worker import MergeWorker
 
 WEIGHTS = "open_clip_model.safetensors"
 Run = Callable[..., MergeResult]
@@ -277,13 +279,65 @@ def test_a_gradient_that_is_no_number_ends_the_run(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "raymerge.share.cross_entropy", lambda logits_BC, labels_B: logits_BC.sum(-1) * np.nan
+        "raymerge.losses.cross_entropy", lambda logits_BC, labels_B: logits_BC.sum(-1) * np.nan
     )
     for method in ("fw_hard", "fw_soft"):
         with pytest.raises(RunError, match="step 1: the loss of task colour"):
             run(method, method=method)
         assert not (tmp_path / method / WEIGHTS).exists()
         assert not list((tmp_path / method / "state").glob("step-*"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_gradient_with_tasks_that_no_model_was_trained_for(
+    world: World,
+    direct: Direct,
+    pretrained: dict[str, Tensor],
+    experts: list[dict[str, Tensor]],
+    workers: int,
+) -> None:
+    """∂/∂λ_k of the sum over all M tasks is ⟨g, T_k⟩, and with weights a single task's."""
+    tasks = _tasks(world)
+    given = [tasks[0], *({k: v for k, v in t.items() if k != "checkpoint"} for t in tasks[1:])]
+    given[2] = tasks[2]  # models 0 and 2, tasks 0 to 3
+    config = _config(world, tasks=given, method={"name": "fw_hard"})
+    merging = Merging(config)
+    lambdas_KL = torch.full((2, len(pretrained)), 0.2, dtype=torch.float64)
+    models = [experts[0], experts[2]]
+    theta = _theta(lambdas_KL, pretrained, models)
+    spec = WorkerSpec(config.model, config.tasks, workers=workers)
+    group = [MergeWorker(replace(spec, rank=rank)) for rank in range(workers)]
+    for worker in group:
+        worker.load(merging.load_request())
+    for weights_M, counted in ((None, tasks), (np.eye(4)[3], tasks[3:])):
+        request = StepRequest(0, lambdas_KL.numpy(), weights=weights_M)
+        total = sum_results([worker.step(request) for worker in group], request, workers)
+        g = direct.gradient(theta, counted)
+        expected_KL = _layerwise(lambda a, b: a @ b, g, models) - _layerwise(
+            lambda a, b: a @ b, g, [pretrained]
+        )
+        assert_close(torch.from_numpy(total.gradient), expected_KL, rtol=1e-3, atol=1e-6)
+        assert [bool(loss) for loss in total.loss] == [task in counted for task in tasks]
+
+
+@pytest.mark.parametrize("name", ["fw_hard", "fw_soft"])
+def test_an_objective_may_be_of_other_tasks_than_the_models(
+    world: World, run: Run, tmp_path: Path, name: str
+) -> None:
+    """λ has a row for each model; the metrics have every task's entropy."""
+    tasks = _tasks(world)
+    bare = [{k: v for k, v in task.items() if k != "adapt"} for task in tasks[:1]]
+    others = [{k: v for k, v in task.items() if k != "checkpoint"} for task in tasks[1:]]
+    method = {"name": name, "iterations": 2, "scaling": 1.0}
+    if name == "fw_soft":
+        del method["scaling"]
+    result = run(tasks=bare + others, method=method, optimizer={"steps": 2})
+    assert result.lambdas is not None
+    assert result.lambdas.shape[0] == 1
+    assert read_json(tmp_path / "out" / "lambdas.json")["tasks"] == ["colour"]
+    line = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+    assert list(line["lambdas"]) == ["colour"]
+    assert list(line["entropy"]) == [task["name"] for task in others]
 
 
 # --- soft --------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raymerge.checkpoints.locate import read_json
+from raymerge.checkpoints.huggingface import HuggingFaceCheckpoint
+from raymerge.checkpoints.locate import files_of, read_json
+from raymerge.checkpoints.lora import LoraCheckpoint
 from raymerge.checkpoints.reader import Checkpoint, TensorSpec, open_checkpoint
 from raymerge.checkpoints.visual import PREFIXES
 
@@ -16,15 +18,20 @@ from raymerge.checkpoints.visual import PREFIXES
 def inspect_checkpoint(reference: str) -> dict[str, Any]:
     """A JSON-ready summary. Raises :class:`~raymerge.errors.CheckpointError`."""
     checkpoint = open_checkpoint(reference)
-    specs = checkpoint.specs
+    stored = checkpoint
+    if isinstance(checkpoint, HuggingFaceCheckpoint | LoraCheckpoint):
+        stored = checkpoint.source
+    specs = stored.specs
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.kind,
-        "bytes": checkpoint.path.stat().st_size,
+        "container": stored.kind,
+        "layout": getattr(checkpoint, "layout", None),
+        "bytes": sum(file.stat().st_size for file in files_of(checkpoint.path)),
         "tensors": len(specs),
         "parameters": sum(math.prod(spec.shape) for spec in specs.values()),
         "dtypes": dict(Counter(str(s.dtype).removeprefix("torch.") for s in specs.values())),
-        "visual": _visual(specs),
+        "visual": _visual(checkpoint.specs),
         "activation": _activation(checkpoint),
         "keys": {
             key: {"shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch.")}
@@ -39,7 +46,7 @@ def inspection_text(inspection: Mapping[str, Any], keys: int = 12) -> str:
     visual = inspection["visual"]
     lines = [
         f"file        {inspection['path']} ({inspection['bytes'] / 1e6:.1f} MB)",
-        f"format      {inspection['format']}",
+        f"format      {_format_text(inspection)}",
         f"tensors     {inspection['tensors']} ({dtypes}), {inspection['parameters']:,} numbers",
         f"visual      {_visual_text(visual)}",
         f"activation  {inspection['activation']}",
@@ -50,6 +57,11 @@ def inspection_text(inspection: Mapping[str, Any], keys: int = 12) -> str:
     if len(names) > keys:
         lines.append(f"  … and {len(names) - keys} more (--json lists all)")
     return "\n".join(lines)
+
+
+def _format_text(inspection: Mapping[str, Any]) -> str:
+    kind, container, layout = (inspection[key] for key in ("format", "container", "layout"))
+    return f"{kind}: {layout}, in {container}" if layout else str(kind)
 
 
 def _visual(specs: Mapping[str, TensorSpec]) -> dict[str, Any] | None:
@@ -96,8 +108,22 @@ def _visual_text(visual: Mapping[str, Any] | None) -> str:
 
 def _activation(checkpoint: Checkpoint) -> str:
     """Weights do not say which GELU they were trained with; a config beside them may."""
+    if isinstance(checkpoint, HuggingFaceCheckpoint):
+        return _hidden_act(checkpoint.path.parent / "config.json")
+    if isinstance(checkpoint, LoraCheckpoint):
+        return "the pretrained model's"
     config = checkpoint.path.parent / "open_clip_config.json"
     if not config.is_file() or not Path(checkpoint.path).name.startswith("open_clip"):
         return "not recorded in the file (OpenAI's weights need QuickGELU: arch …-quickgelu)"
     model_cfg = read_json(config).get("model_cfg", {})
     return "QuickGELU" if model_cfg.get("quick_gelu") else "GELU"
+
+
+def _hidden_act(config: Path) -> str:
+    """Of a ``CLIPModel``, or of a vision tower alone; transformers' default is QuickGELU."""
+    if not config.is_file():
+        return "not recorded in the file (hidden_act of its config.json; OpenAI's is QuickGELU)"
+    content = read_json(config)
+    tower = content.get("vision_config", content) if isinstance(content, dict) else {}
+    given = str(tower.get("hidden_act", "quick_gelu"))
+    return {"quick_gelu": "QuickGELU", "gelu": "GELU"}.get(given, given)

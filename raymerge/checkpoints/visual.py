@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raymerge.checkpoints.reader import Checkpoint, open_checkpoint
+from raymerge.checkpoints.reader import Checkpoint, Partial, open_checkpoint
 from raymerge.errors import CheckpointError
 from raymerge.merging.layout import ParameterLayout, Piece
 
@@ -68,13 +68,29 @@ def all_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
 
 
-def open_visual(reference: str, layout: ParameterLayout) -> VisualCheckpoint:
-    """Open and check against the pretrained model's layout, from headers alone."""
-    return match_visual(open_checkpoint(reference), layout)
+def open_visual(
+    reference: str, layout: ParameterLayout, pretrained: VisualCheckpoint | None = None
+) -> VisualCheckpoint:
+    """Open and check against the pretrained model's layout, from headers alone.
+
+    ``pretrained`` gives what the file leaves to it: all that an adapter does not change, and the
+    projection of a tower that has none.
+    """
+    return match_visual(open_checkpoint(reference), layout, pretrained)
 
 
-def match_visual(checkpoint: Checkpoint, layout: ParameterLayout) -> VisualCheckpoint:
+def match_visual(
+    checkpoint: Checkpoint, layout: ParameterLayout, pretrained: VisualCheckpoint | None = None
+) -> VisualCheckpoint:
     """Raises :class:`CheckpointError` naming missing, unexpected and misshapen tensors, sorted."""
+    if isinstance(checkpoint, Partial):
+        if pretrained is not None:
+            checkpoint = checkpoint.over(pretrained.checkpoint, pretrained.prefix)
+        elif checkpoint.kind == "lora":
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path}: is a LoRA adapter, which changes a pretrained "
+                "model and is none; give the whole model here"
+            )
     prefix = _best_prefix(checkpoint, layout)
     keys = {prefix + name for name in layout.names}
     _require_names(checkpoint, keys, prefix)

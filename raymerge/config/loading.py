@@ -1,19 +1,23 @@
-"""YAML → :class:`Config`: overrides, presets, shorthands and paths, then validation."""
+"""YAML → :class:`Config`: overrides, suites, presets, shorthands and paths, then validation."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import yaml
 from pydantic import ValidationError
 
 from raymerge.config.schema import Config
+from raymerge.config.suites import with_suites
 from raymerge.config.wording import explain, short
-from raymerge.errors import ConfigError
+from raymerge.errors import ConfigError, RemoteError
+from raymerge.urls import is_remote, redacted, redacted_values
 
+_ROOT_OPTION = re.compile(r"([?&]root=)([^&]+)")  # of torchvision:NAME:SPLIT?root=DIR
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # hf:…, torchvision:…, s3://… are not local paths
 
 _PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -37,6 +41,9 @@ _PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
 }
 
+_SHORT_FOR = {"model": "arch", "method": "name", "suite": "name"}
+"""Section → the key that a plain word in its place gives."""
+
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML config; ``overrides`` are ``key.path=value`` strings, values in YAML.
@@ -44,10 +51,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises :class:`ConfigError` naming the file, the key, the value and the remedy.
     """
     path = Path(path)
-    data = read_yaml(path)
-    for override in overrides:
-        apply_override(data, override)
-    return parse_config(data, root=path.parent.absolute(), source=f"config {path}")
+    source = f"config {path}"
+    data = _overridden(read_yaml(path), tuple(overrides), source)
+    return parse_config(data, root=path.parent.absolute(), source=source)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -71,22 +77,37 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_config(data: Mapping[str, Any], *, root: Path, source: str = "config") -> Config:
     """Validate a plain dict; relative paths in it are taken from ``root``."""
-    data = _with_preset(dict(data), source)
+    data = with_suites(data, source)
+    data = _with_preset(data, source)
     data = _with_shorthands(data)
     _resolve_paths(data, root, source)
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {explain(error, Config)}") from None
+        raise ConfigError(redacted(f"{source}: {explain(error, Config)}")) from None
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML that ``load_config`` reads back to an equal config."""
-    data = config.model_dump(mode="json", exclude_none=True)
+    """The resolved config as YAML that ``load_config`` reads back to an equal config, but for
+    credentials in URLs, which are left out."""
+    data = redacted_values(config.model_dump(mode="json", exclude_none=True))
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
 # --- before validation: overrides, presets, shorthands, paths ---------------------------------
+
+
+def _overridden(data: dict[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
+    """The suite's overrides come first: the others may name the tasks that it stands for."""
+    of_suite = [override for override in overrides if re.match(r"suite[.=]", override)]
+    for override in of_suite:
+        apply_override(data, override)
+    if data.get("suite") is not None:
+        data = with_suites(data, source)
+    for override in overrides:
+        if override not in of_suite:
+            apply_override(data, override)
+    return data
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
@@ -107,8 +128,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         elif isinstance(node, dict):
             if last:
                 node[key] = parsed
-            elif isinstance(node.get(key), str) and key in ("method", "model"):
-                node[key] = {"name" if key == "method" else "arch": node[key]}
+            elif isinstance(node.get(key), str) and key in _SHORT_FOR:
+                node[key] = {_SHORT_FOR[key]: node[key]}
             node = node.setdefault(key, {})
         else:
             raise ConfigError(f"override {override!r}: {where} is below a plain value")
@@ -147,7 +168,7 @@ def _with_preset(data: dict[str, Any], source: str) -> dict[str, Any]:
 
 def _with_shorthands(data: dict[str, Any]) -> dict[str, Any]:
     """``model: local-dir:x`` and ``method: ties`` are short for the mapping with one key."""
-    for section, key in (("model", "arch"), ("method", "name")):
+    for section, key in _SHORT_FOR.items():
         if isinstance(data.get(section), str):
             data[section] = {key: data[section]}
     return data
@@ -184,21 +205,37 @@ def _resolve_model(model: dict[str, Any], root: Path) -> None:
 
 def _resolved_task(task: dict[str, Any], root: Path, where: str) -> dict[str, Any]:
     task = dict(task)
-    for key in ("checkpoint", "adapt", "test", "train"):
+    for key in ("checkpoint", "head", "adapt", "test", "train"):
         if isinstance(task.get(key), str):
             task[key] = absolute(task[key], root)
     for key in ("classnames", "templates"):
         if isinstance(task.get(key), str):
-            task[key] = _read_lines(Path(absolute(task[key], root)), f"{where}.{key}")
+            path = _local(absolute(task[key], root), f"{where}.{key}")
+            task[key] = _read_lines(path, f"{where}.{key}")
     return task
 
 
 def absolute(path: str, root: Path) -> str:
     if path.startswith("local-dir:"):
         return "local-dir:" + absolute(path.removeprefix("local-dir:"), root)
+    if path.startswith("torchvision:"):
+        return _ROOT_OPTION.sub(
+            lambda found: found[1] + quote(absolute(unquote(found[2]), root), safe="/:+ ~"), path
+        )
     if not path or _REMOTE.match(path):  # an empty one is refused below, and is not the root
         return path
     return str((root / Path(path).expanduser()).absolute())
+
+
+def _local(reference: str, where: str) -> Path:
+    if not is_remote(reference):
+        return Path(reference)
+    from raymerge.remote import fetch
+
+    try:
+        return fetch(reference)
+    except RemoteError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _read_lines(path: Path, where: str) -> list[str]:

@@ -8,7 +8,16 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raymerge.config.finetune import FinetuneConfig
-from raymerge.config.methods import AdaMerging, Betas, Frozen, MethodConfig, Reference
+from raymerge.config.methods import (
+    AdaMerging,
+    Betas,
+    Frozen,
+    FwHard,
+    FwSoft,
+    MethodConfig,
+    Reference,
+)
+from raymerge.urls import is_remote
 
 VectorDtype = Literal["float32", "bfloat16"]
 VectorLocation = Literal["device", "host", "disk", "files"]
@@ -21,13 +30,14 @@ class ModelConfig(Frozen):
     """The pretrained model θ₀: which architecture, and where its weights are."""
 
     arch: str
-    """An open_clip architecture, a config JSON, ``local-dir:DIR`` or ``hf-hub:ORG/NAME``."""
+    """An open_clip architecture, a config JSON, ``local-dir:DIR``, ``hf-hub:ORG/NAME``, or the
+    URL of a folder."""
     pretrained: str | None = None
     """An open_clip pretrained tag or a checkpoint file; not with ``local-dir:`` or ``hf-hub:``."""
 
     @property
     def is_folder(self) -> bool:
-        return self.arch.startswith(_MODEL_SCHEMES)
+        return self.arch.startswith(_MODEL_SCHEMES) or is_remote(self.arch)
 
     @property
     def reference(self) -> str:
@@ -50,8 +60,8 @@ class ModelConfig(Frozen):
 class TaskConfig(Frozen):
     """One task: its expert, its classes, its images.
 
-    Without a checkpoint it is a task that the merge does not know, only tested; without images a
-    model that is only merged.
+    Without a checkpoint it is a task that no model was trained for: only tested, or one that
+    Frank-Wolfe learns for. Without images it is a model that is only merged.
     """
 
     name: str
@@ -59,26 +69,28 @@ class TaskConfig(Frozen):
     classnames: tuple[str, ...] = ()
     """In class order; in YAML a list, or a text file with one name per line. Images need them."""
     templates: tuple[str, ...] = Field(default=("a photo of a {}.",), min_length=1)
+    head: Reference | None = None
+    """A saved classifier of the task; default: the zero-shot head of the names and templates."""
     adapt: Reference | None = None
-    """Unlabeled images: a folder, flat or with one folder per class."""
+    """Unlabeled images: a folder, flat or with one folder per class; or a stored data set."""
     test: Reference | None = None
-    """Labelled images: one folder per class, named as in ``classnames``."""
+    """Labelled images: one folder per class, named as in ``classnames``; or a data set."""
     train: Reference | None = None
     """Labelled images to train its expert on, for ``raymerge finetune``; laid out as ``test``."""
 
     @model_validator(mode="after")
     def _has_what_it_is_for(self) -> TaskConfig:
-        if self.checkpoint is None and self.test is None and self.train is None:
+        if not any((self.checkpoint, self.adapt, self.test, self.train)):
             raise ValueError(
                 f"task {self.name!r} has neither a checkpoint to merge nor test images"
             )
-        if self.checkpoint is None and self.adapt is not None:
-            raise ValueError(
-                f"task {self.name!r} has images to adapt on but no checkpoint; name its checkpoint "
-                "or remove adapt"
-            )
         if not self.classnames and any((self.adapt, self.test, self.train)):
             raise ValueError(f"task {self.name!r} has images but no classnames; list its classes")
+        if not self.classnames and self.head is not None:
+            raise ValueError(
+                f"task {self.name!r} has a head but no classnames; list its classes in the order "
+                "of the head's rows"
+            )
         return self
 
     @field_validator("classnames")
@@ -180,6 +192,14 @@ class VectorsConfig(Frozen):
         return self
 
 
+class CardConfig(Frozen):
+    """What the model card says that raymerge cannot know."""
+
+    license: str | None = None
+    """As the hub names it: apache-2.0, mit, cc-by-4.0 …"""
+    authors: tuple[str, ...] = ()
+
+
 class StateConfig(Frozen):
     """How often λ and the optimiser's moments are saved for ``--resume``."""
 
@@ -201,6 +221,7 @@ class Config(Frozen):
     state: StateConfig = StateConfig()
     finetune: FinetuneConfig | None = None
     """For ``raymerge finetune``; default: the task-vectors recipe."""
+    card: CardConfig = CardConfig()
     output: Reference | None = None
 
     @model_validator(mode="after")
@@ -216,6 +237,19 @@ class Config(Frozen):
             if names.count(name) > 1:
                 raise ValueError(
                     f"task {name!r} is listed {names.count(name)} times; names are unique"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _images_are_for_a_model(self) -> Config:
+        """Of Frank-Wolfe they are the objective's, whatever its candidates were trained for."""
+        if isinstance(self.method, FwHard | FwSoft):
+            return self
+        for k, task in enumerate(self.tasks):
+            if task.checkpoint is None and task.adapt is not None:
+                raise ValueError(
+                    f"tasks[{k}]: task {task.name!r} has images to adapt on but no checkpoint; "
+                    "name its checkpoint or remove adapt"
                 )
         return self
 

@@ -13,14 +13,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from raymerge.config import TaskConfig
 from raymerge.config.experiments import FwScaling
 from raymerge.config.loading import dump_config
-from raymerge.data.folder import labelled_images
+from raymerge.data.sources import labelled_images
 from raymerge.errors import DataError, RunError, UserError
 from raymerge.experiments.bench import FAST, Bench, Changes, mean_top1, say
 from raymerge.experiments.findings import Cell, Curves, Findings, Table
@@ -35,9 +34,10 @@ METHODS: Mapping[str, Changes] = {
     "ties": {"method": {"name": "ties", "density": 0.2, "scaling": 0.3}},
     "adamerging": {"method": {"name": "adamerging"}, **FAST},
     "fw_hard": {"method": {"name": "fw_hard", "iterations": 20, "step_size": 0.1, "scaling": 1.0}},
+    "fw_soft": {"method": {"name": "fw_soft", "iterations": 3}, **FAST},
 }
 START: Changes = {"method": {"name": "adamerging"}, **FAST}
-"""What Frank-Wolfe starts from: a merge of the base's own models."""
+"""What hard Frank-Wolfe starts from: a merge of the models that the pool starts with."""
 MEMORY_MODELS = (10, 20, 40)
 LOCATIONS = ("files", "device")
 _MEMORY: Changes = {"name": "fw_hard", "iterations": 3, "step_size": 1.0, "images": 16}
@@ -48,7 +48,7 @@ _SAMPLE_S = 0.02
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that is not the base's own. ``images``: what a method that needs a model's images
+    """A model that may be added to the pool. ``images``: what a method that needs a model's images
     gets for it; None where there are none."""
 
     config: TaskConfig
@@ -57,42 +57,86 @@ class Candidate:
     @property
     def with_images(self) -> TaskConfig:
         assert self.images is not None
-        given = {key: getattr(self.images, key) for key in ("adapt", "classnames", "templates")}
+        given = {
+            key: getattr(self.images, key) for key in ("adapt", "classnames", "templates", "head")
+        }
         return self.config.model_copy(update=given)
 
 
 @dataclass(frozen=True)
-class Point:
-    """``count`` candidates of one sort beside the base's own models."""
+class Scan:
+    """More and more ``candidates`` of one sort, beside the models that the pool starts with.
+
+    ``tested``: the tasks that are tested and that Frank-Wolfe learns for, the same at every point.
+    ``own``: those whose models the pool starts with. ``turns``: where else than at 4, 8, 16, …
+    candidates it is measured.
+    """
 
     sort: str
-    count: int
+    tested: Sequence[TaskConfig]
+    own: Sequence[TaskConfig]
     candidates: Sequence[Candidate]
+    turns: Sequence[int] = ()
 
-    def title(self, own: int) -> str:
-        return f"{own} + {self.count} {self.sort}" if self.count else f"{own}"
+    @property
+    def counts(self) -> list[int]:
+        return sorted({0, *self.turns, *steps(len(self.candidates))})
+
+    @property
+    def title(self) -> str:
+        return f"{self.sort} models"
+
+    def tasks(self, count: int) -> tuple[TaskConfig, ...]:
+        """With ``count`` candidates in the pool: the tested tasks, without a checkpoint where the
+        model is not in it; then the candidates that are no tested task's."""
+        pool = [*self.own, *(candidate.config for candidate in self.candidates[:count])]
+        names = {task.name for task in pool}
+        tested = {task.name for task in self.tested}
+        mine = (t if t.name in names else _without_model(t) for t in self.tested)
+        return (*mine, *(task for task in pool if task.name not in tested))
+
+    def with_images(self, count: int) -> tuple[TaskConfig, ...] | None:
+        """The same where every model has images to learn from; None if one has none."""
+        given = {c.config.name: c.with_images for c in self.candidates[:count] if c.images}
+        tasks = [given.get(task.name, task) for task in only_models_learn(self.tasks(count))]
+        bare = any(task.checkpoint and task.adapt is None for task in tasks)
+        return None if bare else tuple(tasks)
+
+
+def only_models_learn(tasks: Sequence[TaskConfig]) -> tuple[TaskConfig, ...]:
+    """A task without a checkpoint is only tested: methods but Frank-Wolfe cannot learn for it."""
+    bare = {"adapt": None}
+    return tuple(t if t.checkpoint else t.model_copy(update=bare) for t in tasks)
+
+
+def _without_model(task: TaskConfig) -> TaskConfig:
+    return task.model_copy(update={"checkpoint": None})
 
 
 def run(bench: Bench, options: FwScaling) -> Findings:
-    own = [task for task in bench.base.tasks if task.adapt or task.test]
-    sorts = candidates(bench, options)
-    points = [Point(s, n, found[:n]) for s, found in sorts.items() for n in steps(len(found))]
-    points = [Point("", 0, ()), *points]
+    found = scans(bench, options)
     objective = objective_of(bench)
-    start = _start(bench, own)
-    top1 = _accuracies(bench, own, points, objective, start)
-    memory = _memory(bench, own, [c for found in sorts.values() for c in found], objective)
+    starts = [_start(bench, scan) for scan in found]
+    top1 = [
+        _accuracies(bench, scan, objective, start)
+        for scan, start in zip(found, starts, strict=True)
+    ]
+    memory = _memory(bench, _all_models(found), objective)
     return Findings(
         "FW-Merging with more candidate models",
-        tables=[_accuracy_table(top1, points, len(own)), *_memory_tables(memory)],
+        tables=[
+            *(_accuracy_table(scan, rows) for scan, rows in zip(found, top1, strict=True)),
+            *_memory_tables(memory),
+        ],
         curves=[
-            *(_accuracy_curves(top1, sort, points, len(own)) for sort in sorts),
+            *(_accuracy_curves(scan, rows) for scan, rows in zip(found, top1, strict=True)),
             *_memory_curves(memory),
         ],
-        notes=_notes(bench, own, sorts, objective, start, memory),
+        notes=_notes(bench, found, objective, starts, memory),
         data={
             "top1": {
-                point.title(len(own)): found for point, found in zip(points, top1, strict=True)
+                scan.sort: {str(n): row for n, row in zip(scan.counts, rows, strict=True)}
+                for scan, rows in zip(found, top1, strict=True)
             },
             "peak_anonymous_bytes": {
                 location: {str(models): value for models, value in peaks.items()}
@@ -111,30 +155,66 @@ def steps(most: int) -> list[int]:
 # --- candidates --------------------------------------------------------------------------------
 
 
-def candidates(bench: Bench, options: FwScaling) -> dict[str, list[Candidate]]:
-    """By sort. Of the demo world, more models are trained; of another base, they are its models
-    without images. Raises :class:`UserError` where there are none."""
-    reference = bench.base.model.arch.removeprefix("local-dir:")
-    root = Path(reference).parent
-    if (root / "zoo.fingerprint").exists():
-        wanted = {"irrelevant": options.irrelevant, "relevant": options.relevant}
-        found = {
-            sort: _trained(bench, root, extras(sort, count))  # type: ignore[arg-type]
-            for sort, count in wanted.items()
-            if count
-        }
+def scans(bench: Bench, options: FwScaling) -> list[Scan]:
+    """Relevant models, first those of the tested tasks that the pool starts without; then
+    irrelevant ones. Of the demo world more models are trained; another base's irrelevant ones are
+    its models without images. Raises :class:`UserError` where there are none of either."""
+    tested = [task for task in bench.base.tasks if task.adapt or task.test]
+    merged = [task for task in tested if task.checkpoint]
+    own = _own(bench, merged, options)
+    others = [Candidate(task, task if task.adapt else None) for task in merged if task not in own]
+    others = others[: options.relevant]
+    root = _demo_root(bench)
+    if root is not None:
+        more = _trained(bench, root, extras("relevant", options.relevant - len(others)))
+        less = _trained(bench, root, extras("irrelevant", options.irrelevant))
+        sort = "irrelevant"
     else:
-        bare = [task for task in bench.base.models if task.adapt is None and task.test is None]
-        found = {"without images": [Candidate(task) for task in bare]} if bare else {}
+        bare = [task for task in bench.base.models if task not in merged]
+        more, less, sort = [], [Candidate(task) for task in bare], "untested"
+    found = [
+        Scan("relevant", tested, own, [*others, *more], [len(others)]),
+        Scan(sort, tested, merged, less),
+    ]
+    found = [scan for scan in found if scan.candidates]
     if not found:
         raise UserError(
-            "experiment: fw_scaling has no candidates to add; list models without images in the "
-            "base config's tasks (a name and a checkpoint each), or take `base: demo`"
+            "experiment: fw_scaling has no candidates to add; list more tested tasks than "
+            "experiment.own in the base config, or models without images (a name and a checkpoint "
+            "each), or take `base: demo`"
         )
     return found
 
 
+def _own(bench: Bench, merged: Sequence[TaskConfig], options: FwScaling) -> list[TaskConfig]:
+    """The tested tasks whose models the pool starts with, in the base's order."""
+    if isinstance(options.own, int):
+        return list(merged[: options.own])
+    named = bench.tasks(options.own)
+    for task in named:
+        if task not in merged:
+            raise UserError(
+                f"experiment: own: task {task.name!r} has no checkpoint or no images to test; "
+                "name tested tasks with a model"
+            )
+    return [task for task in merged if task in named]
+
+
+def _demo_root(bench: Bench) -> Path | None:
+    root = Path(bench.base.model.arch.removeprefix("local-dir:")).parent
+    return root if (root / "zoo.fingerprint").exists() else None
+
+
+def _all_models(found: Sequence[Scan]) -> list[TaskConfig]:
+    """Every model of any pool, once."""
+    configs = [c for scan in found for c in scan.own]
+    configs += [c.config for scan in found for c in scan.candidates]
+    return list({config.name: config for config in configs}.values())
+
+
 def _trained(bench: Bench, root: Path, wanted: Sequence[Extra]) -> list[Candidate]:
+    if not wanted:
+        return []
     seed = bench.base.seed
     if (root / "zoo.fingerprint").read_text().strip() != ZooRecipe().fingerprint(seed):
         raise UserError(f"experiment: {root} is not the demo world of seed {seed}; set its seed")
@@ -165,48 +245,53 @@ def objective_of(bench: Bench) -> str:
 
 
 def _accuracies(
-    bench: Bench,
-    own: Sequence[TaskConfig],
-    points: Sequence[Point],
-    objective: str,
-    start: MergeResult | None,
+    bench: Bench, scan: Scan, objective: str, start: MergeResult | None
 ) -> list[dict[str, float | None]]:
-    """Mean top-1 over the tested tasks of every method, at every point."""
+    """Mean top-1 over the tested tasks of every method, at every count of candidates."""
     methods = bench.methods or METHODS
     found: list[dict[str, float | None]] = []
-    for point in points:
-        tasks = (*own, *(candidate.config for candidate in point.candidates))
-        row: dict[str, float | None] = {}
-        with bench.workers(tasks) as group:
-            for name, changes in methods.items():
-                run_name = f"{name}_{point.sort or 'own'}_{point.count}".replace(" ", "_")
-                if _needs_all_images(bench, changes, own):
-                    row[name] = _with_images(bench, run_name, changes, own, point)
-                    continue
-                given = _completed(changes, objective, start, tasks, bench.output / run_name)
-                row[name] = mean_top1(bench.merge(run_name, given, group, tasks).scores)
+    for count in scan.counts:
+        row: dict[str, float | None] = dict.fromkeys(methods)
+        for sort, tasks in _given(scan, count).items():
+            wanted = {n: c for n, c in methods.items() if _sort(bench, c, scan.own) == sort}
+            if not wanted or tasks is None:
+                continue
+            with bench.workers(tasks) as group:
+                for name, changes in wanted.items():
+                    run_name = f"{name}_{scan.sort}_{count}"
+                    given = _completed(changes, objective, start, tasks, bench.output / run_name)
+                    if sort == "images":
+                        given = _shared(bench, changes, scan, tasks)
+                    row[name] = mean_top1(bench.merge(run_name, given, group, tasks).scores)
         found.append(row)
     return found
 
 
-def _needs_all_images(bench: Bench, changes: Changes, own: Sequence[TaskConfig]) -> bool:
-    config = bench.config(changes, "check", own)
-    return needed_images(config) != "none" and not _frank_wolfe(changes)
+def _given(scan: Scan, count: int) -> dict[str, tuple[TaskConfig, ...] | None]:
+    """The tasks by what a method needs: nothing, images for every model, or Frank-Wolfe."""
+    tasks = scan.tasks(count)
+    return {
+        "none": only_models_learn(tasks),
+        "images": scan.with_images(count),
+        "frank_wolfe": tasks,
+    }
 
 
-def _with_images(
-    bench: Bench, name: str, changes: Changes, own: Sequence[TaskConfig], point: Point
-) -> float | None:
-    """A method that needs images for every model: a candidate gets those of a tested task, and all
-    together as many a step as the base's own models; None where candidates have no images."""
-    if any(candidate.images is None for candidate in point.candidates):
-        return None
-    tasks = (*own, *(candidate.with_images for candidate in point.candidates))
-    batch = bench.config(changes, name, own).optimizer.batch_size * len(own) // len(tasks)
-    optimizer = {**changes.get("optimizer", {}), "batch_size": max(1, batch)}
-    with bench.workers(tasks) as group:
-        result = bench.merge(name, {**changes, "optimizer": optimizer}, group, tasks)
-    return mean_top1(result.scores)
+def _sort(bench: Bench, changes: Changes, own: Sequence[TaskConfig]) -> str:
+    if _frank_wolfe(changes):
+        return "frank_wolfe"
+    return "none" if needed_images(bench.config(changes, "check", own)) == "none" else "images"
+
+
+def _shared(bench: Bench, changes: Changes, scan: Scan, tasks: Sequence[TaskConfig]) -> Changes:
+    """Where several models learn from one task's images: together as many a step as that task's
+    own, so that a step costs no more than Frank-Wolfe's."""
+    models = sum(task.checkpoint is not None for task in tasks)
+    most = len(scan.tested)
+    if models <= most:
+        return changes
+    batch = bench.config(changes, "check", scan.own).optimizer.batch_size * most // models
+    return {**changes, "optimizer": {**changes.get("optimizer", {}), "batch_size": max(1, batch)}}
 
 
 def _frank_wolfe(changes: Changes) -> bool:
@@ -214,14 +299,21 @@ def _frank_wolfe(changes: Changes) -> bool:
     return isinstance(method, Mapping) and str(method.get("name")).startswith("fw_")
 
 
-def _start(bench: Bench, own: Sequence[TaskConfig]) -> MergeResult | None:
-    """Of the Frank-Wolfe methods that do not name their own."""
+def _wants_start(changes: Changes) -> bool:
+    """Hard Frank-Wolfe that names no start of its own; soft starts from the pretrained model."""
+    method = changes["method"] if _frank_wolfe(changes) else {}
+    return method.get("name") == "fw_hard" and "start" not in method
+
+
+def _start(bench: Bench, scan: Scan) -> MergeResult | None:
+    """A merge of the models that the pool starts with, from their own images alone."""
     methods = bench.methods or METHODS
-    wanted = [m for m in methods.values() if _frank_wolfe(m) and "start" not in m["method"]]
-    if not wanted or any(task.adapt is None for task in own if task.checkpoint):
+    wanted = any(_wants_start(changes) for changes in methods.values())
+    if not wanted or any(task.adapt is None for task in scan.own):
         return None
-    with bench.workers(own) as group:
-        return bench.merge("start", START, group, own)
+    tasks = only_models_learn(scan.tasks(0))
+    with bench.workers(tasks) as group:
+        return bench.merge(f"start_{scan.sort}", START, group, tasks)
 
 
 def _completed(
@@ -235,7 +327,7 @@ def _completed(
     if not _frank_wolfe(changes):
         return changes
     given = {"objective": objective, **changes["method"]}
-    if "start" not in given and start is not None:
+    if _wants_start(changes) and start is not None:
         given["start"] = _padded(start, tasks, folder)
     return {**changes, "method": given}
 
@@ -254,25 +346,23 @@ def _padded(start: MergeResult, tasks: Sequence[TaskConfig], folder: Path) -> st
     return str(path)
 
 
-def _accuracy_table(
-    found: Sequence[Mapping[str, float | None]], points: Sequence[Point], own: int
-) -> Table:
-    columns = [point.title(own) for point in points]
+def _accuracy_table(scan: Scan, found: Sequence[Mapping[str, float | None]]) -> Table:
+    columns = [f"{len(scan.own)} models", *(f"+{count}" for count in scan.counts[1:])]
     rows: dict[str, list[Cell]] = {name: [each[name] for each in found] for name in found[0]}
-    caption = "Mean top-1 in % over the tested tasks, which are the same in every column."
-    return Table("Accuracy against the candidate models", columns, rows, caption)
+    caption = (
+        f"Mean top-1 in % over the {len(scan.tested)} tested tasks, the same in every column; the "
+        f"pool starts with the models of {', '.join(task.name for task in scan.own)}."
+    )
+    return Table(f"Accuracy with more {scan.title}", columns, rows, caption)
 
 
-def _accuracy_curves(
-    found: Sequence[Mapping[str, float | None]], sort: str, points: Sequence[Point], own: int
-) -> Curves:
-    here = [i for i, point in enumerate(points) if point.sort in ("", sort)]
+def _accuracy_curves(scan: Scan, found: Sequence[Mapping[str, float | None]]) -> Curves:
     return Curves(
-        f"More candidates: {sort}",
+        f"More {scan.title}",
         x_label="candidate models",
         y_label="mean top-1",
-        x=[own + points[i].count for i in here],
-        series={name: [found[i][name] for i in here] for name in found[0]},
+        x=[len(scan.own) + count for count in scan.counts],
+        series={name: [each[name] for each in found] for name in found[0]},
     )
 
 
@@ -281,9 +371,7 @@ def _accuracy_curves(
 Peaks = dict[str, dict[int, int]]
 
 
-def _memory(
-    bench: Bench, own: Sequence[TaskConfig], more: Sequence[Candidate], objective: str
-) -> Peaks:
+def _memory(bench: Bench, pool: Sequence[TaskConfig], objective: str) -> Peaks:
     """Location of the vectors → K → peak anonymous bytes of a whole merge; {} without /proc."""
     if not Path("/proc/self/status").exists():
         return {}
@@ -296,7 +384,7 @@ def _memory(
                 "vectors": {"location": location},
                 "cluster": {"workers": 0, "micro_batch": _PASS},
             }
-            tasks = listed([*own, *(candidate.config for candidate in more)], models)
+            tasks = listed(pool, models)
             peaks[location][models] = _peak(bench, f"memory_{location}_{models}", changes, tasks)
     return peaks
 
@@ -386,35 +474,41 @@ def _memory_curves(memory: Peaks) -> list[Curves]:
 
 def _notes(
     bench: Bench,
-    own: Sequence[TaskConfig],
-    sorts: Mapping[str, Any],
+    found: Sequence[Scan],
     objective: str,
-    start: MergeResult | None,
+    starts: Sequence[MergeResult | None],
     memory: Peaks,
 ) -> list[str]:
     steered = {"entropy": "entropy of unlabeled images", "cross_entropy": "labelled cross-entropy"}
+    added = (f"{len(s.candidates)} {s.sort} beside {len(s.own)}" for s in found)
     notes = [
-        f"base: {len(own)} models of {bench.base.model.reference}; more candidates: "
-        + ", ".join(f"{len(found)} {sort}" for sort, found in sorts.items()),
-        f"FW-Merging minimises the {steered[objective]} of the tested tasks.",
-        "AdaMerging needs images for every model: a further one gets those of a tested task, and a "
-        "step has as many images in all as with the base's own models. Every λ starts at 0.3 "
-        "however many models there are, as in the paper: so many more start from a worse merge.",
+        f"base: {bench.base.model.reference}; candidates added: {', '.join(added)}.",
+        f"FW-Merging minimises the {steered[objective]} of all tested tasks, whether a model of "
+        "the pool was trained for them or not.",
+        "AdaMerging can learn only from images of its models' tasks: it gets those of the tested "
+        "tasks whose model is in the pool, and for every further model a tested task's again. A "
+        "step has at most as many images in all as with one model for each tested task. "
+        "Every λ starts at 0.3 however many models there are, as in the paper.",
     ]
-    if start is not None and start.lambdas is not None:
-        total, top1 = float(start.lambdas.sum(0).mean()), start.top1
-        scored = "" if top1 is None else f" and scores {top1:.1%}"
-        notes.append(
-            "FW-Merging starts from an AdaMerging of the base's own models, in which the further "
-            f"candidates have λ = 0{scored}: compare its row with that. The start's λ add up to "
-            f"{total:.1f} in the mean over the layers, a single model's to 1, so steps toward "
-            "models also shrink what was learned."
-        )
-    if "relevant" in sorts:
-        notes.append(
-            "relevant: fine-tuned on the tested tasks from other images, in a shorter training "
-            "than the base's experts; irrelevant: to tell turned and tinted images apart."
-        )
+    for scan, start in zip(found, starts, strict=True):
+        if start is not None and start.top1 is not None:
+            notes.append(
+                f"{scan.title}: hard FW-Merging starts from an AdaMerging of the first "
+                f"{len(scan.own)} models, which scores {start.top1:.1%}; soft from the pretrained "
+                "model, with every point's whole pool."
+            )
+    notes += [_what_they_are(scan, demo=_demo_root(bench) is not None) for scan in found]
     if not memory:
         notes.append("Memory was not measured: this system has no /proc.")
     return notes
+
+
+def _what_they_are(scan: Scan, *, demo: bool) -> str:
+    if scan.sort == "irrelevant":
+        return "irrelevant: fine-tuned to tell turned and tinted images apart."
+    if scan.sort != "relevant":
+        return f"{scan.sort}: the base's models without images."
+    others = len(scan.tested) - len(scan.own)
+    text = f"relevant: first the models of the {others} tested tasks that the pool starts without"
+    more = ", then more of all tested tasks, fine-tuned from other images in a shorter training"
+    return f"{text}{more if demo else ''}."

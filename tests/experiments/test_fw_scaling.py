@@ -113,7 +113,62 @@ def test_candidates_are_doubled_up_to_all_of_them(most: int, expected: list[int]
 
 def test_without_candidates_there_is_no_experiment(world: World, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no candidates to add"):
-        fw_scaling.run(bench(world, tmp_path), OPTIONS)
+        fw_scaling.run(bench(world, tmp_path), OPTIONS.model_copy(update={"own": 4}))
+
+
+@pytest.mark.parametrize(
+    ("own", "first"),
+    [(1, ["colour"]), (2, ["colour", "shade"]), (("tone", "colour"), ["colour", "tone"])],
+)
+def test_a_pool_starts_with_some_models_and_grows_to_all(
+    world: World, tmp_path: Path, own: Any, first: list[str]
+) -> None:
+    """At every point all tasks are tested and learned for; of the models only the pool's are in."""
+    names = [task.name for task in world.parse().tasks]
+    options = OPTIONS.model_copy(update={"own": own})
+    (scan,) = fw_scaling.scans(bench(world, tmp_path), options)
+    assert [task.name for task in scan.own] == first
+    assert scan.counts[-1] == len(names) - len(first)
+    for count in scan.counts:
+        tasks = scan.tasks(count)
+        assert [task.name for task in tasks] == names
+        assert all(task.adapt and task.test for task in tasks)
+        assert sum(task.checkpoint is not None for task in tasks) == len(first) + count
+        assert {task.name for task in tasks if task.checkpoint} >= set(first)
+        learned = scan.with_images(count)
+        assert learned is not None
+        assert [task.adapt is not None for task in learned] == [bool(t.checkpoint) for t in tasks]
+        assert all(task.test for task in learned)
+    assert scan.tasks(scan.counts[-1]) == world.parse().tasks
+
+
+def test_a_pool_starts_only_with_models_that_there_are(world: World, tmp_path: Path) -> None:
+    for own, message in (("tint", "is not in the base"), ("shape", "no checkpoint or no images")):
+        options = OPTIONS.model_copy(update={"own": (own,)})
+        given = Bench(world.parse(tasks=_bare(world)), tmp_path)
+        with pytest.raises(UserError, match=message):
+            fw_scaling.scans(given, options)
+
+
+def test_frank_wolfe_chooses_the_models_of_the_tasks_that_the_pool_lacked(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Soft chooses one for each task: as many as there are."""
+    monkeypatch.setattr(fw_scaling, "_memory", lambda *given: {})
+    soft = {
+        "method": {"name": "fw_soft", "iterations": 1, "images": 4},
+        "optimizer": {"steps": 1, "batch_size": 4},
+    }
+    given = Bench(world.parse(), tmp_path, {"soft": soft, "ada": STEPS})
+    findings = fw_scaling.run(given, OPTIONS)
+    (table,) = findings.tables
+    assert list(table.columns) == ["2 models", "+2"]
+    assert all(isinstance(cell, float) for row in table.rows.values() for cell in row)
+    for count in (0, 2):
+        run = tmp_path / "runs" / f"soft_relevant_{count}"
+        found = json.loads((run / "lambdas.json").read_text())
+        assert found["tasks"] == [task["name"] for task in world.config["tasks"]][: 2 + count]
+        assert all(any(row) for row in found["values"])
 
 
 def test_labels_are_used_where_the_images_have_them(world: World, tmp_path: Path) -> None:
@@ -133,9 +188,9 @@ def test_a_base_with_bare_models_is_measured_with_more_and_more(
     methods = {"ta": ARITHMETIC, "ada": STEPS, "fw": still}
     given = Bench(world.parse(tasks=_bare(world, 2)), tmp_path, methods)
     accuracy, memory = (findings := fw_scaling.run(given, OPTIONS)).tables
-    assert list(accuracy.columns) == ["2", "2 + 2 without images"]
+    assert list(accuracy.columns) == ["2 models", "+2"]
     assert accuracy.rows["ada"][1] is None  # it cannot learn for models without images
-    started = json.loads((tmp_path / "runs" / "start" / "results.json").read_text())
+    started = json.loads((tmp_path / "runs" / "start_untested" / "results.json").read_text())
     assert accuracy.rows["fw"] == [started["average"]["top1"]] * 2
     assert list(memory.rows.values()) == [["7 MB", "7 MB", "+0.0%"]] * 2
     assert [list(curve.series) for curve in findings.curves] == [

@@ -73,7 +73,7 @@ def test_images_that_are_kept_are_those_that_are_decoded(
     pixels, labels = kept.batch(1)
     for pixel, label, i in zip(pixels, labels, step_indices(0, "colour", 1, 4, 15), strict=True):
         assert label == listed.labels[i]
-        assert torch.equal(pixel, preprocess.to_pixels(Image.open(listed.paths[i])))
+        assert torch.equal(pixel, preprocess.to_pixels(Image.open(listed.items[i])))
 
 
 def test_images_are_kept_where_they_fit_and_stay_the_same(
@@ -105,7 +105,7 @@ def test_augmentation_is_open_clips_and_depends_on_seed_task_epoch_and_image(
     key = module._key("0/colour/0/3")
     torch.manual_seed(key % 2**63)
     theirs = image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=True)
-    expected = theirs(Image.open(listed.paths[3]))
+    expected = theirs(Image.open(listed.items[3]))
     assert torch.equal(preprocess.normalise(first[3:4])[0], expected)
 
 
