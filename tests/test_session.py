@@ -759,7 +759,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_step(
         calls += logits_BC.requires_grad  # as the loss, not as what is reported
         return objectives.entropy(logits_BC) * (float("nan") if calls > 8 + 1 else 1.0)
 
-    monkeypatch.setattr("raymerge.share.entropy", explode)
+    monkeypatch.setattr("raymerge.losses.entropy", explode)
     with pytest.raises(RunError, match=r"step 3: the loss of task shade, tone, shape is NaN"):
         run(untested=True)
     assert read_steps(tmp_path / "out" / "metrics.jsonl") == [1, 2]
