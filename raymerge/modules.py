@@ -90,6 +90,10 @@ def merge_module(
     """
     chosen = _method(method)
     options = _validated(_Optimizer, {"optimizer": optimizer or {}}, "optimizer").optimizer
+    if not isinstance(experts, Mapping):
+        raise UserError(
+            f"experts: a {type(experts).__name__}, not a mapping from a task's name to its model"
+        )
     if not experts:
         raise UserError("experts: is empty; give at least one fine-tuned model by its task's name")
     files = _Files.open(model, experts, merged)

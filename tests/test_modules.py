@@ -223,6 +223,7 @@ def test_the_documented_example_learns() -> None:
         ({"batches": None}, "give batches and logits"),
         ({"batches": {"one": []}}, "batches: none for 'one'"),
         ({"experts": {}}, "experts: is empty"),
+        ({"experts": [{}]}, "experts: a list, not a mapping"),
         ({"merged": lambda name: False}, "no floating-point tensor"),
         ({"logits": lambda model, batch, task: torch.zeros(5)}, r"logits of task 'one': \[5\]"),
         ({"logits": lambda model, batch, task: torch.zeros(5, 3)}, "do not depend on"),

@@ -73,7 +73,9 @@ def _prepare(data_set: DataSet, split: Split, root: Path, fetch: FetchSplit) -> 
         counts = _class_counts(path, data_set.classes)
         _require_whole(counts, data_set, split)
     except DataError as error:
-        remedy = data_set.status or "" if not counts else f"remove {path} to fetch it again"
+        remedy = f"remove {path} to fetch it again"
+        if not counts:
+            remedy = data_set.status or "run this again to go on with what is missing"
         seen = sum(count > 0 for count in counts)
         return Prepared(data_set.name, split, sum(counts), expected, seen, new, str(error), remedy)
     return Prepared(data_set.name, split, sum(counts), expected, len(counts), new)
@@ -241,8 +243,12 @@ def prepared_text(done: Sequence[Prepared], suite: str, root: Path) -> str:
         for row in rows
     ]
     ready = sum(each.ready for each in done)
-    lines += ["", f"{ready} of {len(done)} splits are ready. In a config:", ""]
+    lines += ["", f"{ready} of {len(done)} splits are ready."]
+    if not ready:
+        return "\n".join(lines)
     lines += [
+        "In a config:",
+        "",
         "suite:",
         f"  name: {suite}",
         '  checkpoints: "ckpts/{task}/finetuned.pt"',

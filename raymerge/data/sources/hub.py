@@ -48,8 +48,8 @@ def _fetch(text: str, name: str, revision: str | None, split: str, config: str |
             snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(
-            f"{text}: cannot be fetched ({reason}); check the name, the network and "
-            "HF_TOKEN, or name local Parquet files"
+            f"{text}: cannot be fetched ({reason}); check the name, the network, "
+            "HF_HUB_OFFLINE and HF_TOKEN, or name local Parquet files"
         ) from error
