@@ -22,6 +22,7 @@ from raymerge.messages import (
     ChunkScore,
     EvaluateRequest,
     FloatArray,
+    Incident,
     LoadReport,
     LoadRequest,
     Statistics,
@@ -35,9 +36,18 @@ from raymerge.watch import Watch
 
 
 class Stepper(Protocol):
-    """What learning needs of a group: one result a worker."""
+    """What learning needs of a group: one result a worker.
 
-    workers: int
+    ``workers`` may change in ``step``: a group may lose some and go on.
+    """
+
+    @property
+    def workers(self) -> int: ...
+
+    @property
+    def incidents(self) -> Sequence[Incident]:
+        """The failures survived so far."""
+        ...
 
     def step(self, request: StepRequest) -> list[StepResult]: ...
 
@@ -69,6 +79,7 @@ class LocalGroup:
     """One worker in this process, without Ray."""
 
     workers = 1
+    incidents: Sequence[Incident] = ()
 
     def __init__(self, spec: WorkerSpec) -> None:
         from raymerge.worker import MergeWorker  # it needs open_clip, which takes seconds

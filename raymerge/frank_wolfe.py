@@ -25,7 +25,7 @@ from raymerge.driver import (
 )
 from raymerge.merging import frank_wolfe as fw
 from raymerge.merging.optimizer import Adam, AdamState
-from raymerge.messages import FloatArray, LoadRequest, StepRequest, StepResult
+from raymerge.messages import FloatArray, Incident, LoadRequest, StepRequest, StepResult
 from raymerge.watch import Watch
 
 Observe = Callable[[StepRecord, AdamState], None]
@@ -148,10 +148,17 @@ class Mixed:
     """
 
     def __init__(self, group: WorkerGroup, origin_KL: Tensor, directions_JKL: Tensor) -> None:
-        self.workers = group.workers
         self._group, self._origin, self._directions = group, origin_KL, directions_JKL
         used_K = directions_JKL.abs().sum((0, 2)) > 0
         self._rows = tuple(used_K.nonzero().flatten().tolist())
+
+    @property
+    def workers(self) -> int:
+        return self._group.workers
+
+    @property
+    def incidents(self) -> Sequence[Incident]:
+        return self._group.incidents
 
     def lambdas(self, mu_JL: Tensor) -> Tensor:
         return self._origin + torch.einsum("jl,jkl->kl", mu_JL, self._directions)

@@ -160,6 +160,23 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class Incident:
+    """One failure that a run survived. ``ranks``: who was lost, by their numbers at the time.
+
+    ``kind``: the worst of what befell them. ``detect_s``: from the call that failed until it was
+    known; ``recover_s``: from then until all were ready again. ``workers``: how many go on.
+    """
+
+    what: str
+    kind: Literal["worker", "start", "preemption", "interruption"]
+    ranks: tuple[int, ...]
+    reason: str
+    detect_s: float
+    recover_s: float
+    workers: int
+
+
+@dataclass(frozen=True)
 class StatisticsRequest:
     """What one expert makes of its own task's images; see ``statistics.ExpertStatistics``.
 

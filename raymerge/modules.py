@@ -38,7 +38,7 @@ from raymerge.merging.objectives import entropy, probability_sum
 from raymerge.merging.optimizer import Adam, AdamState
 from raymerge.merging.registry import granularity_of, method_of
 from raymerge.merging.ties import TiesStatistics
-from raymerge.messages import Loss, StepRequest, StepResult, VectorStorage
+from raymerge.messages import Incident, Loss, StepRequest, StepResult, VectorStorage
 from raymerge.progress import progress_bar
 from raymerge.vectors import read_vectors
 from raymerge.watch import Watch
@@ -413,6 +413,7 @@ class _LocalModules:
     """One worker in this process."""
 
     workers = 1
+    incidents: Sequence[Incident] = ()
 
     def __init__(self, worker: ModuleWorker) -> None:
         self._worker = worker

@@ -23,6 +23,7 @@ from raymerge.errors import RaymergeError, RunError, WorkerLostError
 from raymerge.messages import (
     ChunkScore,
     EvaluateRequest,
+    Incident,
     LoadReport,
     LoadRequest,
     Rendezvous,
@@ -53,6 +54,7 @@ class ActorGroup:
     def __init__(self, spec: WorkerSpec, placement: Placement, config: ClusterConfig) -> None:
         self.workers = placement.workers
         self.generation = 0
+        self.incidents: list[Incident] = []
         self._config = config
         self.spec = spec
         self._run = uuid.uuid4().hex

@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from raymerge.errors import RaymergeError, RunError, WorkerLostError
-from raymerge.messages import StepRequest, StepResult
+from raymerge.messages import Incident, StepRequest, StepResult
 
 
 class ModuleActors:
@@ -17,6 +17,7 @@ class ModuleActors:
 
     def __init__(self, worker: Callable[..., Any], task: Any, shares: Sequence[Any]) -> None:
         self.workers = len(shares)
+        self.incidents: Sequence[Incident] = ()
         remote: Any = ray.remote(worker)
         options = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
         held = ray.put(task)
