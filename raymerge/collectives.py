@@ -9,6 +9,8 @@ Legend: P padded parameters (S · N), N columns of this shard.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -16,11 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from raymerge.errors import PeerLostError
 from raymerge.messages import Rendezvous
 
 
 class Collective:
-    """One worker's membership in its shard group; alone until ``join``."""
+    """One worker's membership in its shard group; alone until ``join``, and after ``leave``.
+
+    Whatever a lost peer breaks raises :class:`~raymerge.errors.PeerLostError`; then ``join`` again.
+    """
 
     def __init__(self) -> None:
         self.rank, self.world = 0, 1
@@ -28,37 +34,54 @@ class Collective:
 
     def open_store(self, host: str, world: int) -> int:
         """Start the rendezvous store of the group on a free port; returns the port."""
-        self._store = TCPStore(host, 0, world, is_master=True, wait_for_workers=False)
+        if self._store is None:
+            self._store = TCPStore(host, 0, world, is_master=True, wait_for_workers=False)
         return int(self._store.port)
 
     def join(self, where: Rendezvous, rank: int, world: int, device: torch.device) -> None:
         """Build the process group with its ``world`` peers; blocks until all have joined."""
-        timeout = timedelta(seconds=where.timeout_s)
+        self.leave()
         if where.interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = where.interface
-        store = self._store or TCPStore(
+        with _peers():
+            store = PrefixStore(where.prefix, self._meeting_place(where, rank, world))
+            store.set_timeout(timedelta(seconds=where.join_timeout_s))
+            dist.init_process_group(
+                backend="nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=where.timeout_s),
+            )
+        self.rank, self.world = rank, world
+
+    def _meeting_place(self, where: Rendezvous, rank: int, world: int) -> TCPStore:
+        if rank == 0 and self._store is not None:
+            return self._store
+        timeout = timedelta(seconds=where.join_timeout_s)
+        return TCPStore(
             where.host, where.port, world, is_master=False, timeout=timeout, wait_for_workers=False
         )
-        dist.init_process_group(
-            backend="nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore(where.prefix, store),
-            rank=rank,
-            world_size=world,
-            timeout=timeout,
-        )
-        self.rank, self.world = rank, world
+
+    def leave(self) -> None:
+        """Be alone again."""
+        self.rank, self.world = 0, 1
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def all_gather(self, full_P: Tensor) -> None:
         """Fill ``full_P`` from every rank's own N columns of it."""
         if self.world > 1:
-            dist.all_gather_into_tensor(full_P, self.mine(full_P).clone())
+            with _peers():
+                dist.all_gather_into_tensor(full_P, self.mine(full_P).clone())
 
     def reduce_scatter(self, full_P: Tensor) -> Tensor:
         """This rank's N columns of the sum of ``full_P`` over ranks; spoils ``full_P``."""
         mine_N = self.mine(full_P)
         if self.world > 1:
             out_N = torch.empty_like(mine_N)
-            dist.reduce_scatter_tensor(out_N, full_P)
+            with _peers():
+                dist.reduce_scatter_tensor(out_N, full_P)
             return out_N
         return mine_N
 
@@ -72,3 +95,12 @@ class Collective:
             abort = getattr(dist.group.WORLD, "abort", None)
             if abort is not None:
                 abort()
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """torch raises plain RuntimeErrors for a peer that is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError((str(error).strip().splitlines() or [repr(error)])[0]) from error

@@ -41,3 +41,7 @@ class RunError(RaymergeError):
 
 class WorkerLostError(RunError):
     """A worker died, or did not answer in time; the saved state allows ``--resume``."""
+
+
+class PeerLostError(WorkerLostError):
+    """A collective failed under a worker that is itself well: a peer or the network is gone."""

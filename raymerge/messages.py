@@ -97,13 +97,31 @@ class LoadRequest:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the workers of one group meet: rank 0's store, and the name of this attempt."""
+    """Where the workers of one group meet: rank 0's store, and the name of this attempt.
+
+    ``join_timeout_s``: for all to come; ``timeout_s``: for every collective thereafter.
+    """
 
     host: str
     port: int
     prefix: str
     timeout_s: float
+    join_timeout_s: float
     interface: str | None = None
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """A worker's answer to a ping: what it is at, of which step, and for how long."""
+
+    rank: int
+    phase: str
+    step: int | None
+    seconds: float
+
+    @property
+    def waits_for_peers(self) -> bool:
+        return self.phase in ("join", "gather", "reduce")
 
 
 @dataclass(frozen=True)

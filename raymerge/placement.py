@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raymerge.config import ClusterConfig
 from raymerge.errors import UserError
@@ -74,6 +74,15 @@ def place(config: ClusterConfig, resources: Resources, slots: int | None) -> Pla
     if workers:
         _require_fit("GPU", workers, gpus, resources.gpus)
     return Placement(workers, config.shards, cpus, gpus)
+
+
+def regrouped(placement: Placement, alive: int) -> Placement:
+    """The same with ``alive`` workers: whole groups of as many shards, or one smaller group.
+
+    A smaller group's members hold more each, so all tasks and all vectors are always covered.
+    """
+    shards = min(placement.shards, alive)
+    return replace(placement, workers=alive - alive % shards, shards=shards)
 
 
 def require_work(workers: int, slots: int | None) -> None:

@@ -7,17 +7,21 @@ collectives, so that replicated, sharded and in-process work are one code path.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from raymerge.collectives import Collective
 from raymerge.data.cache import PinnedImages
+from raymerge.errors import RunError
 from raymerge.evaluation import Evaluator, deal_chunks, test_images
 from raymerge.messages import (
     ChunkScore,
     EvaluateRequest,
     LoadReport,
     LoadRequest,
+    Pulse,
     Rendezvous,
     Statistics,
     StatisticsRequest,
@@ -25,6 +29,7 @@ from raymerge.messages import (
     StepResult,
     WorkerSpec,
 )
+from raymerge.models import FlatEncoder
 from raymerge.progress import Progress
 from raymerge.share import ServedModel, Share, choose_device
 from raymerge.statistics import ExpertStatistics
@@ -35,25 +40,46 @@ class MergeWorker:
 
     ``join`` first (only with S > 1); then ``load`` before ``step``; ``evaluate`` at any time.
     ``ping`` and ``abort`` answer while ``step`` is blocked. A failed ``step`` or ``evaluate`` may
-    be called again; after a failed ``load`` call ``load`` again.
+    be called again; after a failed ``load``, and after ``assign``, call ``load`` again.
+
+    ``begin`` is called wherever a phase begins: join, load, evaluate, statistics, and of a step
+    merge, gather, compute, reduce, inner_products; between calls the worker is idle.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         self.collective = Collective()
+        self._clock = _Clock()
+        self._generation = 0
         self._model: ServedModel | None = None
         self._share: Share | None = None
         self._images: dict[int, PinnedImages] = {}
         self._evaluator: Evaluator | None = None
         self._statistics: ExpertStatistics | None = None
 
-    def ping(self) -> int:
-        """This worker's rank, at once, even while a step runs."""
-        return self.spec.rank
+    def ping(self) -> Pulse:
+        """What this worker is at, at once, even while a step runs."""
+        clock = self._clock
+        return Pulse(self.spec.rank, clock.phase, clock.step, clock.lasted())
 
-    def abort(self) -> None:
-        """Free a ``step`` that waits for a lost peer; the group's generation is over."""
+    def abort(self, generation: int) -> None:
+        """``generation`` begins: free a ``step`` of an older one that waits for a lost peer."""
+        self._generation = generation
         self.collective.abort()
+
+    def assign(self, spec: WorkerSpec) -> None:
+        """Take another place among the workers; what is held and still fits is kept."""
+        before, self.spec = self.spec, spec
+        self._evaluator = None
+        if (before.shard, before.shards) != (spec.shard, spec.shards):
+            self._share = None
+        if before.shards != spec.shards:  # the length of θ, padded to whole shards
+            self._model = self._statistics = None
+            self.collective.leave()
+
+    def begin(self, phase: str, step: int | None = None) -> None:
+        """The phase before has ended and this one begins, of ``step`` (counted from 0)."""
+        self._clock.begin(phase, step)
 
     def open_store(self, host: str) -> int:
         """Shard 0 of a group: start the rendezvous store on a free port; returns the port."""
@@ -61,17 +87,20 @@ class MergeWorker:
 
     def join(self, rendezvous: Rendezvous) -> None:
         """Meet the other shards of the group; all of them must call this."""
-        self.collective.join(
-            rendezvous, self.spec.shard, self.spec.shards, choose_device(self.spec)
-        )
+        spec = self.spec
+        with self._during("join"):
+            self.collective.join(rendezvous, spec.shard, spec.shards, choose_device(spec))
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> LoadReport:
         """Pin the shard of θ₀ and V, the heads, and the images of this worker's slots.
 
         Raises :class:`~raymerge.errors.UserError` for a damaged checkpoint or image.
         """
+        with self._during("load"):
+            return self._load(request, progress)
+
+    def _load(self, request: LoadRequest, progress: Progress | None) -> LoadReport:
         started = time.perf_counter()
-        self._enter()
         vectors = None
         if self._share is not None and request.same_vectors(self._share.request):
             vectors = self._share.vectors
@@ -88,23 +117,33 @@ class MergeWorker:
         )
 
     def step(self, request: StepRequest) -> StepResult:
-        """∂ℒ/∂λ of this worker's slots at ``request.lambdas``; keeps no state between steps."""
+        """∂ℒ/∂λ of this worker's slots at ``request.lambdas``; keeps no state between steps.
+
+        Raises :class:`~raymerge.errors.RunError` for a request of a generation that is over: it
+        was on its way when the group was built anew, and nobody waits for it.
+        """
+        if request.generation < self._generation:
+            raise RunError(
+                f"step {request.step + 1}: of generation {request.generation}, and this is "
+                f"{self._generation}"
+            )
         if self._share is None or self._model is None:
             raise RuntimeError("step() before load()")
-        self._enter()
-        share, encoder, clock = self._share, self._model.encoder, _Clock()
+        with self._during("merge", request.step):
+            return self._step(request, self._share, self._model.encoder)
+
+    def _step(self, request: StepRequest, share: Share, encoder: FlatEncoder) -> StepResult:
         theta_N = self.collective.mine(encoder.theta_P)
         share.merge(request.lambdas, theta_N)
-        clock.lap("merge")
+        self.begin("gather", request.step)
         self.collective.all_gather(encoder.theta_P)
-        clock.lap("communicate")
+        self.begin("compute", request.step)
         sums = share.backward(request)
-        clock.lap("compute")
+        self.begin("reduce", request.step)
         gradient_N = self.collective.reduce_scatter(encoder.gradient_P)
-        clock.lap("communicate")
+        self.begin("inner_products", request.step)
         gradient_KL = share.inner_products(gradient_N, request.rows)
         details = share.details(gradient_N, theta_N) if request.details else {}
-        clock.lap("inner_products")
         return StepResult(
             step=request.step,
             rank=self.spec.rank,
@@ -114,22 +153,22 @@ class MergeWorker:
             entropy=sums.entropy,
             probabilities=sums.probabilities,
             details=details,
-            seconds=clock.laps,
+            seconds=self._clock.stop(),
         )
 
     def evaluate(
         self, request: EvaluateRequest, progress: Progress | None = None
     ) -> list[ChunkScore]:
         """This worker's chunks of the tasks' test images, scored on the given checkpoints."""
-        self._enter()
-        model = self._ready()
-        if self._evaluator is None:
-            images = test_images(self.spec.tasks)
-            sizes = {task: len(listed) for task, listed in images.items()}
-            dealt = deal_chunks(sizes, self.spec.workers)[self.spec.rank]
-            self._evaluator = Evaluator(model.encoder, model.pretrained, dealt, images)
-        names = self.spec.task_names
-        return self._evaluator.scores(request, names, model.head, progress)
+        with self._during("evaluate"):
+            model = self._ready()
+            if self._evaluator is None:
+                images = test_images(self.spec.tasks)
+                sizes = {task: len(listed) for task, listed in images.items()}
+                dealt = deal_chunks(sizes, self.spec.workers)[self.spec.rank]
+                self._evaluator = Evaluator(model.encoder, model.pretrained, dealt, images)
+            names = self.spec.task_names
+            return self._evaluator.scores(request, names, model.head, progress)
 
     def statistics(self, request: StatisticsRequest) -> Statistics:
         """What one task's expert makes of its images.
@@ -137,33 +176,52 @@ class MergeWorker:
         For RegMean++ the calls of a task come block by block, and the worker keeps where its images
         have got to; the others keep nothing.
         """
-        self._enter()
-        if self._statistics is None:
-            self._statistics = ExpertStatistics(self.spec, self._ready())
-        return self._statistics.gather(request)
+        with self._during("statistics"):
+            if self._statistics is None:
+                self._statistics = ExpertStatistics(self.spec, self._ready())
+            return self._statistics.gather(request)
 
     def _ready(self) -> ServedModel:
         if self._model is None:
             self._model = ServedModel(self.spec)
         return self._model
 
-    def _enter(self) -> None:
+    @contextmanager
+    def _during(self, phase: str, step: int | None = None) -> Iterator[None]:
+        """The whole of a call, which begins with ``phase``."""
         # An actor's methods need not run on the thread of its __init__, and torch keeps the OpenMP
         # team size per thread: set it at every entry.
         if self.spec.threads is not None:
             torch.set_num_threads(self.spec.threads)
+        self.begin(phase, step)
+        try:
+            yield
+        finally:
+            self._clock.stop()
 
 
 class _Clock:
     """Seconds per phase; GPU work is waited for, so that a phase is charged for its own work."""
 
     def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self.phase = "idle"
+        self.step: int | None = None
+        self._laps: dict[str, float] = {}
+        self._since = time.perf_counter()
 
-    def lap(self, phase: str) -> None:
+    def begin(self, phase: str, step: int | None = None) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.laps[phase] = self.laps.get(phase, 0.0) + now - self._last
-        self._last = now
+        self._laps[self.phase] = self._laps.get(self.phase, 0.0) + now - self._since
+        self.phase, self.step, self._since = phase, step, now
+
+    def lasted(self) -> float:
+        return time.perf_counter() - self._since
+
+    def stop(self) -> dict[str, float]:
+        """The seconds since the last stop, by phase; the clock is idle then."""
+        self.begin("idle")
+        laps, self._laps = self._laps, {}
+        laps.pop("idle", None)
+        return laps

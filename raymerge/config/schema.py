@@ -155,9 +155,32 @@ class ClusterConfig(Frozen):
     micro_batch: Literal["auto", "all"] | Annotated[int, Field(ge=1)] = "auto"
     """Most images in one forward and backward pass. ``auto``: as many as keep the activations
     within half a gigabyte on a CPU, all of a worker's images on a GPU."""
+    min_workers: Annotated[int, Field(ge=1)] | None = None
+    """Fewest workers to go on with when others are lost for good; default: ``shards``, one copy of
+    the task vectors as planned. Given, a run also starts with fewer than ``workers``."""
     start_timeout_s: float = Field(default=300.0, gt=0)
     load_timeout_s: float = Field(default=3600.0, gt=0)
-    step_timeout_s: float = Field(default=600.0, gt=0)
+    step_timeout_s: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    """Longest step of workers that do answer pings. ``auto``: five times the median of the last
+    steps and at least a minute; ten minutes for the first."""
+    hang_timeout_s: float = Field(default=60.0, gt=0)
+    """A worker that answers no ping for so long is frozen: it is killed and replaced."""
+    replace_timeout_s: float = Field(default=60.0, ge=0)
+    """How long to wait for a lost worker's successor before going on with fewer."""
+    max_worker_failures: Annotated[int, Field(ge=0)] | None = 10
+    """Workers that died, hung or lost their node, in one run; None: any number."""
+    max_start_failures: Annotated[int, Field(ge=0)] | None = 5
+    """Workers that died before they were ready."""
+    max_preemptions: Annotated[int, Field(ge=0)] | None = None
+    """Nodes taken back by the cloud, which says so."""
+
+    @model_validator(mode="after")
+    def _min_workers_are_no_more(self) -> ClusterConfig:
+        if isinstance(self.workers, int) and (self.min_workers or 0) > self.workers > 0:
+            raise ValueError(
+                f"min_workers={self.min_workers} is more than workers={self.workers}; lower it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _workers_fill_groups(self) -> ClusterConfig:

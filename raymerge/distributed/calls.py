@@ -1,0 +1,138 @@
+"""Wait for one answer of every worker; tell the dead, the frozen and the slow from each other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Hashable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from raymerge.distributed.failures import Loss, loss_of
+from raymerge.messages import Pulse
+
+W = TypeVar("W", bound=Hashable)
+
+_TICK_S = 1.0
+_GRACE_S = 0.5  # for what died with it to be known as well
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call on its way: to which actor, and the reference of its answer."""
+
+    actor: Any
+    answer: Any
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``call_s``: for the answer. ``hang_s``: for the answer to a ping while it is awaited."""
+
+    call_s: float
+    hang_s: float
+    key: str
+    """The setting that raises ``call_s``."""
+
+
+def gather(
+    calls: Mapping[W, Call], limits: Limits, on_answer: Callable[[W, Any], None]
+) -> dict[W, Loss]:
+    """Give each answer to ``on_answer`` as it comes; returns who was lost, when anyone was.
+
+    Ends soon after the first loss: the others' answers are of no use without it. A worker's own
+    error is raised as it was.
+    """
+    waiting = {call.answer: worker for worker, call in calls.items()}
+    watch = _Watch({worker: call.actor for worker, call in calls.items()}, limits.hang_s)
+    deadline = time.monotonic() + limits.call_s
+    losses: dict[W, Loss] = {}
+    while waiting and not losses:
+        patience_s = min(watch.tick_s, max(0.0, deadline - time.monotonic()))
+        done, _ = ray.wait(list(waiting), timeout=patience_s)
+        for reference in done:
+            _take(waiting.pop(reference), reference, on_answer, losses)
+        if not done:
+            losses |= watch.frozen(waiting.values())
+            if time.monotonic() >= deadline:
+                stuck = [worker for worker in waiting.values() if worker not in losses]
+                losses |= {worker: watch.stuck(worker, limits) for worker in stuck}
+    if losses and waiting:
+        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=_GRACE_S)
+        for reference in done:
+            _take(waiting[reference], reference, on_answer, losses)
+    return losses
+
+
+def _take(
+    worker: W, reference: Any, on_answer: Callable[[W, Any], None], losses: dict[W, Loss]
+) -> None:
+    try:
+        answer = ray.get(reference)
+    except RayError as error:
+        losses.setdefault(worker, loss_of(error))
+    else:
+        on_answer(worker, answer)
+
+
+@dataclass
+class _Watch(Generic[W]):
+    """Pings those who keep us waiting, one ping at a time each."""
+
+    actors: Mapping[W, Any]
+    hang_s: float
+    _asked: dict[W, tuple[Any, float]] = field(default_factory=dict)
+    _pulses: dict[W, tuple[Pulse, float]] = field(default_factory=dict)
+
+    @property
+    def tick_s(self) -> float:
+        return min(_TICK_S, self.hang_s / 4)
+
+    def frozen(self, waiting: Collection[W]) -> dict[W, Loss]:
+        """Who has left a ping unanswered for ``hang_s``."""
+        now = time.monotonic()
+        out = {}
+        for worker in waiting:
+            if worker in self._asked:
+                self._hear(worker)
+            elif self._is_due(worker, now):
+                self._asked[worker] = (ping(self.actors[worker]), now)
+            if worker in self._asked and now - self._asked[worker][1] > self.hang_s:
+                reason = f"answered no ping for {self.hang_s:g} s (cluster.hang_timeout_s)"
+                out[worker] = Loss("worker", reason)
+        return out
+
+    def _is_due(self, worker: W, now: float) -> bool:
+        return worker not in self._pulses or now - self._pulses[worker][1] > self.hang_s / 4
+
+    def _hear(self, worker: W) -> None:
+        reference, _ = self._asked[worker]
+        if not ray.wait([reference], timeout=0)[0]:
+            return
+        del self._asked[worker]
+        with suppress(RayError):  # dead or out of reach: its own call will say so
+            self._pulses[worker] = (ray.get(reference), time.monotonic())
+
+    def stuck(self, worker: W, limits: Limits) -> Loss:
+        """It answers pings, but not the call: the one that works is to blame, not those who wait
+        for it in a collective."""
+        pulse = _pulse(self.actors[worker])
+        at = "" if pulse is None else f" (it is in {pulse.phase} for {pulse.seconds:.0f} s)"
+        reason = f"sent no answer within {limits.call_s:g} s{at}; raise {limits.key}"
+        return Loss("worker", reason, gone=pulse is None or not pulse.waits_for_peers)
+
+
+def _pulse(actor: Any) -> Pulse | None:
+    try:
+        pulse: Pulse = ray.get(ping(actor), timeout=_TICK_S)
+    except (RayError, GetTimeoutError):
+        return None
+    return pulse
+
+
+def ping(actor: Any) -> Any:
+    """A reference to its :class:`Pulse`; it answers while it works."""
+    return actor.ping.options(concurrency_group="control").remote()
