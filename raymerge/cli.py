@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_plan(commands)
     _add_merge(commands)
+    _add_submit(commands)
     _add_eval(commands)
     _add_experiment(commands)
     _add_finetune(commands)
@@ -141,6 +142,22 @@ def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     merge.add_argument("--private", action="store_true", help="where only you see it")
     merge.set_defaults(run=_merge)
+
+
+def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    submit = commands.add_parser("submit", help="merge as a job of a running Ray cluster")
+    _add_config(submit)
+    submit.add_argument(
+        "--address", help="its dashboard's URL, http://HEAD:8265 (default: $RAY_ADDRESS)"
+    )
+    submit.add_argument("--output", help="folder to write, on the cluster's shared storage")
+    submit.add_argument(
+        "--root", metavar="DIR", help="the cluster's folder that relative paths start from"
+    )
+    submit.add_argument(
+        "--no-wait", action="store_true", help="print the job's id and leave it running"
+    )
+    submit.set_defaults(run=_submit)
 
 
 def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -318,6 +335,19 @@ def _merge(args: argparse.Namespace) -> int:
 
         print(f"published as {push(result.output, args.push_to_hub, private=args.private)}")
     return 0
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from raymerge.submit import dashboard_address, prepare
+
+    address = dashboard_address(args.address)
+    submission = prepare(args.config, args.overrides, root=args.root, output=args.output)
+    from raymerge.distributed.jobs import submit
+
+    def tell(line: str) -> None:
+        print(redacted(f"raymerge: {line}"), file=sys.stderr)
+
+    return submit(address, submission, wait=not args.no_wait, tell=tell)
 
 
 def _require_target(config: Config, repository: str) -> None:

@@ -1,120 +1,157 @@
-"""The real thing on one machine: `ray start --head` with a token, `ray job submit`, the result."""
+"""The real thing on one machine: two `ray start` nodes with a token, jobs sent to them, results."""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import secrets
-import socket
-import subprocess
-import sys
+import signal
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import yaml
+from commands import config_data, read_steps, write_config
+from ray_nodes import Cluster, ray_nodes
 from world import World
 
 from raymerge.session import merge
 
 pytestmark = pytest.mark.slow
 
-BIN = Path(sys.executable).parent
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+MERGE = ("python", "-m", "raymerge", "merge", "merge.yaml")
+STEPS = 300
+"""So many that the run is met at work."""
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A head node of our own with token authentication; yields the environment that reaches it."""
-    port, dashboard, agent = _free_port(), _free_port(), _free_port()
-    environment = {
-        **os.environ,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
-    }
-    # A short path: Ray's sockets live below it, and a socket's path has at most 107 characters.
-    head = subprocess.Popen(
-        [
-            *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4"),
-            *(f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
-            # Another Ray on this machine may hold the agent's default port.
-            *(f"--dashboard-agent-listen-port={agent}", "--metrics-export-port=0"),
-            *(f"--temp-dir=/tmp/rm-{os.getpid()}", "--object-store-memory=200000000"),
-        ],
-        env={k: v for k, v in environment.items() if k != "RAY_ADDRESS"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        _wait_for(dashboard, head)
-        _wait_for(agent, head)
-        yield environment
-    finally:
-        head.terminate()
-        head.wait(timeout=60)
+def cluster() -> Iterator[Cluster]:
+    """Two nodes of one CPU each, so that two workers of one CPU are on two nodes."""
+    with ray_nodes(2) as nodes:
+        yield nodes
 
 
-def _wait_for(port: int, head: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert head.poll() is None, "ray start ended"
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.5)
-    raise AssertionError("the dashboard did not come up within 120 s")
+def _sharded(world: World, output: Path) -> dict[str, Any]:
+    cluster = {"workers": 2, "shards": 2, "cpus_per_worker": 1}
+    return config_data(world, output=str(output), cluster=cluster)
 
 
-def _submit(
-    folder: Path, environment: dict[str, str], *command: str
-) -> subprocess.CompletedProcess[str]:
-    submit = [str(BIN / "ray"), "job", "submit", "--working-dir", str(folder), "--", *command]
-    return subprocess.run(submit, env=environment, capture_output=True, text=True, timeout=300)
+def _require_lambdas(output: Path, expected: torch.Tensor) -> None:
+    values = torch.tensor(json.loads((output / "lambdas.json").read_text())["values"])
+    assert (values - expected).abs().max() < 1e-6
 
 
-def test_a_job_merges_as_this_process_does(
-    world: World, cluster: dict[str, str], tmp_path: Path
+def _nodes_by_job(cluster: Cluster) -> dict[str, list[str]]:
+    """The node of each worker that there has been, by the job that it worked for."""
+    listed = cluster.run("ray", "list", "actors", "--address", cluster.address, "--format", "json")
+    nodes = defaultdict(list)
+    for actor in json.loads(listed.stdout):
+        if actor["class_name"] == "MergeWorker":
+            nodes[actor["job_id"]].append(actor["node_id"])
+    return nodes
+
+
+def test_a_job_with_shards_on_two_nodes_merges_as_this_process_does(
+    world: World, cluster: Cluster, tmp_path: Path
 ) -> None:
-    project = tmp_path / "project"
+    project, output = tmp_path / "project", tmp_path / "merged"
     project.mkdir()
-    output = tmp_path / "merged"
-    config = {
-        **world.config,
-        "output": str(output),
-        "cluster": {"workers": 2, "cpus_per_worker": 1},
-    }
-    (project / "merge.yaml").write_text(yaml.safe_dump(config))
+    write_config(project / "merge.yaml", _sharded(world, output))
 
-    done = _submit(project, cluster, "python", "-m", "raymerge", "merge", "merge.yaml")
+    done = cluster.run("ray", "job", "submit", "--working-dir", project, "--", *MERGE)
 
     assert done.returncode == 0, done.stdout + done.stderr
-    local = merge(world.parse(tmp_path / "local"))
-    assert local.lambdas is not None
-    values = torch.tensor(json.loads((output / "lambdas.json").read_text())["values"])
-    assert (values - local.lambdas).abs().max() < 1e-6
-    assert (values - 0.3).abs().max() > 1e-3
+    local = merge(world.parse(tmp_path / "local")).lambdas
+    assert local is not None
+    assert (local - 0.3).abs().max() > 1e-3
+    _require_lambdas(output, local)
+    (nodes,) = _nodes_by_job(cluster).values()
+    assert len(nodes) == len(set(nodes)) == 2
 
 
-def test_a_job_with_a_wrong_config_fails_with_one_line(
-    world: World, cluster: dict[str, str], tmp_path: Path
+def test_a_stopped_run_is_resumed_by_the_same_command(
+    world: World, cluster: Cluster, tmp_path: Path
 ) -> None:
-    (tmp_path / "merge.yaml").write_text(yaml.safe_dump({**world.config, "optimzer": {}}))
-    done = _submit(tmp_path, cluster, "python", "-m", "raymerge", "merge", "merge.yaml")
-    assert done.returncode != 0
-    assert "raymerge: error: config merge.yaml: optimzer: unknown key; did you mean optimizer?" in (
-        done.stdout + done.stderr
+    """While the job runs the same command follows it, and Ctrl-C leaves it at work; once it has
+    ended, the same command goes on with the run, to the same λ. No secret travels."""
+    output, secret = tmp_path / "merged", secrets.token_hex(16)
+    config = write_config(tmp_path / "merge.yaml", _sharded(world, output))
+    submit = ("raymerge", "submit", config, "-o", f"optimizer.steps={STEPS}")
+
+    job = cluster.run(*submit, "--no-wait", MY_TOKEN=secret).stdout.strip()
+    assert re.fullmatch(r"raymerge-merged-\w{8}-1", job)
+    followed = cluster.start(*submit)
+    _wait_for(lambda: list((output / "state").glob("step-*")))
+    followed.send_signal(signal.SIGINT)
+    _, told = followed.communicate(timeout=60)
+    assert followed.returncode == 130, told
+    assert told.startswith(f"raymerge: job {job} at {cluster.address}: is running already\n")
+    assert re.search(rf"job {job} goes on; .*\nraymerge: interrupted\n$", told)
+
+    details = _stop(cluster, job)
+    assert secret not in details
+    assert cluster.environment["RAY_AUTH_TOKEN"] not in details
+    steps = (output / "metrics.jsonl").read_text().splitlines()
+    kept = int(max((output / "state").glob("step-*")).name.removeprefix("step-"))
+    assert 0 < kept < STEPS
+
+    done = cluster.run(*submit)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"written to {output}\n" in done.stdout
+    assert done.stderr == (
+        f"raymerge: job {job[:-1]}2 at {cluster.address}: submitted\n"
+        f"raymerge: job {job[:-1]}2 succeeded\n"
     )
+    resumed = (output / "metrics.jsonl").read_text().splitlines()
+    assert resumed[:kept] == steps[:kept]  # with their seconds: they were not taken again
+    assert read_steps(output / "metrics.jsonl") == list(range(1, STEPS + 1))
+    local = merge(world.parse(tmp_path / "local", optimizer={"steps": STEPS})).lambdas
+    assert local is not None
+    _require_lambdas(output, local)
 
 
-def test_without_the_token_the_cluster_refuses(cluster: dict[str, str], tmp_path: Path) -> None:
-    stranger = {**cluster, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    assert _submit(tmp_path, stranger, "true").returncode != 0
+def _wait_for(found: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not found():
+        assert time.monotonic() < deadline, "nothing within 120 s"
+        time.sleep(0.05)
+
+
+def _stop(cluster: Cluster, job: str) -> str:
+    """End the job; what the cluster tells of it."""
+    cluster.call("POST", f"/api/jobs/{job}/stop")
+    _wait_for(lambda: "STOPPED" in cluster.call("GET", f"/api/jobs/{job}"))
+    return cluster.call("GET", f"/api/jobs/{job}")
+
+
+def test_what_the_job_finds_wrong_is_its_line_and_exit_code(
+    world: World, cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").touch()
+    config = write_config(tmp_path / "merge.yaml", _sharded(world, tmp_path / "taken"))
+    done = cluster.run("raymerge", "submit", config)
+    assert done.returncode == 2, done.stderr
+    assert f"\nraymerge: error: output {tmp_path}/taken: is a file; name a folder\n" in done.stdout
+    assert done.stderr.endswith("failed with exit code 2; mend its input\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "Invalid authentication token"),
+        ({"RAY_AUTH_MODE": "disabled"}, "Missing authentication token"),
+        ({"RAY_AUTH_TOKEN": "", "HOME": "/nonexistent"}, "find an authentication token"),
+    ],
+)
+def test_without_the_token_the_cluster_refuses(
+    changes: dict[str, str], told: str, world: World, cluster: Cluster, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "merge.yaml", _sharded(world, tmp_path / "merged"))
+    done = cluster.run("raymerge", "submit", config, **changes)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert f"cluster at {cluster.address} asks for its token (" in done.stderr
+    assert told in done.stderr
+    assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in done.stderr
