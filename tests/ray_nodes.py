@@ -43,12 +43,7 @@ class Cluster:
 
     def run(self, *argv: object, **env: str) -> subprocess.CompletedProcess[str]:
         """The same, to its end."""
-        process = self.start(*argv, **env)
-        try:
-            out, err = process.communicate(timeout=300)
-        finally:
-            process.kill()
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return finished(self.start(*argv, **env))
 
     def call(self, method: str, path: str) -> str:
         """Ask the dashboard's API."""
@@ -56,6 +51,15 @@ class Cluster:
         request = urllib.request.Request(self.address + path, headers=token, method=method)
         with urllib.request.urlopen(request, timeout=60) as answer:
             return str(answer.read().decode())
+
+
+def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Wait for a command's end."""
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @contextmanager

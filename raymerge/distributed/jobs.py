@@ -57,6 +57,7 @@ def submit(address: str, submission: Submission, *, wait: bool, tell: Tell) -> i
         with _explained(address):
             return _exit_code(_follow(client, job, address), tell)
     except KeyboardInterrupt:
+        print(flush=True)  # the log may stand in the middle of a line
         tell(
             f"job {job} goes on; the same command follows it again, and "
             f"`ray job stop --address {address} {job}` ends it"
