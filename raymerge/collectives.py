@@ -31,6 +31,7 @@ class Collective:
     def __init__(self) -> None:
         self.rank, self.world = 0, 1
         self._store: TCPStore | None = None
+        self._aborted = False
 
     def open_store(self, host: str, world: int) -> int:
         """Start the rendezvous store of the group on a free port; returns the port."""
@@ -53,7 +54,11 @@ class Collective:
                 world_size=world,
                 timeout=timedelta(seconds=where.timeout_s),
             )
-        self.rank, self.world = rank, world
+        self.rank, self.world, self._aborted = rank, world, False
+
+    def _require_whole(self) -> None:
+        if self._aborted:  # a collective that begins only now would wait for ever
+            raise RuntimeError("the process group was aborted")
 
     def _meeting_place(self, where: Rendezvous, rank: int, world: int) -> TCPStore:
         if rank == 0 and self._store is not None:
@@ -73,6 +78,7 @@ class Collective:
         """Fill ``full_P`` from every rank's own N columns of it."""
         if self.world > 1:
             with _peers():
+                self._require_whole()
                 dist.all_gather_into_tensor(full_P, self.mine(full_P).clone())
 
     def reduce_scatter(self, full_P: Tensor) -> Tensor:
@@ -81,6 +87,7 @@ class Collective:
         if self.world > 1:
             out_N = torch.empty_like(mine_N)
             with _peers():
+                self._require_whole()
                 dist.reduce_scatter_tensor(out_N, full_P)
             return out_N
         return mine_N
@@ -91,6 +98,7 @@ class Collective:
 
     def abort(self) -> None:
         """Free a rank that waits in a collective; the process group cannot be used afterwards."""
+        self._aborted = True
         if self.world > 1 and dist.is_initialized():
             abort = getattr(dist.group.WORLD, "abort", None)
             if abort is not None:

@@ -125,6 +125,12 @@ class _Watch(Generic[W]):
         return Loss("worker", reason, gone=pulse is None or not pulse.waits_for_peers)
 
 
+def waits_for_peers(actor: Any) -> bool:
+    """Whether it is in a collective, as far as it says."""
+    pulse = _pulse(actor)
+    return pulse is not None and pulse.waits_for_peers
+
+
 def _pulse(actor: Any) -> Pulse | None:
     try:
         pulse: Pulse = ray.get(ping(actor), timeout=_TICK_S)

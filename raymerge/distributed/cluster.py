@@ -52,6 +52,8 @@ def _restore(handler: Any) -> None:
 
 
 def _connect(remote: str | None, local_cpus: int) -> None:
+    # A worker that is freed from a call which a lost peer has spoilt fails it, and nobody asks.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if remote:
         ray.init(address=remote, namespace="raymerge", **quiet)

@@ -22,7 +22,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 from ray.util.placement_group import remove_placement_group
 
 from raymerge.config import ClusterConfig
-from raymerge.distributed.calls import Call, Limits, gather
+from raymerge.distributed.calls import Call, Limits, gather, waits_for_peers
 from raymerge.distributed.failures import Budget, Kind, Loss, loss_of, worst
 from raymerge.distributed.places import (
     Place,
@@ -43,6 +43,7 @@ T = TypeVar("T")
 
 _ABORT_TIMEOUT_S = 10.0  # a frozen peer is dead after 5, and only then are the others free
 _ABORT_TRIES = 3
+_FREE_TIMEOUT_S, _FREE_LOOK_S = 2.0, 0.02
 _JOIN_TIMEOUT_S = 60.0
 _LONGEST_COLLECTIVE_S = 1200.0  # only behind the driver's own deadlines, which should fire first
 
@@ -159,7 +160,8 @@ class Team:
         starting = [member for member in self._members if member.actor and member.where is None]
         if not starting:
             return
-        self._greet(ray.wait([m.hello for m in starting], len(starting), timeout=0)[0])
+        hellos = [member.hello for member in starting]
+        self._greet(ray.wait(hellos, num_returns=len(hellos), timeout=0)[0])
         if regrouped(self._placement, len(self._ready())).workers > len(self.working):
             before = len(self.working)
             self.survive("regrouping", self._form)
@@ -230,8 +232,19 @@ class Team:
         waiting = [member for member in self._members if member.where is not None]
         for _ in range(_ABORT_TRIES):
             waiting = self._abort(waiting)
-        for member in waiting:
+        for member in [*waiting, *self._still_waiting()]:
             self._replace(member)
+
+    def _still_waiting(self) -> list[Member]:
+        """Who was not freed: of a join that a lost peer does not come to, nobody is."""
+        deadline = time.monotonic() + _FREE_TIMEOUT_S
+        waiting = self._ready()
+        while waiting:
+            waiting = [member for member in waiting if waits_for_peers(member.actor)]
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_FREE_LOOK_S)
+        return waiting
 
     def _beyond_repair(self, lost: LostError) -> list[Member]:
         """Who is gone; with NCCL, whose abort in place is fragile, all of its group."""
@@ -335,6 +348,7 @@ class Team:
 
     def _form(self) -> None:
         """Give everyone who is ready a part, and bring all up to date."""
+        self.generation += 1  # the store still holds what was written under the last one's name
         ready = self._ready()
         shape = regrouped(self._placement, len(ready))
         self.working = _whole_groups_first(ready, self._placement.shards)[: shape.workers]

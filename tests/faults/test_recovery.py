@@ -1,0 +1,194 @@
+"""Faults injected into real workers: the run goes on by itself, with the same gradients.
+
+To the bit where as many workers go on as before; else up to the order of float32 sums.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from injection import STEP_PHASES, Fault, faulty, struck
+from world import World
+
+from raymerge.architecture import open_pretrained, resolve_model
+from raymerge.config import ClusterConfig
+from raymerge.distributed.group import ActorGroup
+from raymerge.errors import WorkerLostError
+from raymerge.messages import EvaluateRequest, LoadRequest, Loss, StepRequest, WorkerSpec
+from raymerge.placement import Placement
+
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("local_ray")]
+
+STEPS, AT = 3, 1
+Gradients = list[np.ndarray]
+
+
+class Bench:
+    """A group of workers that fail as told, and the gradients of some steps."""
+
+    def __init__(self, world: World, marks: Path) -> None:
+        self.config = world.parse()
+        self.marks = marks
+        pretrained, _ = open_pretrained(resolve_model(self.config.model))
+        self.lambdas = np.full((4, len(pretrained.layout.names)), 0.3)
+
+    def group(
+        self, workers: int, shards: int, faults: Sequence[Fault] = (), **cluster: float
+    ) -> ActorGroup:
+        given = ClusterConfig(**{"hang_timeout_s": 3.0, **cluster})  # type: ignore[arg-type]
+        spec = WorkerSpec(self.config.model, self.config.tasks)
+        worker = faulty(faults, self.marks)
+        return ActorGroup(spec, Placement(workers, shards, 1, 0.0), given, worker=worker)
+
+    def load(self, group: ActorGroup) -> None:
+        models = tuple(str(task.checkpoint) for task in self.config.tasks)
+        group.load(LoadRequest(models, "tensor", Loss(), 4, 1, STEPS, seed=1))
+
+    def step(self, group: ActorGroup, step: int) -> np.ndarray:
+        results = group.step(StepRequest(step, self.lambdas))
+        return np.sum([result.gradient for result in results], axis=0)
+
+    def run(self, group: ActorGroup) -> Gradients:
+        self.load(group)
+        return [self.step(group, step) for step in range(STEPS)]
+
+
+@pytest.fixture
+def bench(world: World, tmp_path: Path) -> Bench:
+    return Bench(world, tmp_path / "marks")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    world: World, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, int], Gradients]:
+    out = {}
+    for workers, shards in ((2, 1), (2, 2)):
+        bench = Bench(world, tmp_path_factory.mktemp("marks"))
+        group = bench.group(workers, shards)
+        try:
+            out[workers, shards] = bench.run(group)
+        finally:
+            group.close()
+    return out
+
+
+CASES = [
+    *((2, 2, Fault("kill", rank % 2, phase, AT)) for rank, phase in enumerate(STEP_PHASES)),
+    (2, 2, Fault("kill", 0, "load")),
+    (2, 2, Fault("kill", 1, "join")),
+    (2, 2, Fault("freeze", 0, "gather", AT)),
+    (2, 2, Fault("break", 1, "reduce", AT)),
+    (2, 1, Fault("exit", 0, "compute", AT)),
+]
+
+
+@pytest.mark.parametrize(
+    ("workers", "shards", "fault"), CASES, ids=[f"{w}x{s}-{f.name}" for w, s, f in CASES]
+)
+def test_the_step_is_replayed_to_the_bit(
+    bench: Bench,
+    undisturbed: dict[tuple[int, int], Gradients],
+    workers: int,
+    shards: int,
+    fault: Fault,
+) -> None:
+    group = bench.group(workers, shards, [fault])
+    try:
+        gradients = bench.run(group)
+        incidents = group.incidents
+    finally:
+        group.close()
+    assert struck(bench.marks) == 1
+    for mine, theirs in zip(gradients, undisturbed[workers, shards], strict=True):
+        assert np.array_equal(mine, theirs)
+    assert [incident.workers for incident in incidents] == [workers]
+    broken = fault.kind == "break"
+    assert incidents[0].kind == ("interruption" if broken else "worker")
+    assert incidents[0].ranks == (fault.rank,) or broken
+
+
+def test_without_a_successor_the_others_share_the_work_until_it_comes(
+    bench: Bench, undisturbed: dict[tuple[int, int], Gradients]
+) -> None:
+    """No place is found for the lost one while something else holds its CPU."""
+    import ray
+
+    group = bench.group(2, 2, replace_timeout_s=3.0, min_workers=1)
+    blocker = ray.util.placement_group([{"CPU": 1}] * 4)
+    try:
+        bench.load(group)
+        assert blocker.wait(30)
+        place = group._team.working[1].place
+        gone = group._team.working[1].where
+        assert gone is not None
+        first = bench.step(group, 0)
+        _hide(group, 1)
+        os.kill(gone.pid, signal.SIGKILL)
+        alone = bench.step(group, 1)
+        assert group.workers == 1
+        assert [incident.workers for incident in group.incidents] == [1]
+        _show(group, place)
+        for _ in range(200):
+            again = bench.step(group, 2)
+            if group.workers == 2:
+                break
+        assert group.workers == 2
+        again = bench.step(group, 2)
+    finally:
+        group.close()
+        ray.util.remove_placement_group(blocker)
+    expected = undisturbed[2, 2]
+    assert np.array_equal(first, expected[0])
+    assert np.allclose(alone, expected[1], rtol=1e-4, atol=1e-7)
+    assert np.array_equal(again, expected[2])
+
+
+def _hide(group: ActorGroup, rank: int) -> None:
+    """The next actor for this place waits for a bundle that cannot be placed yet."""
+    from dataclasses import replace
+
+    import ray
+
+    member = group._team.working[rank]
+    nowhere = ray.util.placement_group([{"CPU": 1}])
+    member.place = replace(member.place, bundle=0, reserved=nowhere)
+
+
+def _show(group: ActorGroup, place: object) -> None:
+    """Free one CPU: the reserved bundle is found then."""
+    import ray
+
+    ray.util.remove_placement_group(place.reserved)  # type: ignore[attr-defined]
+
+
+def test_a_spent_budget_ends_the_run_with_its_name(bench: Bench) -> None:
+    faults = [Fault("kill", 1, "compute", AT, times=2)]
+    group = bench.group(2, 1, faults, max_worker_failures=1)
+    try:
+        with pytest.raises(
+            WorkerLostError, match=r"worker 1 of 2 died during step 2 \(failure 2, .*_failures is 1"
+        ):
+            bench.run(group)
+        assert len(group.incidents) == 1
+    finally:
+        group.close()
+
+
+def test_a_worker_lost_in_evaluation_costs_only_its_own_part(bench: Bench) -> None:
+    checkpoints = {task.name: str(task.checkpoint) for task in bench.config.tasks}
+    request = EvaluateRequest(checkpoints)
+    scores = []
+    for faults in ([], [Fault("kill", 1, "evaluate")]):
+        group = bench.group(2, 1, faults)
+        try:
+            scores.append(group.evaluate(request))
+        finally:
+            group.close()
+    assert struck(bench.marks) == 1
+    assert scores[0] == scores[1]
