@@ -6,7 +6,7 @@ import pytest
 
 from raymerge.config import ClusterConfig
 from raymerge.errors import UserError
-from raymerge.placement import Placement, Resources, place
+from raymerge.placement import Placement, Resources, place, regrouped
 
 LAPTOP = Resources(cpus=8)
 CLUSTER = Resources(cpus=96, nodes=3, elastic=False)
@@ -106,3 +106,18 @@ def test_more_workers_than_images_per_step_are_refused_with_the_numbers():
 
 def test_without_steps_any_number_of_workers_may_evaluate():
     assert _place(CLUSTER, slots=None, workers=11).workers == 11
+
+
+@pytest.mark.parametrize(
+    ("alive", "workers", "shards"), [(4, 4, 2), (3, 2, 2), (2, 2, 2), (1, 1, 1)]
+)
+def test_the_survivors_form_whole_groups_or_one_smaller(alive, workers, shards):
+    """However many are left, every column and every slot is some worker's."""
+    shape = regrouped(Placement(4, 2, 1, 0.0), alive)
+    assert (shape.workers, shape.shards) == (workers, shards)
+    assert shape.groups * shape.shards == shape.workers <= alive
+
+
+def test_fewer_than_none_cannot_be_asked_for():
+    with pytest.raises(ValueError, match="min_workers=3 is more than workers=2"):
+        ClusterConfig(workers=2, min_workers=3)
