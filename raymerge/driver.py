@@ -62,6 +62,11 @@ class WorkerGroup(Stepper, Protocol):
 
     spec: WorkerSpec
 
+    @property
+    def leaving(self) -> bool:
+        """Whether a machine that works for it is about to be taken away."""
+        ...
+
     def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]: ...
 
     def evaluate(
@@ -80,6 +85,7 @@ class LocalGroup:
 
     workers = 1
     incidents: Sequence[Incident] = ()
+    leaving = False
 
     def __init__(self, spec: WorkerSpec) -> None:
         from raymerge.worker import MergeWorker  # it needs open_clip, which takes seconds

@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -197,13 +197,21 @@ class RunFolder:
 class Recorder:
     """Keeps what a step leaves: a line of metrics, now and then a state, a moving bar.
 
+    ``urgent``: whether to save after this step whatever its number.
+
     On leaving, by whatever way, the newest state is saved, so an interrupted run loses no step.
     """
 
     def __init__(
-        self, folder: RunFolder, store: StateStore, every: int, start: AdamState, steps: int
+        self,
+        folder: RunFolder,
+        store: StateStore,
+        every: int,
+        start: AdamState,
+        steps: int,
+        urgent: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._store, self._every = store, every
+        self._store, self._every, self._urgent = store, every, urgent
         self._state, self._saved = start, start.step
         _keep_lines(folder.metrics, start.step)
         self._metrics = folder.metrics.open("a", encoding="utf-8")
@@ -226,7 +234,7 @@ class Recorder:
             self._metrics.flush()
         except OSError as error:
             raise RunError(f"metrics.jsonl: cannot be written: {error.strerror}") from error
-        if state.step % self._every == 0:
+        if state.step % self._every == 0 or self._urgent():
             self._save()
         if record.entropy:  # none is left once every task has been restored
             mean = sum(record.entropy.values()) / len(record.entropy)

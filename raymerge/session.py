@@ -198,7 +198,8 @@ def _learn(
         )
     folder.prepare(config, resume=resume)
     store.claim()
-    with Recorder(folder, store, config.state.every_steps, state, steps) as recorder:
+    every = config.state.every_steps
+    with Recorder(folder, store, every, state, steps, lambda: group.leaving) as recorder:
         if isinstance(config.method, FwHard):
             from raymerge.frank_wolfe import hard
 

@@ -262,6 +262,16 @@ def test_a_line_is_there_as_soon_as_its_step_is(folder: RunFolder, store: StateS
     assert {"step", "loss", "entropy", "seconds"} <= set(line)
 
 
+def test_while_a_machine_is_about_to_go_every_step_is_saved(
+    folder: RunFolder, store: StateStore
+) -> None:
+    leaving = [False, True, True, False]
+    with Recorder(folder, store, 100, _state(0), 4, lambda: leaving[step - 1]) as recorder:
+        for step in (1, 2, 3, 4):
+            recorder.observe(_record(step), _state(step))
+        assert store.steps() == [2, 3]
+
+
 def test_states_are_kept_every_so_often_and_at_the_end(
     folder: RunFolder, store: StateStore
 ) -> None:
