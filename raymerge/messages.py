@@ -112,11 +112,9 @@ class Rendezvous:
 
 @dataclass(frozen=True)
 class Pulse:
-    """A worker's answer to a ping: what it is at, of which step, and for how long."""
+    """A worker's answer to a ping: what it is at, and for how long."""
 
-    rank: int
     phase: str
-    step: int | None
     seconds: float
 
     @property
@@ -177,6 +175,10 @@ class StepResult:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+IncidentKind = Literal["worker", "start", "preemption", "interruption"]
+"""Whose fault a failure was; an interruption is nobody's: a message or a peer was lost."""
+
+
 @dataclass(frozen=True)
 class Incident:
     """One failure that a run survived. ``ranks``: who was lost, by their numbers at the time.
@@ -186,7 +188,7 @@ class Incident:
     """
 
     what: str
-    kind: Literal["worker", "start", "preemption", "interruption"]
+    kind: IncidentKind
     ranks: tuple[int, ...]
     reason: str
     detect_s: float

@@ -23,6 +23,8 @@ from raymerge.urls import is_remote, redacted_values
 _UPLOAD_BYTES = 100 * 1024**2
 """What Ray takes as a job's working directory; more is HTTP 413."""
 _MIB = 1024**2
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Where ``ray job submit`` finds the cluster's dashboard, the first before the second."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def choose(submission: Submission, jobs: Iterable[KnownJob]) -> tuple[str, bool]
 
 def dashboard_address(given: str | None) -> str:
     """The cluster's dashboard: what was given, else what ``ray job submit`` takes."""
-    named = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-    address = given or next((os.environ[name] for name in named if os.environ.get(name)), None)
+    named = (os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name))
+    address = given or next(named, None)
     if address is None:
         raise UserError(
             "--address: missing; give the URL of the cluster's dashboard, such as "

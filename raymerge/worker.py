@@ -59,8 +59,7 @@ class MergeWorker:
 
     def ping(self) -> Pulse:
         """What this worker is at, at once, even while a step runs."""
-        clock = self._clock
-        return Pulse(self.spec.rank, clock.phase, clock.step, clock.lasted())
+        return Pulse(self._clock.phase, self._clock.lasted())
 
     def abort(self, generation: int) -> None:
         """``generation`` begins: free a ``step`` of an older one that waits for a lost peer."""
@@ -79,7 +78,7 @@ class MergeWorker:
 
     def begin(self, phase: str, step: int | None = None) -> None:
         """The phase before has ended and this one begins, of ``step`` (counted from 0)."""
-        self._clock.begin(phase, step)
+        self._clock.begin(phase)
 
     def open_store(self, host: str) -> int:
         """Shard 0 of a group: start the rendezvous store on a free port; returns the port."""
@@ -205,16 +204,15 @@ class _Clock:
 
     def __init__(self) -> None:
         self.phase = "idle"
-        self.step: int | None = None
         self._laps: dict[str, float] = {}
         self._since = time.perf_counter()
 
-    def begin(self, phase: str, step: int | None = None) -> None:
+    def begin(self, phase: str) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
         self._laps[self.phase] = self._laps.get(self.phase, 0.0) + now - self._since
-        self.phase, self.step, self._since = phase, step, now
+        self.phase, self._since = phase, now
 
     def lasted(self) -> float:
         return time.perf_counter() - self._since

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 
 from raymerge.distributed.failures import Loss, loss_of
 from raymerge.messages import Pulse
@@ -85,7 +85,7 @@ class _Watch(Generic[W]):
     actors: Mapping[W, Any]
     hang_s: float
     _asked: dict[W, tuple[Any, float]] = field(default_factory=dict)
-    _pulses: dict[W, tuple[Pulse, float]] = field(default_factory=dict)
+    _heard: dict[W, float] = field(default_factory=dict)
 
     @property
     def tick_s(self) -> float:
@@ -106,7 +106,7 @@ class _Watch(Generic[W]):
         return out
 
     def _is_due(self, worker: W, now: float) -> bool:
-        return worker not in self._pulses or now - self._pulses[worker][1] > self.hang_s / 4
+        return worker not in self._heard or now - self._heard[worker] > self.hang_s / 4
 
     def _hear(self, worker: W) -> None:
         reference, _ = self._asked[worker]
@@ -114,7 +114,8 @@ class _Watch(Generic[W]):
             return
         del self._asked[worker]
         with suppress(RayError):  # dead or out of reach: its own call will say so
-            self._pulses[worker] = (ray.get(reference), time.monotonic())
+            ray.get(reference)
+            self._heard[worker] = time.monotonic()
 
     def stuck(self, worker: W, limits: Limits) -> Loss:
         """It answers pings, but not the call: the one that works is to blame, not those who wait
@@ -134,7 +135,7 @@ def waits_for_peers(actor: Any) -> bool:
 def _pulse(actor: Any) -> Pulse | None:
     try:
         pulse: Pulse = ray.get(ping(actor), timeout=_TICK_S)
-    except (RayError, GetTimeoutError):
+    except RayError:
         return None
     return pulse
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from ray.exceptions import (
-    ActorDiedError,
     ActorUnavailableError,
     NodeDiedError,
     ObjectLostError,
@@ -23,26 +21,26 @@ from ray.exceptions import (
 
 from raymerge.config import ClusterConfig
 from raymerge.errors import PeerLostError, RaymergeError, RunError
+from raymerge.messages import IncidentKind
 
-Kind = Literal["worker", "start", "preemption", "interruption"]
-
-_WORST_FIRST: tuple[Kind, ...] = ("worker", "start", "preemption", "interruption")
-_KEYS: Mapping[Kind, str] = {
+_WORST_FIRST: tuple[IncidentKind, ...] = ("worker", "start", "preemption", "interruption")
+_KEYS: Mapping[IncidentKind, str] = {
     "worker": "cluster.max_worker_failures",
     "start": "cluster.max_start_failures",
     "preemption": "cluster.max_preemptions",
 }
 _INTERRUPTIONS_IN_A_ROW = 10
+_INSTALLED = "is the same raymerge installed on every node?"
 
 
 @dataclass(frozen=True)
 class Loss:
     """What befell one worker. ``gone``: it must be replaced; else it is well, but its call failed.
 
-    ``kind``: whose fault it was. An interruption is nobody's: a message or a peer was lost.
+    ``kind``: whose fault it was.
     """
 
-    kind: Kind
+    kind: IncidentKind
     reason: str
     gone: bool = True
 
@@ -59,7 +57,7 @@ def loss_of(error: RayError) -> Loss:
         return Loss("interruption", "could not be reached", gone=False)
     if isinstance(error, OutOfMemoryError):
         return Loss("worker", "was killed because its node ran out of memory")
-    if isinstance(error, ActorDiedError | RayActorError):
+    if isinstance(error, RayActorError):
         if error.actor_init_failed:
             raise RunError(f"a worker did not start: {_last_line(error)}; {_INSTALLED}") from None
         if error.preempted:
@@ -70,9 +68,6 @@ def loss_of(error: RayError) -> Loss:
     if isinstance(error, ObjectLostError):
         return Loss("interruption", "gave a result that was lost on its way", gone=False)
     raise RunError(f"Ray failed: {_last_line(error)}") from None
-
-
-_INSTALLED = "is the same raymerge installed on every node?"
 
 
 def _own_error(error: RayTaskError) -> Loss:
@@ -100,8 +95,8 @@ class Budget:
     Interruptions have no limit over a run, only ``_INTERRUPTIONS_IN_A_ROW`` without any progress.
     """
 
-    limits: Mapping[Kind, int | None]
-    spent: dict[Kind, int] = field(default_factory=dict)
+    limits: Mapping[IncidentKind, int | None]
+    spent: dict[IncidentKind, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: ClusterConfig) -> Budget:
@@ -114,7 +109,7 @@ class Budget:
             }
         )
 
-    def charge(self, kind: Kind) -> str | None:
+    def charge(self, kind: IncidentKind) -> str | None:
         """Count one more. None if the run survives it, else why it does not."""
         self.spent[kind] = self.spent.get(kind, 0) + 1
         limit = self.limits[kind]

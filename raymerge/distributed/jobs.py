@@ -22,12 +22,11 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from raymerge.errors import RunError
-from raymerge.submit import KnownJob, Submission, choose
+from raymerge.submit import ADDRESS_VARIABLES, KnownJob, Submission, choose
 
 CONFIG_NAME = "config.yaml"
 # --resume in an unused folder starts afresh, so that one command serves the first job and the next.
 ENTRYPOINT = shlex.join(["python", "-m", "raymerge", "merge", CONFIG_NAME, "--resume"])
-_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _TALKATIVE = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 _REACH_S = 15.0
 _RETRY_S = 1.0
@@ -72,7 +71,7 @@ def _connect(address: str) -> Any:
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
     _require_answer(address)
-    with _without(_ADDRESS_VARIABLES):  # which Ray would prefer to the address that it is given
+    with _without(ADDRESS_VARIABLES):  # which Ray would prefer to the address that it is given
         return JobSubmissionClient(address)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -78,10 +80,6 @@ def ask_whereabouts(actor: Any) -> Any:
 
 
 def _whereabouts(worker: MergeWorker) -> Whereabouts:
-    import os
-
-    import psutil
-
     context = ray.get_runtime_context()
     address: str = ray.util.get_node_ip_address()
     interface = next(

@@ -23,7 +23,7 @@ from ray.util.placement_group import remove_placement_group
 
 from raymerge.config import ClusterConfig
 from raymerge.distributed.calls import Call, Limits, gather, waits_for_peers
-from raymerge.distributed.failures import Budget, Kind, Loss, loss_of, worst
+from raymerge.distributed.failures import Budget, Loss, loss_of, worst
 from raymerge.distributed.places import (
     Place,
     Whereabouts,
@@ -33,7 +33,7 @@ from raymerge.distributed.places import (
     reserve,
 )
 from raymerge.errors import RunError, UserError, WorkerLostError
-from raymerge.messages import Incident, LoadReport, Rendezvous, WorkerSpec
+from raymerge.messages import Incident, IncidentKind, LoadReport, Rendezvous, WorkerSpec
 from raymerge.placement import Placement, regrouped
 from raymerge.worker import MergeWorker
 
@@ -99,7 +99,10 @@ class Team:
         self.generation = 0
         self.working: list[Member] = []
         self.incidents: list[Incident] = []
-        self._spec, self._placement, self._config = spec, placement, config
+        self._placement, self._config = placement, config
+        self._spec = replace(
+            spec, threads=placement.cpus_per_worker, use_gpu=placement.gpus_per_worker > 0
+        )
         self._worker, self._prepare = worker, prepare
         self._run = uuid.uuid4().hex
         self._budget = Budget.of(config)
@@ -115,7 +118,7 @@ class Team:
         fewest = self._config.min_workers or self._placement.workers
         self._fill(self._config.start_timeout_s, fewest)
         self._members.sort(key=_by_place)
-        self.survive("start", self._form)
+        self._form_at_last("start")
 
     # --- calls ---------------------------------------------------------------------------------
 
@@ -164,7 +167,7 @@ class Team:
         self._greet(ray.wait(hellos, num_returns=len(hellos), timeout=0)[0])
         if regrouped(self._placement, len(self._ready())).workers > len(self.working):
             before = len(self.working)
-            self.survive("regrouping", self._form)
+            self._form_at_last("regrouping")
             logger.warning("%d workers again, after %d", len(self.working), before)
 
     def nodes(self) -> set[str]:
@@ -282,12 +285,7 @@ class Team:
 
     def _hire(self, member: Member) -> None:
         """Start an actor in the place; Ray does so as soon as it has found the place."""
-        spec = replace(
-            self._spec,
-            threads=self._placement.cpus_per_worker,
-            use_gpu=self._placement.gpus_per_worker > 0,
-        )
-        member.actor = create(self._worker, spec, self._placement, member.place)
+        member.actor = create(self._worker, self._spec, self._placement, member.place)
         member.hello = ask_whereabouts(member.actor)
 
     def _replace(self, member: Member) -> None:
@@ -322,7 +320,7 @@ class Team:
 
     def _start_again(self, member: Member, loss: Loss) -> None:
         _dismiss(member)
-        kind: Kind = "preemption" if loss.kind == "preemption" else "start"
+        kind: IncidentKind = "preemption" if loss.kind == "preemption" else "start"
         refusal = self._budget.charge(kind)
         if refusal is None:
             self._hire(member)
@@ -346,6 +344,13 @@ class Team:
 
     # --- groups --------------------------------------------------------------------------------
 
+    def _form_at_last(self, what: str) -> None:
+        began = time.monotonic()
+        try:
+            self._form()
+        except LostError as lost:
+            self._mend(lost, what, began)
+
     def _form(self) -> None:
         """Give everyone who is ready a part, and bring all up to date."""
         self.generation += 1  # the store still holds what was written under the last one's name
@@ -354,14 +359,7 @@ class Team:
         self.working = _whole_groups_first(ready, self._placement.shards)[: shape.workers]
         moved = []
         for rank, member in enumerate(self.working):
-            spec = replace(
-                self._spec,
-                rank=rank,
-                workers=shape.workers,
-                shards=shape.shards,
-                threads=shape.cpus_per_worker,
-                use_gpu=shape.gpus_per_worker > 0,
-            )
+            spec = replace(self._spec, rank=rank, workers=shape.workers, shards=shape.shards)
             if member.spec != spec:
                 member.spec, member.report = spec, None
                 moved.append(member)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from group_requests import layer_names, load_request, worker_spec
 from world import World
 
-from raymerge.architecture import open_pretrained, resolve_model
 from raymerge.config import ClusterConfig
 from raymerge.distributed.group import ActorGroup
 from raymerge.driver import LocalGroup
@@ -21,11 +21,8 @@ from raymerge.errors import RunError, UserError, WorkerLostError
 from raymerge.merging.layout import CELL
 from raymerge.messages import (
     EvaluateRequest,
-    LoadRequest,
-    Loss,
     StepRequest,
     StepResult,
-    WorkerSpec,
 )
 from raymerge.placement import Placement
 from raymerge.session import merge
@@ -36,26 +33,10 @@ STEPS = 50
 TOLERANCE = 1e-6  # on λ after 50 steps; sums of float32 gradients differ in their order
 
 
-def _spec(world: World) -> WorkerSpec:
-    config = world.parse()
-    return WorkerSpec(config.model, config.tasks)
-
-
-def _load_request(world: World, **changes: object) -> LoadRequest:
-    given = {
-        "models": tuple(task.checkpoint for task in world.parse().tasks),
-        "granularity": "tensor",
-        "loss": Loss(),
-        "images_per_step": 4,
-        "batches": 1,
-        "steps": 5,
-        "seed": 1,
-    }
-    return LoadRequest(**{**given, **changes})  # type: ignore[arg-type]
-
-
 def _group(world: World, workers: int, shards: int = 1, **config: float) -> ActorGroup:
-    return ActorGroup(_spec(world), Placement(workers, shards, 1, 0.0), ClusterConfig(**config))
+    return ActorGroup(
+        worker_spec(world), Placement(workers, shards, 1, 0.0), ClusterConfig(**config)
+    )
 
 
 def _pid(group: ActorGroup, rank: int) -> int:
@@ -104,12 +85,12 @@ def test_vectors_in_bfloat16_give_the_same_lambda_on_shards_too(
 
 
 def test_a_repeated_sharded_run_is_bit_identical(world: World) -> None:
-    lambdas = np.full((4, len(world_layers(world))), 0.3)
+    lambdas = np.full((4, len(layer_names(world))), 0.3)
     gradients = []
     for _ in range(2):
         group = _group(world, 2, 2)
         try:
-            group.load(_load_request(world))
+            group.load(load_request(world))
             results = group.step(StepRequest(0, lambdas))
         finally:
             group.close()
@@ -117,16 +98,11 @@ def test_a_repeated_sharded_run_is_bit_identical(world: World) -> None:
     assert np.array_equal(gradients[0], gradients[1])
 
 
-def world_layers(world: World) -> tuple[str, ...]:
-    pretrained, _ = open_pretrained(resolve_model(world.parse().model))
-    return pretrained.layout.names
-
-
 def test_vector_bytes_fall_as_one_over_shards_and_slots_are_shared(world: World) -> None:
-    local = LocalGroup(_spec(world)).load(_load_request(world))[0]
+    local = LocalGroup(worker_spec(world)).load(load_request(world))[0]
     group = _group(world, 2, 2)
     try:
-        reports = group.load(_load_request(world))
+        reports = group.load(load_request(world))
     finally:
         group.close()
     assert [report.rank for report in reports] == [0, 1]
@@ -138,11 +114,11 @@ def test_vector_bytes_fall_as_one_over_shards_and_slots_are_shared(world: World)
 def test_steps_are_idempotent_and_evaluation_does_not_depend_on_workers(world: World) -> None:
     checkpoints = {task.name: task.checkpoint for task in world.parse().tasks}
     request = EvaluateRequest(checkpoints)
-    local = LocalGroup(_spec(world)).evaluate(request)
+    local = LocalGroup(worker_spec(world)).evaluate(request)
     group = _group(world, 3)
     try:
-        group.load(_load_request(world))
-        step = StepRequest(3, np.full((4, len(world_layers(world))), 0.4))
+        group.load(load_request(world))
+        step = StepRequest(3, np.full((4, len(layer_names(world))), 0.4))
         first, _, again = (
             group.step(step),
             group.step(StepRequest(4, step.lambdas)),
@@ -162,8 +138,8 @@ def test_steps_are_idempotent_and_evaluation_does_not_depend_on_workers(world: W
 def test_a_killed_worker_is_a_clear_error_soon(world: World, workers: int, shards: int) -> None:
     group = _group(world, workers, shards, max_worker_failures=0)
     try:
-        group.load(_load_request(world))
-        lambdas = np.full((4, len(world_layers(world))), 0.3)
+        group.load(load_request(world))
+        lambdas = np.full((4, len(layer_names(world))), 0.3)
         group.step(StepRequest(0, lambdas))
         os.kill(_pid(group, 1), signal.SIGKILL)
         began = time.monotonic()
@@ -177,12 +153,12 @@ def test_a_killed_worker_is_a_clear_error_soon(world: World, workers: int, shard
 def test_a_silent_worker_is_named_after_the_deadline(world: World) -> None:
     group = _group(world, 2, hang_timeout_s=2.0, max_worker_failures=0)
     try:
-        group.load(_load_request(world))
+        group.load(load_request(world))
         pid = _pid(group, 1)
         os.kill(pid, signal.SIGSTOP)
         try:
             with pytest.raises(WorkerLostError, match=r"worker 1 of 2 .*cluster\.hang_timeout_s"):
-                group.step(StepRequest(0, np.full((4, len(world_layers(world))), 0.3)))
+                group.step(StepRequest(0, np.full((4, len(layer_names(world))), 0.3)))
         finally:
             os.kill(pid, signal.SIGCONT)
     finally:
@@ -194,14 +170,14 @@ def test_a_workers_own_error_arrives_as_it_was(world: World, tmp_path: object) -
     group = _group(world, 1)
     try:
         with pytest.raises(UserError, match=r"gone\.pt: no such file"):
-            group.load(_load_request(world, models=missing))
+            group.load(load_request(world, models=missing))
     finally:
         group.close()
 
 
 def test_no_room_is_a_clear_error(world: World) -> None:
     with pytest.raises(RunError, match=r"found no room for 1 workers with 64 CPUs"):
-        ActorGroup(_spec(world), Placement(1, 1, 64, 0.0), ClusterConfig(start_timeout_s=1.0))
+        ActorGroup(worker_spec(world), Placement(1, 1, 64, 0.0), ClusterConfig(start_timeout_s=1.0))
 
 
 def test_closing_frees_every_place(world: World) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from raymerge.errors import PeerLostError
 from raymerge.worker import MergeWorker
 
 STEP_PHASES = ("merge", "gather", "compute", "reduce", "inner_products")
-Kind = Literal["kill", "freeze", "exit", "break", "delay", "nan"]
+Kind = Literal["kill", "freeze", "exit", "break"]
 
 
 @dataclass(frozen=True)
@@ -25,14 +24,13 @@ class Fault:
     """Befalls worker ``rank`` when it begins ``phase`` of ``step``, once (``times``).
 
     ``kill``: SIGKILL. ``freeze``: SIGSTOP. ``exit``: the process ends by itself. ``break``: the
-    connection to its peers breaks. ``delay``: it is busy for ``seconds``.
+    connection to its peers breaks.
     """
 
     kind: Kind
     rank: int
     phase: str
     step: int | None = None
-    seconds: float = 0.0
     times: int = 1
 
     @property
@@ -86,5 +84,3 @@ def _befall(fault: Fault) -> None:
         os._exit(1)
     elif fault.kind == "break":
         raise PeerLostError("connection reset, on purpose")
-    elif fault.kind == "delay":
-        time.sleep(fault.seconds)

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from group_requests import layer_names, load_request, worker_spec
 from injection import STEP_PHASES, Fault, faulty, struck
 from world import World
 
-from raymerge.architecture import open_pretrained, resolve_model
 from raymerge.config import ClusterConfig
 from raymerge.distributed.group import ActorGroup
 from raymerge.distributed.places import Place
 from raymerge.errors import WorkerLostError
-from raymerge.messages import EvaluateRequest, LoadRequest, Loss, StepRequest, WorkerSpec
+from raymerge.messages import EvaluateRequest, StepRequest
 from raymerge.placement import Placement
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("local_ray")]
@@ -34,22 +34,18 @@ class Bench:
     """A group of workers that fail as told, and the gradients of some steps."""
 
     def __init__(self, world: World, marks: Path) -> None:
-        self.config = world.parse()
-        self.marks = marks
-        pretrained, _ = open_pretrained(resolve_model(self.config.model))
-        self.lambdas = np.full((4, len(pretrained.layout.names)), 0.3)
+        self.world, self.marks = world, marks
+        self.lambdas = np.full((4, len(layer_names(world))), 0.3)
 
     def group(
         self, workers: int, shards: int, faults: Sequence[Fault] = (), **cluster: float
     ) -> ActorGroup:
         given = ClusterConfig(**{"hang_timeout_s": 3.0, **cluster})  # type: ignore[arg-type]
-        spec = WorkerSpec(self.config.model, self.config.tasks)
-        worker = faulty(faults, self.marks)
+        spec, worker = worker_spec(self.world), faulty(faults, self.marks)
         return ActorGroup(spec, Placement(workers, shards, 1, 0.0), given, worker=worker)
 
     def load(self, group: ActorGroup) -> None:
-        models = tuple(str(task.checkpoint) for task in self.config.tasks)
-        group.load(LoadRequest(models, "tensor", Loss(), 4, 1, STEPS, seed=1))
+        group.load(load_request(self.world, steps=STEPS))
 
     def step(self, group: ActorGroup, step: int) -> np.ndarray:
         results = group.step(StepRequest(step, self.lambdas))
@@ -163,7 +159,7 @@ def test_a_spent_budget_ends_the_run_with_its_name(bench: Bench) -> None:
 
 
 def test_a_worker_lost_in_evaluation_costs_only_its_own_part(bench: Bench) -> None:
-    checkpoints = {task.name: str(task.checkpoint) for task in bench.config.tasks}
+    checkpoints = {task.name: str(task.checkpoint) for task in bench.world.parse().tasks}
     request = EvaluateRequest(checkpoints)
     scores = []
     for faults in ([], [Fault("kill", 1, "evaluate")]):
