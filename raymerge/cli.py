@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RaymergeError as error:
         return _fail(error, error.exit_code)
     except KeyboardInterrupt:
-        print("raymerge: interrupted", file=sys.stderr)
+        hint = "; --resume continues it" if getattr(args, "resume", None) is not None else ""
+        print(f"raymerge: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `raymerge inspect … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

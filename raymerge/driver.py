@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raymerge.errors import RunError
+from raymerge.errors import NonFiniteError, RunError
 from raymerge.merging.optimizer import Adam, AdamState
 from raymerge.messages import (
     ChunkScore,
@@ -127,16 +127,20 @@ class StepTotal:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step reports, at the λ *before* its update. ``step`` counts from 1."""
+    """What one step reports, at the λ *before* its update. ``step`` counts from 1.
+
+    ``skipped``: why λ was left as it was; then ``loss`` is None and nothing is said by task.
+    """
 
     step: int
-    loss: float
+    loss: float | None
     entropy: dict[str, float]
     lambdas: dict[str, float]
     marginal_entropy: dict[str, float]
     """Of each task's running mean prediction: it falls where predictions collapse."""
     seconds: float
     phases: dict[str, float]
+    skipped: str | None = None
 
 
 def sum_results(results: Sequence[StepResult], request: StepRequest, workers: int) -> StepTotal:
@@ -172,22 +176,36 @@ def learn(
     """Minimise the objective over λ from ``start`` (possibly a resumed state) to ``steps`` steps.
 
     ``observe`` is called after each update with the step's record and the new state. A step whose
-    loss or gradient is not finite raises :class:`RunError` naming the task, and changes nothing.
+    loss or gradient is not finite changes nothing: it raises :class:`NonFiniteError` naming the
+    task, or is skipped, as ``watch`` says.
     """
     state = start
     for _ in range(start.step, steps):
         began = time.perf_counter()
         used = optimizer.effective(state.lambdas)
-        total = _evaluate(group, watch, state, used)
-        gradient_KL = torch.from_numpy(total.gradient)
-        if optimizer.sharpness:
-            ascended = _evaluate(group, watch, state, optimizer.ascend(used, gradient_KL))
-            gradient_KL = torch.from_numpy(ascended.gradient)
+        try:
+            total, gradient_KL = _descend(group, optimizer, watch, state, used)
+        except NonFiniteError as trouble:
+            state = watch.skip(state, trouble)
+            observe(_skipped(state, used, watch, time.perf_counter() - began, trouble), state)
+            continue
         after = optimizer.update(state, gradient_KL)
         seen = (torch.from_numpy(total.entropy), torch.from_numpy(total.probabilities))
         state = watch.observe(state, after, *seen)
         observe(record(state, total, used, watch, time.perf_counter() - began), state)
     return state
+
+
+def _descend(
+    group: Stepper, optimizer: Adam, watch: Watch, state: AdamState, lambdas_KL: Tensor
+) -> tuple[StepTotal, Tensor]:
+    """What the next step's images give at ``lambdas_KL``, and the gradient (K, L) to follow."""
+    total = _evaluate(group, watch, state, lambdas_KL)
+    gradient_KL = torch.from_numpy(total.gradient)
+    if optimizer.sharpness:
+        above_KL = optimizer.ascend(lambdas_KL, gradient_KL)
+        gradient_KL = torch.from_numpy(_evaluate(group, watch, state, above_KL).gradient)
+    return total, gradient_KL
 
 
 def _evaluate(group: Stepper, watch: Watch, state: AdamState, lambdas_KL: Tensor) -> StepTotal:
@@ -200,7 +218,7 @@ def _evaluate(group: Stepper, watch: Watch, state: AdamState, lambdas_KL: Tensor
         marginals=None if marginals_MC is None else marginals_MC.numpy(),
     )
     total = sum_results(group.step(request), request, group.workers)
-    require_finite(total, state.step, watch.tasks)
+    require_finite(total, request, watch.tasks, group)
     return total
 
 
@@ -214,11 +232,7 @@ def record(
         step=state.step,
         loss=float(total.loss.sum()),
         entropy={name: float(total.entropy[m]) for m, name in tasks},
-        lambdas={
-            name: float(lambdas_KL[row].mean())
-            for name, row in zip(watch.tasks, watch.rows, strict=True)
-            if row >= 0
-        },
+        lambdas=_means(lambdas_KL, watch),
         marginal_entropy={}
         if marginal_M is None
         else {name: float(marginal_M[m]) for m, name in tasks},
@@ -227,15 +241,57 @@ def record(
     )
 
 
-def require_finite(total: StepTotal, step: int, tasks: Sequence[str]) -> None:
-    """Raise :class:`RunError` naming the task whose loss is not finite."""
+def _means(lambdas_KL: Tensor, watch: Watch) -> dict[str, float]:
+    """λ by task, averaged over the layers."""
+    return {
+        name: float(lambdas_KL[row].mean())
+        for name, row in zip(watch.tasks, watch.rows, strict=True)
+        if row >= 0
+    }
+
+
+def _skipped(
+    state: AdamState, lambdas_KL: Tensor, watch: Watch, seconds: float, trouble: NonFiniteError
+) -> StepRecord:
+    return StepRecord(
+        step=state.step,
+        loss=None,
+        entropy={},
+        lambdas=_means(lambdas_KL, watch),
+        marginal_entropy={},
+        seconds=seconds,
+        phases={},
+        skipped=trouble.what,
+    )
+
+
+def require_finite(
+    total: StepTotal, request: StepRequest, tasks: Sequence[str], group: Stepper
+) -> None:
+    """Raise :class:`NonFiniteError` naming the tasks whose loss or gradient is not finite.
+
+    Of a gradient it is found out by asking again for each task alone.
+    """
     bad = [name for name, loss in zip(tasks, total.loss, strict=True) if not np.isfinite(loss)]
-    if bad or not np.isfinite(total.gradient).all():
-        who = f"the loss of task {', '.join(bad)}" if bad else "the gradient"
-        raise RunError(
-            f"step {step + 1}: {who} is NaN or infinite; λ was left at step {step}: check that "
-            "task's checkpoint, or lower optimizer.lr"
-        )
+    what = "loss" if bad else "gradient"
+    if not bad:
+        if np.isfinite(total.gradient).all():
+            return
+        bad = _without_gradient(request, tasks, group)
+    of = f" of task {', '.join(bad)}" if bad else ""
+    raise NonFiniteError(f"the {what}{of} is NaN or infinite", request.step)
+
+
+def _without_gradient(request: StepRequest, tasks: Sequence[str], group: Stepper) -> list[str]:
+    """The tasks whose images alone give a gradient that is not finite."""
+    weights_M = np.ones(len(tasks)) if request.weights is None else request.weights
+    bad = []
+    for m, name in enumerate(tasks):
+        alone = replace(request, weights=np.where(np.arange(len(tasks)) == m, weights_M, 0.0))
+        total = sum_results(group.step(alone), alone, group.workers)
+        if not np.isfinite(total.gradient).all():
+            bad.append(name)
+    return bad
 
 
 def _sum(parts: Sequence[FloatArray]) -> FloatArray:

@@ -39,6 +39,21 @@ class RunError(RaymergeError):
     """The run failed after it had started. Exit code 1."""
 
 
+class NonFiniteError(RunError):
+    """A step (counted from 0) gave NaN or infinity; λ is as it was before it. ``what``: where."""
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(what, step)
+        self.what, self.step = what, step
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step + 1}: {self.what}; λ was left at step {self.step}: check that task's "
+            "checkpoint and images, lower optimizer.lr, or set optimizer.nonfinite: skip (not for "
+            "Frank-Wolfe)"
+        )
+
+
 class WorkerLostError(RunError):
     """A worker died, or did not answer in time; the saved state allows ``--resume``."""
 

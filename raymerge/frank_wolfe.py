@@ -181,7 +181,7 @@ def _gradient(
 ) -> StepTotal:
     request = StepRequest(state.step, state.lambdas.numpy(), weights=weights_M, details=details)
     total = sum_results(group.step(request), request, group.workers)
-    require_finite(total, state.step, group.spec.task_names)
+    require_finite(total, request, group.spec.task_names, group)
     return total
 
 

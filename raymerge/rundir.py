@@ -35,6 +35,7 @@ from raymerge.evaluation import TaskScore, results_json
 from raymerge.files import write_atomically, write_json, write_text
 from raymerge.merging.optimizer import AdamState
 from raymerge.merging.registry import describe, merged_checkpoints, method_of
+from raymerge.messages import Incident
 from raymerge.plan import Plan
 from raymerge.report import write_plots, write_report
 from raymerge.state import StateStore, fingerprint
@@ -179,11 +180,13 @@ class RunFolder:
         plan: Plan,
         scores: Mapping[str, TaskScore],
         seconds: Mapping[str, float],
+        incidents: Sequence[Incident],
     ) -> None:
         """Results, provenance, the model card and the report."""
         results = results_json(config.method.name, scores)
         results["description"] = describe(config.method)
         results["timings"] = {"seconds": dict(seconds)}
+        results["incidents"] = [asdict(incident) for incident in incidents]
         write_json(self.path / "results.json", results)
         environment = _environment(config, plan)
         write_json(self.path / "environment.json", environment)

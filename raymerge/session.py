@@ -149,7 +149,8 @@ def _run(
     if group is not None and any(task.test for task in config.tasks):
         scores = _score_written(config, group, str(folder.path) if merging.merges else None)
         clock.lap("evaluate")
-    folder.write_results(config, merging.plan, scores, clock.laps)
+    incidents = () if group is None else group.incidents
+    folder.write_results(config, merging.plan, scores, clock.laps, incidents)
     return MergeResult(
         config=config,
         layers=merging.layers.names,
@@ -196,6 +197,9 @@ def _learn(
             f"{key}: {steps}, but the run in {folder.path} has taken {state.step}; "
             "resume with at least that many"
         )
+    if resume:
+        how = f"after step {state.step}" if state.step else "at step 0, for it has no saved state"
+        logger.warning("%s: the run goes on %s", folder.path, how)
     folder.prepare(config, resume=resume)
     store.claim()
     every = config.state.every_steps
@@ -337,8 +341,13 @@ class Merging:
         ]
         if not isinstance(method, AdaMerging):
             return Watch(self.config.task_names, rows, "ignore")
-        infomax = method.objective == "infomax"
-        return Watch(self.config.task_names, rows, method.collapse, infomax)
+        return Watch(
+            self.config.task_names,
+            rows,
+            method.collapse,
+            infomax=method.objective == "infomax",
+            nonfinite=self.config.optimizer.nonfinite,
+        )
 
     def load_request(self) -> LoadRequest:
         method, given = self.config.method, self.config.optimizer

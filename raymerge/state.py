@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from raymerge import __version__
 from raymerge.attempts import claim_attempt, newest_attempt, numbers
 from raymerge.config import Config, FwHard, FwSoft
 from raymerge.errors import RunError, UserError
@@ -106,6 +107,7 @@ class StateStore:
         manifest = {
             "step": state.step,
             "attempt": self._attempt,
+            "versions": {"raymerge": __version__, "torch": torch.__version__},
             "sha256": {_TENSORS: hashlib.sha256(payload).hexdigest()},
             **self._identity,
         }
@@ -153,6 +155,7 @@ def fingerprint(config: Config) -> str:
     data = redacted_values(config.model_dump(mode="json", exclude=left_out))
     if isinstance(config.method, FwHard | FwSoft):
         del data["method"]["iterations"]
+    del data["optimizer"]["nonfinite"]  # it stopped at the state that it would have gone on from
     # Soft Frank-Wolfe runs all of the optimizer's steps in every iteration.
     if config.optimizer.schedule == "constant" and not isinstance(config.method, FwSoft):
         del data["optimizer"]["steps"]

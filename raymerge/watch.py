@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from raymerge.errors import RunError
+from raymerge.errors import NonFiniteError, RunError
 from raymerge.merging.guard import CollapseGuard, GuardState
 from raymerge.merging.objectives import marginal_entropy, mix_marginal, momentum_at
 from raymerge.merging.optimizer import AdamState
@@ -24,6 +24,9 @@ from raymerge.merging.optimizer import AdamState
 logger = logging.getLogger(__name__)
 
 _MOMENTUM = 0.1
+_MOST_SKIPPED_IN_A_ROW = 10
+_SKIPS_WORTH_A_WARNING = 5
+_IN_A_ROW = "skipped_in_a_row"
 _GUARD = ("entropy", "marginal", "start_entropy", "start_marginal")
 
 
@@ -31,7 +34,8 @@ _GUARD = ("entropy", "marginal", "start_entropy", "start_marginal")
 class Watch:
     """``rows[m]``: the row of λ of task m, -1 for one that is not merged.
 
-    ``infomax``: the workers need the running predictions.
+    ``infomax``: the workers need the running predictions. ``nonfinite``: what to do with a step
+    that is.
     """
 
     tasks: Sequence[str]
@@ -39,6 +43,7 @@ class Watch:
     collapse: Literal["ignore", "warn", "stop", "restore"] = "warn"
     infomax: bool = False
     guard: CollapseGuard = field(default_factory=CollapseGuard)
+    nonfinite: Literal["stop", "skip"] = "stop"
 
     def weights(self, state: AdamState) -> Tensor | None:
         """(M,) of the tasks' losses: 0 once a task was restored; None if all count."""
@@ -58,8 +63,9 @@ class Watch:
         """
         memory = dict(before.memory)
         memory.setdefault("start", before.lambdas)
+        memory.pop(_IN_A_ROW, None)
         known_MC = memory.get("marginals", torch.zeros_like(mean_p_MC))
-        momentum = momentum_at(state.step, _MOMENTUM)
+        momentum = momentum_at(state.updates, _MOMENTUM)
         memory["marginals"] = mix_marginal(known_MC, mean_p_MC, momentum)
         entropies = [marginal_entropy(p_C) for p_C in memory["marginals"]]
         marginal_M = torch.tensor(entropies, dtype=torch.float64)
@@ -74,6 +80,28 @@ class Watch:
         for task in new if self.collapse != "ignore" else []:
             state = self._react(state, task)
         return state
+
+    def skip(self, state: AdamState, trouble: NonFiniteError) -> AdamState:
+        """Past a step that came to nothing: λ, the moments and all averages are as before it.
+
+        Raises ``trouble`` if it is to stop the run, and after ten such steps in a row.
+        """
+        if self.nonfinite == "stop":
+            raise trouble
+        skipped, row = (int(state.memory.get(name, 0)) + 1 for name in ("skipped", _IN_A_ROW))
+        if row > _MOST_SKIPPED_IN_A_ROW:
+            raise RunError(
+                f"step {state.step + 1}: {trouble.what}, after {_MOST_SKIPPED_IN_A_ROW} steps in a "
+                f"row that were skipped for the like; λ was left at step "
+                f"{state.step - _MOST_SKIPPED_IN_A_ROW}: check that task's checkpoint and images, "
+                "or lower optimizer.lr"
+            )
+        if skipped <= _SKIPS_WORTH_A_WARNING:
+            last = skipped == _SKIPS_WORTH_A_WARNING
+            more = " (of further ones see metrics.jsonl)" if last else ""
+            logger.warning("step %d skipped: %s%s", state.step + 1, trouble.what, more)
+        counts = {"skipped": torch.tensor(skipped), _IN_A_ROW: torch.tensor(row)}
+        return replace(state, step=state.step + 1, memory={**state.memory, **counts})
 
     def _react(self, state: AdamState, task: int) -> AdamState:
         memory = state.memory
@@ -108,4 +136,4 @@ def _guard_of(memory: Mapping[str, Tensor], state: AdamState) -> GuardState:
     if "guard.entropy" not in memory:
         return GuardState.start(len(memory["marginals"]))
     parts = [memory[f"guard.{name}"] for name in _GUARD]
-    return GuardState(parts[0], parts[1], parts[2], parts[3], state.step - 1)
+    return GuardState(parts[0], parts[1], parts[2], parts[3], state.updates - 1)

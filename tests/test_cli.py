@@ -416,7 +416,7 @@ def test_interrupt_and_terminate_keep_the_state_and_resume(
         stdout, stderr = child.communicate(timeout=60)
         assert time.monotonic() - sent < 5
         assert child.returncode == 130
-        assert (stdout, stderr) == ("", "raymerge: interrupted\n")
+        assert (stdout, stderr) == ("", "raymerge: interrupted; --resume continues it\n")
         assert not (out / "results.json").exists()
     done = [read_steps(out / "metrics.jsonl")[-1] for out in outs]
     for out, step in zip(outs, done, strict=True):

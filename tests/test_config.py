@@ -224,6 +224,11 @@ def test_an_unknown_method_is_named_with_what_was_meant_and_all_that_are_known()
     assert all(name in message for name in METHOD_NAMES)
 
 
+def test_frank_wolfe_skips_no_step() -> None:
+    data = _data(method={"name": "fw_hard"}, optimizer={"nonfinite": "skip"})
+    assert "nonfinite: skip is not for fw_hard" in _refusal(data)
+
+
 # --- shorthands and presets --------------------------------------------------------------------
 
 

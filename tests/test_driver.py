@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from raymerge.driver import StepRecord, learn, sum_results
-from raymerge.errors import RunError
+from raymerge.errors import NonFiniteError, RunError
 from raymerge.merging.optimizer import Adam, AdamState
 from raymerge.messages import StepRequest, StepResult
 from raymerge.watch import Watch
@@ -98,6 +99,89 @@ def test_a_step_that_is_not_finite_names_the_task_and_changes_nothing(bad: float
             lambda record, state: seen.append(state.step),
         )
     assert seen == [1, 2, 3]
+
+
+class Spoilt:
+    """Every model's gradient is the sum of its tasks'; at ``steps`` that of ``task`` is NaN."""
+
+    workers = 2
+
+    def __init__(self, task: int, steps: range, where: str = "gradient") -> None:
+        self.task, self.steps, self.where = task, steps, where
+        self.asked = 0
+
+    def step(self, request: StepRequest) -> list[StepResult]:
+        self.asked += 1
+        weights_M = np.ones(3) if request.weights is None else request.weights
+        gradient_KL = np.random.default_rng(request.step).normal(size=(3, 2)) * weights_M.sum()
+        results = [_result(rank, gradient_KL.copy(), request.step) for rank in range(2)]
+        if request.step in self.steps and weights_M[self.task]:
+            if self.where == "loss":
+                results[1].loss[self.task] = np.nan
+            else:  # the loss is finite, and the sum over the tasks spreads it to all rows
+                results[1].gradient[:] = np.nan
+        return results
+
+
+def _after(
+    spoilt: Spoilt, steps: int, nonfinite: str = "skip", start: AdamState | None = None
+) -> tuple[AdamState, list[StepRecord]]:
+    records: list[StepRecord] = []
+    watch = replace(_watch("sun", "gtsrb", "dtd"), nonfinite=nonfinite, collapse="warn")
+    state = learn(
+        spoilt,  # type: ignore[arg-type]
+        Adam(lr=0.01),
+        start or AdamState.start(torch.full((3, 2), 0.3)),
+        steps,
+        watch,
+        lambda record, state: records.append(record),
+    )
+    return state, records
+
+
+def test_the_task_is_named_that_spoils_only_the_gradient() -> None:
+    spoilt = Spoilt(1, range(2, 3))
+    with pytest.raises(NonFiniteError, match=r"step 3: the gradient of task gtsrb is NaN or inf"):
+        _after(spoilt, 5, "stop")
+    assert spoilt.asked == 3 + 3  # the three steps, and once more for each task alone
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_skipped_step_leaves_no_trace(where: str, at: int) -> None:
+    """As if the images of that step had never been: the same λ as of the other steps alone."""
+    state, records = _after(Spoilt(1, range(at, at + 1), where), 6)
+
+    class Without(Spoilt):
+        def step(self, request: StepRequest) -> list[StepResult]:
+            shown = replace(request, step=request.step + (request.step >= at))
+            return [replace(r, step=request.step) for r in super().step(shown)]
+
+    expected, _ = _after(Without(1, range(0)), 5)
+    for name in ("lambdas", "mean", "square"):
+        assert torch.equal(getattr(state, name), getattr(expected, name))
+    assert torch.equal(state.memory["marginals"], expected.memory["marginals"])
+    assert (state.step, state.updates) == (6, 5)
+    assert [record.step for record in records if record.skipped] == [at + 1]
+    assert records[at].loss is None
+    assert records[at].skipped == f"the {where} of task gtsrb is NaN or infinite"
+
+
+def test_ten_steps_in_a_row_may_be_skipped_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    state, _ = _after(Spoilt(0, range(3, 13)), 20)
+    assert state.updates == 10
+    assert len([line for line in caplog.messages if "skipped" in line]) == 5
+    with pytest.raises(RunError, match=r"step 14: .* of task sun .*after 10 steps .* at step 3"):
+        _after(Spoilt(0, range(3, 14)), 20)
+
+
+def test_what_was_skipped_before_a_resume_counts_on() -> None:
+    half, _ = _after(Spoilt(0, range(3, 13)), 9)
+    resumed, _ = _after(Spoilt(0, range(3, 13)), 20, start=half)
+    whole, _ = _after(Spoilt(0, range(3, 13)), 20)
+    assert torch.equal(resumed.lambdas, whole.lambdas)
+    with pytest.raises(RunError, match="after 10 steps in a row"):
+        _after(Spoilt(0, range(3, 14)), 20, start=half)
 
 
 def test_resuming_from_any_step_gives_the_same_bits() -> None:

@@ -624,6 +624,32 @@ def test_a_run_stopped_twice_and_resumed_on_other_terms(
     _same_run(tmp_path / "out", undisturbed, 6)
 
 
+def test_a_run_resumes_in_a_folder_that_was_moved(
+    run: Merge, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"untested": True, "optimizer": {"steps": 6}}
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 3, recorded=True)
+        with pytest.raises(KeyboardInterrupt):
+            run(**options)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    run("elsewhere", resume=True, **options)
+    _same_run(tmp_path / "elsewhere", undisturbed, 6)
+
+
+def test_resume_says_where_the_run_goes_on(
+    run: Merge, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"untested": True, "resume": True}
+    run(optimizer={"steps": 1}, **options)
+    run(optimizer={"steps": 2}, **options)
+    where = f"{tmp_path / 'out'}: the run goes on"
+    assert [line for line in caplog.messages if line.startswith(where)] == [
+        f"{where} at step 0, for it has no saved state",
+        f"{where} after step 1",
+    ]
+
+
 def test_a_damaged_newest_state_falls_back_to_the_one_before(
     run: Merge, undisturbed: Path, tmp_path: Path
 ) -> None:

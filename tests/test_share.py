@@ -25,7 +25,7 @@ from raymerge.checkpoints.task_vectors import ties_statistics
 from raymerge.checkpoints.visual import open_visual
 from raymerge.config import Config
 from raymerge.data.slots import SlotRange, slot_counts, step_images
-from raymerge.errors import DataError
+from raymerge.errors import DataError, RunError
 from raymerge.heads import zero_shot_head
 from raymerge.memory import pass_images
 from raymerge.messages import (
@@ -540,6 +540,15 @@ def test_a_step_keeps_no_state(lone):
     assert np.array_equal(first.gradient, again.gradient)
     assert np.array_equal(first.loss, again.loss)
     assert (again.step, again.rank, again.generation) == (1, 0, 7)
+
+
+def test_a_request_of_an_abandoned_generation_is_refused(config):
+    """It was on its way when the group was built anew."""
+    worker = _worker(config, _request())
+    worker.abort(3)
+    with pytest.raises(RunError, match="step 1: of generation 2, and this is 3"):
+        worker.step(StepRequest(0, _lambdas(), generation=2))
+    assert worker.step(StepRequest(0, _lambdas(), generation=3)).generation == 3
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 100, "all"])

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import resource
 import shutil
+import signal
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from raymerge import __version__
 from raymerge.config import Config, parse_config
 from raymerge.errors import RunError, UserError
 from raymerge.merging.optimizer import AdamState
@@ -334,3 +341,107 @@ def test_more_steps_may_be_asked_for_only_at_a_constant_rate(world):
     assert of(steps=10) == of(steps=20)
     assert of(steps=10, schedule="cosine") != of(steps=20, schedule="cosine")
     assert of(steps=10, schedule="cosine") != of(steps=10)
+
+
+# --- killed while it writes -----------------------------------------------------------------------
+
+
+def _killed(write: Callable[[], None], after_s: float) -> None:
+    """Run ``write`` in a child process and kill that after ``after_s``."""
+    child = os.fork()
+    if child == 0:
+        try:
+            write()
+        finally:
+            os._exit(0)
+    time.sleep(after_s)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def _wide(step: int) -> AdamState:
+    """A state that takes a while to write; every number of it is ``step``."""
+    value = torch.full((2, 40_000), float(step), dtype=torch.float64)
+    return AdamState(value, value.clone(), value.clone(), step)
+
+
+def _wide_store(folder: Path) -> StateStore:
+    return _store(folder, layers=[f"l{n}" for n in range(40_000)])
+
+
+def _whole(state: AdamState | None) -> bool:
+    parts = () if state is None else (state.lambdas, state.mean, state.square)
+    return state is not None and all((part == state.step).all() for part in parts)
+
+
+def test_killed_a_hundred_times_while_it_writes_a_whole_state_is_there(tmp_path, caplog):
+    """Each driver goes on from the newest state, and is killed at some moment of its saves."""
+    store = _wide_store(tmp_path)
+    store.claim()
+    store.save(_wide(1))
+    moments, torn = random.Random(0), 0
+
+    def save_on() -> None:
+        mine = _wide_store(tmp_path)
+        mine.claim()
+        for step in range(mine.steps()[-1] + 1, 10**6):
+            mine.save(_wide(step))
+
+    for _ in range(100):
+        before = store.steps()[-1]
+        _killed(save_on, moments.uniform(0.0, 0.05))
+        found = _wide_store(tmp_path).newest()
+        assert _whole(found)
+        assert found.step >= before
+        torn += any(tmp_path.glob(".step-*"))
+    assert torn > 0  # some were killed in the middle of it
+    assert not caplog.records  # and no damaged one had to be skipped
+    _wide_store(tmp_path).claim()
+    assert not any(tmp_path.glob(".step-*"))
+
+
+def test_a_writer_in_place_would_be_caught(tmp_path):
+    """The check above can fail: what is written in place is torn before long."""
+    target = tmp_path / "state"
+    torch.save(_wide(1).lambdas, target)
+    moments = random.Random(0)
+
+    def write_on() -> None:
+        for step in range(1, 10**6):
+            torch.save(_wide(step).lambdas, target)
+
+    def sound() -> bool:
+        try:
+            return torch.load(target, weights_only=True).unique().numel() == 1
+        except Exception:
+            return False
+
+    verdicts = []
+    for _ in range(40):
+        _killed(write_on, moments.uniform(0.0, 0.05))
+        verdicts.append(sound())
+    assert not all(verdicts)
+
+
+def test_on_a_full_disk_the_state_before_stays(tmp_path):
+    """The limit on a file's size stands for the disk: the write fails in the middle."""
+    store = _wide_store(tmp_path)
+    store.claim()
+    store.save(_wide(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(RunError, match="state not saved: File too large"):
+            store.save(_wide(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir() if "step" in path.name] == ["step-00000001"]
+    assert _whole(_wide_store(tmp_path).newest())
+
+
+def test_the_manifest_says_which_versions_wrote_it(tmp_path):
+    _saved(tmp_path, 4)
+    manifest = json.loads((tmp_path / "step-00000004" / "manifest.json").read_text())
+    assert manifest["versions"] == {"raymerge": __version__, "torch": torch.__version__}

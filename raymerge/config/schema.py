@@ -136,6 +136,9 @@ class OptimizerConfig(Frozen):
     """``cosine``: the rate falls from ``lr`` to 0 over ``steps``, along half a cosine."""
     sharpness: float = Field(default=0.0, ge=0)
     """Sharpness-aware steps: the gradient is taken this far up the slope. Twice the work."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do with a step whose loss or gradient is NaN or infinite. ``skip``: leave λ and the
+    moments as they are and go on to the next step's images; ten in a row stop the run."""
 
     @property
     def images_per_step(self) -> int:
@@ -274,6 +277,15 @@ class Config(Frozen):
                     f"tasks[{k}]: task {task.name!r} has images to adapt on but no checkpoint; "
                     "name its checkpoint or remove adapt"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _frank_wolfe_takes_every_step(self) -> Config:
+        if isinstance(self.method, FwHard | FwSoft) and self.optimizer.nonfinite == "skip":
+            raise ValueError(
+                f"optimizer.nonfinite: skip is not for {self.method.name}, whose every iteration "
+                "counts in the next one's step size; remove it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -19,7 +19,8 @@ from raymerge.config import Clamp
 class AdamState:
     """λ (K, L) float64 with its two moments, after ``step`` steps.
 
-    ``memory``: what else the loop remembers from step to step, by name.
+    ``memory``: what else the loop remembers from step to step, by name; ``skipped`` of it counts
+    the steps that were taken back.
     """
 
     lambdas: Tensor
@@ -27,6 +28,11 @@ class AdamState:
     square: Tensor
     step: int = 0
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def updates(self) -> int:
+        """How often λ was updated: in every step but the skipped."""
+        return self.step - int(self.memory.get("skipped", 0))
 
     @classmethod
     def start(cls, lambdas_KL: Tensor) -> AdamState:
@@ -73,15 +79,15 @@ class Adam:
         if self.clamp == "forward":
             gradient_KL = gradient_KL * clamp_gradient(state.lambdas)
         beta1, beta2 = self.betas
-        step = state.step + 1
+        updates = state.updates + 1
         mean = beta1 * state.mean + (1 - beta1) * gradient_KL
         square = beta2 * state.square + (1 - beta2) * gradient_KL.square()
-        rate = self.rate(state.step) / (1 - beta1**step)
-        denominator = (square / (1 - beta2**step)).sqrt() + self.eps
+        rate = self.rate(state.step) / (1 - beta1**updates)
+        denominator = (square / (1 - beta2**updates)).sqrt() + self.eps
         lambdas = state.lambdas - rate * mean / denominator
         if self.clamp == "projected":
             lambdas = lambdas.clamp(0, 1)
-        return AdamState(lambdas, mean, square, step, state.memory)
+        return AdamState(lambdas, mean, square, state.step + 1, state.memory)
 
 
 def clamp_gradient(lambdas_KL: Tensor) -> Tensor:

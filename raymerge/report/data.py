@@ -81,6 +81,8 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=dict)
     hashes: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    incidents: Sequence[tuple[str, str]] = ()
+    """What was under way, and the failure that the run survived then."""
 
 
 @dataclass(frozen=True)
@@ -392,7 +394,14 @@ def _provenance(folder: Path, config: str, results: Node | None) -> Provenance:
         versions={key: text for name, node in versions for key, text in _flat(node, name).items()},
         hashes=hashes,
         seconds=_seconds(timings["seconds"] if timings["seconds"].present else timings),
+        incidents=_incidents(results["incidents"]) if results else (),
     )
+
+
+def _incidents(node: Node) -> list[tuple[str, str]]:
+    """In their order; a run from before there were any has none."""
+    found = node.elements() if node.present else []
+    return [(one["what"].text(), f"a worker {one['reason'].text()}") for one in found]
 
 
 _HASHES = ("hashes", "sources")

@@ -95,9 +95,14 @@ def provenance_sections(provenance: Provenance, metrics: Metrics | None = None) 
         timings["one step (median)"] = seconds(median)
     config = tag("details", tag("summary", "config.yaml, resolved"), tag("pre", provenance.config))
     versions = facts(provenance.versions, ("", "Version"))
+    survived = {
+        f"{number}. {what}": reason
+        for number, (what, reason) in enumerate(provenance.incidents, start=1)
+    }
     hashes = facts(provenance.hashes, ("File", "SHA-256"), code=True)
     return join(
         section("Time", number_facts(timings, ("Phase", "Time")) if timings else None),
+        section("Failures survived", facts(survived, ("In", "")) if survived else None),
         section("Configuration", config if provenance.config else None),
         section("Software", versions if provenance.versions else None),
         section("Input files", hashes if provenance.hashes else None),

@@ -10,7 +10,7 @@ from report_samples import EIGHT, dump, vit_layers, write_comparison, write_run
 
 from raymerge.errors import UserError
 from raymerge.report import write_plots, write_report
-from raymerge.report.data import Comparison, Run, load
+from raymerge.report.data import Comparison, Run, load, load_run
 from raymerge.report.names import LayerGroup, layer_groups, method_title, run_title
 
 
@@ -170,6 +170,16 @@ def test_timings_and_hashes_are_found_wherever_they_are_nested(tmp_path):
     assert found.seconds == {"zoo": 61.5, "methods · adamerging": 31.2, "methods · ties": 0.6}
     assert list(found.hashes) == [f"ckpts/{task}/finetuned.pt" for task in EIGHT]
     assert "sources" not in found.versions
+
+
+def test_survived_failures_are_listed_in_their_order(tmp_path):
+    survived = [
+        {"what": "step 3", "kind": "worker", "ranks": [1], "reason": "died", "workers": 2},
+        {"what": "step 3", "kind": "preemption", "ranks": [0], "reason": "left", "workers": 1},
+    ]
+    dump(tmp_path / "results.json", {**SCORES, "incidents": survived})
+    found = load_run(tmp_path).provenance.incidents
+    assert list(found) == [("step 3", "a worker died"), ("step 3", "a worker left")]
 
 
 @pytest.mark.parametrize(
