@@ -231,12 +231,12 @@ class Recorder:
         return self
 
     def observe(self, record: StepRecord, state: AdamState) -> None:
-        self._state = state
         try:
             self._metrics.write(json.dumps(asdict(record)) + "\n")
             self._metrics.flush()
         except OSError as error:
             raise RunError(f"metrics.jsonl: cannot be written: {error.strerror}") from error
+        self._state = state  # after its line: an interrupt in between repeats a step, loses none
         if state.step % self._every == 0 or self._urgent():
             self._save()
         if record.entropy:  # none is left once every task has been restored

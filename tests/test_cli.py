@@ -418,9 +418,10 @@ def test_interrupt_and_terminate_keep_the_state_and_resume(
         assert child.returncode == 130
         assert (stdout, stderr) == ("", "raymerge: interrupted; --resume continues it\n")
         assert not (out / "results.json").exists()
-    done = [read_steps(out / "metrics.jsonl")[-1] for out in outs]
+    done = [max(int(state.name[5:]) for state in (out / "state").glob("step-*")) for out in outs]
     for out, step in zip(outs, done, strict=True):
-        assert (out / "state" / f"step-{step:08d}").is_dir()
+        written = read_steps(out / "metrics.jsonl")[-1]
+        assert written - step in (0, 1), "one more where the interrupt fell behind the line"
         further = ("-o", f"optimizer.steps={step + 1}")
         raymerge.ok("merge", config, *further, "--output", out, "--resume")
         assert read_steps(out / "metrics.jsonl") == list(range(1, step + 2))

@@ -324,7 +324,28 @@ def test_metrics_that_cannot_be_written_fail_the_run_with_its_state_kept(
         run()
     newest = store.newest()
     assert newest is not None
-    assert newest.step == 2
+    assert newest.step == 1, "a state goes no further than its lines"
+
+
+def test_an_interrupt_while_a_line_is_written_leaves_no_state_without_its_line(
+    folder: RunFolder, store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(record: StepRecord) -> None:
+        raise KeyboardInterrupt
+
+    def run() -> None:
+        with Recorder(folder, store, 100, _state(0), 5) as recorder:
+            recorder.observe(_record(1), _state(1))
+            monkeypatch.setattr("raymerge.rundir.asdict", interrupted)
+            recorder.observe(_record(2), _state(2))
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.undo()
+    newest = store.newest()
+    assert newest is not None
+    _observe(folder, store, range(newest.step + 1, 4))
+    assert read_steps(folder.metrics) == [1, 2, 3]
 
 
 def test_a_state_that_cannot_be_saved_does_not_hide_why_the_run_ended(
