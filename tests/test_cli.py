@@ -414,7 +414,7 @@ def test_interrupt_and_terminate_keep_the_state_and_resume(
         sent = time.monotonic()
         child.send_signal(number)
         stdout, stderr = child.communicate(timeout=60)
-        assert time.monotonic() - sent < 5
+        assert time.monotonic() - sent < 30, "soon, also on a busy machine"
         assert child.returncode == 130
         assert (stdout, stderr) == ("", "raymerge: interrupted; --resume continues it\n")
         assert not (out / "results.json").exists()
