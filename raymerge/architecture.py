@@ -21,6 +21,7 @@ from raymerge.checkpoints.reader import open_checkpoint, read_tensor
 from raymerge.checkpoints.visual import PREFIXES, VisualCheckpoint, match_visual, require_finite
 from raymerge.clip_shapes import clip_vit_shapes
 from raymerge.config import ModelConfig
+from raymerge.config.wording import short
 from raymerge.errors import CheckpointError, ConfigError
 from raymerge.merging.layout import ParameterLayout
 from raymerge.urls import is_remote, public
@@ -33,6 +34,9 @@ _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
 
 # What open_clip's PreprocessCfg takes, but for the size: the model's own image size decides.
 _PREPROCESS_KEYS = ("mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
+
+_LARGEST_SIZE = 1 << 24
+_MOST = {"layers": 1024, "context_length": 1 << 13}  # a block or a mask is made for each of them
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The state dict of a model by name, in its order."""
@@ -128,9 +132,37 @@ def _require_same_activation(
 
 
 def _resolved(name: str, cfg: Mapping[str, Any], weights: Path, tokenizer: str) -> ResolvedModel:
+    _require_harmless(cfg["model_cfg"], name)
     given = cfg.get("preprocess_cfg") or {}
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"model: {name}: preprocess_cfg is {short(given)}, not a mapping")
     preprocess = {key: given[key] for key in _PREPROCESS_KEYS if key in given}
     return ResolvedModel(name, cfg["model_cfg"], preprocess, weights, tokenizer)
+
+
+def _require_harmless(model_cfg: Mapping[str, Any], name: str) -> None:
+    """Refuse a config that runs its author's code, or that is as large as no model is.
+
+    open_clip hands ``tokenizer_kwargs`` to transformers, which imports what is beside the weights
+    where it finds ``trust_remote_code`` among them.
+    """
+    left: list[tuple[str, Any]] = [*model_cfg.items()]
+    while left:
+        key, value = left.pop()
+        if key == "trust_remote_code" and value:
+            raise CheckpointError(
+                f"model: {name}: refused: its config has trust_remote_code, which runs code that "
+                "comes with the model; remove it, and use a tokenizer that needs none"
+            )
+        most = _MOST.get(key, _LARGEST_SIZE)
+        if isinstance(value, int) and value > most:
+            raise CheckpointError(
+                f"model: {name}: its config has {key} {short(value)}, and at most {most:,} is taken"
+            )
+        if isinstance(value, Mapping):
+            left += value.items()
+        elif isinstance(value, list):
+            left += [(key, each) for each in value]
 
 
 def _model_json(path: Path) -> dict[str, Any]:

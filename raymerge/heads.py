@@ -78,6 +78,11 @@ def _require_fit(checkpoint: Checkpoint, classes: int, features: int) -> None:
         )
     if not dtype.is_floating_point:
         raise CheckpointError(f"checkpoint {path}: weight is {dtype}, not floating point")
+    if "bias" in specs and specs["bias"].shape != (classes,):
+        raise CheckpointError(
+            f"checkpoint {path}: bias has shape {list(specs['bias'].shape)}, but the task has "
+            f"{classes} classnames"
+        )
     if "bias" in specs and bool(read_tensor(checkpoint, "bias").any()):
         raise CheckpointError(
             f"checkpoint {path}: has a bias that is not zero, and heads here have none; save the "

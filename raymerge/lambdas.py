@@ -33,10 +33,12 @@ def read_lambdas(reference: str, models: Sequence[str], layers: Sequence[str]) -
         values_KL = torch.tensor(found["values"], dtype=torch.float64)
         rows = _indices(found["tasks"], models, "model", path)
         columns = _indices(found["layers"], layers, "layer", path)
+        if values_KL.shape != (len(found["tasks"]), len(found["layers"])):
+            raise ValueError(f"its values are of shape {list(values_KL.shape)}")
         lambdas_KL = values_KL[rows][:, columns]
     except OSError as error:
         raise UserError(f"method.start: {path}: {error.strerror}; {_REMEDY}") from error
-    except (TypeError, KeyError, ValueError, IndexError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"is no lambdas.json ({one_line(error)})"
         raise UserError(f"method.start: {path}: {reason}; {_REMEDY}") from error
     if not lambdas_KL.isfinite().all():

@@ -27,6 +27,7 @@ from raymerge.errors import CheckpointError, UserError
 from raymerge.flat import view_flat
 from raymerge.merging.layout import ParameterLayout
 
+_MOST_SCALED_PIXELS = 1 << 26
 OpenClipModel = Any
 """open_clip's CLIP, CustomTextCLIP or CoCa; open_clip has no types."""
 
@@ -143,7 +144,11 @@ class Preprocess:
     transform: Compose
 
     def to_pixels(self, image: Image.Image) -> Tensor:
-        """(3, H, W) uint8 at the model's resolution."""
+        """(3, H, W) uint8 at the model's resolution. Raises :class:`ValueError` for an image so
+        long that the scaled one, before it is cropped, would be enormous."""
+        ratio = max(image.size) / max(1, min(image.size))
+        if ratio * max(self.size) ** 2 > _MOST_SCALED_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels: too long for its width")
         for step in self.transform.transforms:
             if isinstance(step, ToTensor):
                 break

@@ -520,6 +520,8 @@ def _copy(
     """From ``start`` to the end; None: as one stream, for servers that cannot read parts."""
     for chunk in _chunks(source, start):
         out.write(chunk)
+        if source.size is not None and out.tell() > source.size:
+            return  # the caller sees that it is too long; it may be without end
         for digest in hashes:
             digest.update(chunk)
         advance(len(chunk))

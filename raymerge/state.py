@@ -37,6 +37,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 _TENSORS = "state.safetensors"
 _MANIFEST = "manifest.json"
 _MEMORY = "memory."
+_DAMAGE = (ValueError, LookupError, TypeError, RecursionError, SafetensorError)
 
 
 class StateStore:
@@ -88,7 +89,7 @@ class StateStore:
         for step in sorted(numbers(self.folder, _STEP), reverse=True):
             try:
                 return self._read(self._path(step))
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (OSError, *_DAMAGE) as error:
                 logger.warning(
                     "state of step %d is damaged (%s); using the one before", step, error
                 )

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raymerge.checkpoints.locate import read_json
+from raymerge.checkpoints.locate import weight_map
 from raymerge.checkpoints.reader import Checkpoint, TensorSpec, read_tensor
 from raymerge.errors import CheckpointError
 
@@ -231,10 +231,15 @@ class ShardedCheckpoint:
 
     def __init__(self, path: Path, open_file: Callable[[Path], Checkpoint]) -> None:
         self.path = path
-        weight_map = _weight_map(path)
-        shards = {name: open_file(path.parent / name) for name in sorted(set(weight_map.values()))}
+        shard_of = weight_map(path)
+        for name in shard_of.values():
+            if not (path.parent / name).is_file():
+                raise CheckpointError(
+                    f"checkpoint {path}: {name} is missing beside it; fetch it again"
+                )
+        shards = {name: open_file(path.parent / name) for name in sorted(set(shard_of.values()))}
         self.kind = f"sharded {next(iter(shards.values())).kind}"
-        self._shard_of = {key: shards[name] for key, name in weight_map.items()}
+        self._shard_of = {key: shards[name] for key, name in shard_of.items()}
         for key, shard in self._shard_of.items():
             if key not in shard.specs:
                 raise CheckpointError(
@@ -248,19 +253,3 @@ class ShardedCheckpoint:
 
     def fill(self, key: str, start: int, out_n: Tensor) -> None:
         self._shard_of[key].fill(key, start, out_n)
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    content = read_json(path)
-    found = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(found, dict) or not found:
-        raise CheckpointError(f"checkpoint {path}: has no weight_map (tensor → file); no index?")
-    for name in found.values():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(
-                f"checkpoint {path}: refused: its weight_map names {name!r}, which is no file "
-                "beside it"
-            )
-        if not (path.parent / name).is_file():
-            raise CheckpointError(f"checkpoint {path}: {name} is missing beside it; fetch it again")
-    return found

@@ -6,11 +6,12 @@ What the other cannot say is refused, by its name and value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raymerge.checkpoints.locate import read_json
+from raymerge.config.wording import short
 from raymerge.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -70,7 +71,7 @@ class _Reader:
 
     def refused(self, key: str, why: str) -> CheckpointError:
         name = f"{self._section}.{key}" if self._section else key
-        return CheckpointError(f"{self._where}: {name} is {self._values.get(key)!r}: {why}")
+        return CheckpointError(f"{self._where}: {name} is {short(self._values.get(key))}: {why}")
 
     def count(self, key: str) -> int:
         value = self._values.get(key)
@@ -79,6 +80,19 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
             raise self.refused(key, "not a positive integer")
         return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self._values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
+            raise self.refused(key, "not a number")
+        return value
+
+    def channels(self, key: str, default: Sequence[float]) -> list[float]:
+        value = self._values.get(key, default)
+        if not isinstance(value, list | tuple) or len(value) != 3:
+            raise self.refused(key, "not 3 numbers")
+        each = _Reader(self._where, f"{self._section}{key}", dict(zip("012", value, strict=True)))
+        return [each.number(channel, 0.0) for channel in "012"]
 
 
 def read_huggingface(folder: Path) -> dict[str, Any]:
@@ -91,6 +105,8 @@ def read_huggingface(folder: Path) -> dict[str, Any]:
         if (folder / name).is_file():
             given = _mapping(folder / name)
             given = given.get("image_processor", given)
+            if not isinstance(given, dict):
+                raise CheckpointError(f"model: {folder / name}: image_processor is no mapping")
             where = f"model: {folder / name}"
             return {
                 "model_cfg": model_cfg,
@@ -111,8 +127,8 @@ def open_clip_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     top = _Reader(where, "", {"projection_dim": 512, **config})
     if config.get("model_type") != "clip":
         raise top.refused("model_type", "only a whole CLIPModel (clip) can be the pretrained model")
-    vision = _section(config, "vision_config", _VISION_DEFAULTS)
-    text = _section(config, "text_config", _TEXT_DEFAULTS)
+    vision = _section(config, "vision_config", _VISION_DEFAULTS, where)
+    text = _section(config, "text_config", _TEXT_DEFAULTS, where)
     of_vision = _Reader(where, "vision_config", vision)
     of_text = _Reader(where, "text_config", text)
     if vision["hidden_act"] != text["hidden_act"]:
@@ -152,10 +168,12 @@ def open_clip_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _section(
-    config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]
+    config: Mapping[str, Any], name: str, defaults: Mapping[str, Any], where: str
 ) -> Mapping[str, Any]:
     """One tower's values; those of the old ``*_config_dict`` come first, as in transformers."""
     given = config.get(f"{name}_dict") or config.get(name) or {}
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"{where}: {name} is {short(given)}, not a mapping")
     return {**defaults, **given}
 
 
@@ -169,7 +187,7 @@ def _tower(reader: _Reader, values: Mapping[str, Any]) -> dict[str, Any]:
             ratio = (hidden + 0.5) / width
         found["mlp_ratio"] = ratio
     if values["layer_norm_eps"] != _EPS:
-        found["norm_kwargs"] = {"eps": values["layer_norm_eps"]}
+        found["norm_kwargs"] = {"eps": reader.number("layer_norm_eps", _EPS)}
     return found
 
 
@@ -184,18 +202,21 @@ def _pooling(reader: _Reader, end: Any) -> dict[str, Any]:
 
 def _preprocess_cfg(given: Mapping[str, Any], image_size: int, where: str) -> dict[str, Any]:
     reader = _Reader(where, "", given)
-    if given.get("do_rescale", True) and abs(given.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
+    if (
+        given.get("do_rescale", True)
+        and abs(reader.number("rescale_factor", 1 / 255) - 1 / 255) > 1e-9
+    ):
         raise reader.refused("rescale_factor", "open_clip divides by 255")
     for key in ("do_rescale", "do_resize"):
         if not given.get(key, True):
             raise reader.refused(key, "open_clip always does")
     resample = given.get("resample", 3)
-    if resample not in _RESAMPLE:
+    if resample not in tuple(_RESAMPLE):
         raise reader.refused("resample", "open_clip has 2 (bilinear) and 3 (bicubic)")
     found: dict[str, Any] = {"size": image_size, "mode": "RGB"}
     normalise = given.get("do_normalize", True)
-    found["mean"] = list(given.get("image_mean", _OPENAI_MEAN)) if normalise else [0.0] * 3
-    found["std"] = list(given.get("image_std", _OPENAI_STD)) if normalise else [1.0] * 3
+    found["mean"] = reader.channels("image_mean", _OPENAI_MEAN) if normalise else [0.0] * 3
+    found["std"] = reader.channels("image_std", _OPENAI_STD) if normalise else [1.0] * 3
     found["interpolation"] = _RESAMPLE[resample]
     found["resize_mode"] = _resize_mode(given, image_size, reader)
     return found

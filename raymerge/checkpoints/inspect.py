@@ -115,8 +115,10 @@ def _activation(checkpoint: Checkpoint) -> str:
     config = checkpoint.path.parent / "open_clip_config.json"
     if not config.is_file() or not Path(checkpoint.path).name.startswith("open_clip"):
         return "not recorded in the file (OpenAI's weights need QuickGELU: arch …-quickgelu)"
-    model_cfg = read_json(config).get("model_cfg", {})
-    return "QuickGELU" if model_cfg.get("quick_gelu") else "GELU"
+    content = read_json(config)
+    model_cfg = content.get("model_cfg") if isinstance(content, dict) else None
+    quick = isinstance(model_cfg, dict) and model_cfg.get("quick_gelu")
+    return "QuickGELU" if quick else "GELU"
 
 
 def _hidden_act(config: Path) -> str:
@@ -125,5 +127,5 @@ def _hidden_act(config: Path) -> str:
         return "not recorded in the file (hidden_act of its config.json; OpenAI's is QuickGELU)"
     content = read_json(config)
     tower = content.get("vision_config", content) if isinstance(content, dict) else {}
-    given = str(tower.get("hidden_act", "quick_gelu"))
+    given = str(tower.get("hidden_act", "quick_gelu") if isinstance(tower, dict) else tower)[:40]
     return {"quick_gelu": "QuickGELU", "gelu": "GELU"}.get(given, given)

@@ -23,6 +23,9 @@ WEIGHT_FILES = (
     "adapter_model.bin",
 )
 _SHARD = re.compile(r"(pytorch_)?model-\d+-of-\d+\.(safetensors|bin)")
+_MOST_JSON_BYTES = 1 << 27
+"""Of a config or an index: one of a million tensors has 100 MB."""
+_LONGEST_NAME = 255
 
 
 def locate(reference: str) -> Path:
@@ -98,9 +101,29 @@ def files_of(path: Path) -> list[Path]:
     """All files that a located checkpoint is in: an index and the shards that it names."""
     if not path.name.endswith(".index.json"):
         return [path]
-    content = read_json(path)
-    shards = content.get("weight_map", {}) if isinstance(content, dict) else {}
-    return [path, *(path.parent / name for name in sorted({*map(str, shards.values())}))]
+    return [path, *(path.parent / name for name in sorted(set(weight_map(path).values())))]
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor → the name of the file beside ``index`` that holds it. Raises
+    :class:`CheckpointError`, also for a name that leads elsewhere."""
+    content = read_json(index)
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"checkpoint {index}: has no weight_map (tensor → file); no index?")
+    for name in found.values():
+        if not isinstance(name, str) or not _is_plain_name(name):
+            raise CheckpointError(
+                f"checkpoint {index}: refused: its weight_map names {str(name)[:80]!r}, which is "
+                "no file beside it"
+            )
+    return found
+
+
+def _is_plain_name(name: str) -> bool:
+    """Of a file in the same folder, on any system."""
+    plain = name.isprintable() and not set(name) & set("/\\:") and name not in ("", ".", "..")
+    return plain and len(name.encode()) <= _LONGEST_NAME
 
 
 def _download(repository: str) -> Path:
@@ -168,6 +191,8 @@ def one_line(error: BaseException, limit: int = 120) -> str:
 def read_json(path: Path) -> Any:
     """A JSON file, or a :class:`CheckpointError` in one line."""
     try:
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise ValueError(f"it has more than {_MOST_JSON_BYTES >> 20} MiB")
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {one_line(error)}") from error

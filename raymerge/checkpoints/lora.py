@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from threading import Lock
@@ -21,6 +22,7 @@ from torch import Tensor
 from raymerge.checkpoints.huggingface import name_of
 from raymerge.checkpoints.locate import read_json
 from raymerge.checkpoints.reader import Checkpoint, TensorSpec, read_tensor
+from raymerge.config.wording import short
 from raymerge.errors import CheckpointError
 
 CONFIG_FILE = "adapter_config.json"
@@ -28,6 +30,10 @@ CONFIG_FILE = "adapter_config.json"
 _WRAPPER = "base_model.model."
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _TEXT = re.compile(r"(?:^|\.)text_model\.|(?:^|\.)(text_projection|token_embedding)$")
+_LONGEST_PATTERN = 256
+_MOST_REPEATS = 3
+# A repeated group, or many repeats, can take for ever to fail: no name of modules needs them.
+_SLOW = re.compile(r"\)[*+?{]|\(\?|\\[1-9]")
 _QKV = {"q": 0, "k": 1, "v": 2}
 
 # What an adapter may say that is more than a product of two matrices (PEFT's LoraConfig).
@@ -118,8 +124,11 @@ class LoraCheckpoint:
             )
         ranks = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
         for key, value in ranks.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise self._error(f"{CONFIG_FILE} has {key} {value!r}, not a positive number")
+            if not _is_positive(value):
+                raise self._error(f"{CONFIG_FILE} has {key} {short(value)}, not a positive number")
+        for key in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(config.get(key) or {}, dict):
+                raise self._error(f"{CONFIG_FILE} has {key} {short(config[key])}, not a mapping")
         return config
 
     def _error(self, text: str) -> CheckpointError:
@@ -185,13 +194,17 @@ class LoraCheckpoint:
     def _pattern(self, section: str, module: str, default: float) -> float:
         """PEFT's rule: the first pattern that is the module's name or ends it."""
         for pattern, value in (self._config.get(section) or {}).items():
+            where = f"{CONFIG_FILE}: {section}: {short(pattern)}"
+            repeats = sum(pattern.count(mark) for mark in "*+?{")
+            if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or _SLOW.search(pattern):
+                raise self._error(f"{where}: is no plain pattern; write the modules' names")
             try:
                 found = re.match(rf"(.*\.)?({pattern})$", module)
-            except re.error as error:
-                raise self._error(f"{CONFIG_FILE}: {section}: {pattern!r}: {error}") from error
+            except (re.error, OverflowError, RecursionError) as error:
+                raise self._error(f"{where}: {error}") from error
             if found:
-                if not isinstance(value, int | float) or value <= 0:
-                    raise self._error(f"{CONFIG_FILE}: {section}: {pattern!r} is {value!r}")
+                if not _is_positive(value):
+                    raise self._error(f"{where} is {short(value)}, not a positive number")
                 return float(value)
         return default
 
@@ -311,6 +324,13 @@ class _Adapted:
                     self._adapter.change(change, tensor.chunk(change.parts)[change.part])
                 self._held = (key, tensor.reshape(-1))
             return self._held[1]
+
+
+def _is_positive(value: object) -> bool:
+    """Whether it is a number that a float can be, above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value <= sys.float_info.max
 
 
 def _unwrapped(key: str) -> str:

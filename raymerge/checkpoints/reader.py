@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from raymerge.checkpoints.locate import locate, one_line
@@ -80,7 +80,7 @@ class SafetensorsCheckpoint:
                     for key in file.keys()  # noqa: SIM118
                 }
             self._starts = _data_starts(path)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged header fails anywhere: KeyError, RecursionError, …
             raise CheckpointError(
                 f"checkpoint {path}: damaged safetensors file ({one_line(error)}); fetch it again"
             ) from error
@@ -107,6 +107,9 @@ class TorchCheckpoint:
     def __init__(self, path: Path, loaded: Any) -> None:
         self.path = path
         self._tensors = state_dict(loaded, path, Tensor)
+        size = path.stat().st_size
+        for key, tensor in self._tensors.items():
+            _require_stored(tensor, size, f"checkpoint {path}: {key}")
         self.specs: Mapping[str, TensorSpec] = {
             key: TensorSpec(tuple(t.shape), t.dtype) for key, t in self._tensors.items()
         }
@@ -114,6 +117,20 @@ class TorchCheckpoint:
     def fill(self, key: str, start: int, out_n: Tensor) -> None:
         stored = self._tensors[key].detach().reshape(-1)
         out_n.copy_(stored[start : start + len(out_n)])
+
+
+def _require_stored(tensor: Tensor, size: int, where: str) -> None:
+    """Raise for what is no plain array of numbers that the file of ``size`` bytes holds.
+
+    torch enlarges a storage to what a tensor claims, and repeats one number as often as it says.
+    """
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise CheckpointError(f"{where} is sparse, quantized or without numbers; save it dense")
+    claimed = tensor.numel() * tensor.element_size()
+    if max(claimed, tensor.untyped_storage().nbytes()) > size:
+        raise CheckpointError(
+            f"{where} claims {claimed:,} bytes, and the file has {size:,}; save it contiguous"
+        )
 
 
 def read_tensor(checkpoint: Checkpoint, key: str, dtype: torch.dtype | None = None) -> Tensor:

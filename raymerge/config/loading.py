@@ -41,6 +41,9 @@ _PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
 }
 
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+"""Of the safe loader: it leaves to Python what a date, a number or a key cannot be."""
+
 _SHORT_FOR = {"model": "arch", "method": "name", "suite": "name"}
 """Section → the key that a plain word in its place gives."""
 
@@ -66,7 +69,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config {path}: not UTF-8 text, so not YAML") from error
     try:
         data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except YAML_ERRORS as error:
         raise ConfigError(f"config {path}: not valid YAML: {_one_line(str(error))}") from error
     if not isinstance(data, dict):
         raise ConfigError(
@@ -117,7 +120,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     keys = key_path.split(".")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise ConfigError(f"override {override!r}: {value!r} is not a YAML value") from error
     node: Any = data
     for depth, key in enumerate(keys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from string import Formatter
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -113,13 +114,20 @@ class TaskConfig(Frozen):
         for template in templates:
             if template.count("{}") != 1:
                 raise ValueError(f"template {template!r} needs exactly one {{}} for the class name")
-            try:
-                template.format("")
-            except (ValueError, KeyError, IndexError):
+            if _fields(template) != [("", "", None)]:  # never formatted before it is seen to be so
                 raise ValueError(
                     f"template {template!r} has braces besides {{}}; write them as {{{{ and }}}}"
-                ) from None
+                )
         return templates
+
+
+def _fields(template: str) -> list[tuple[str, str | None, str | None]]:
+    """Name, format and conversion of each field; none where the braces do not match."""
+    try:
+        parts = Formatter().parse(template)
+        return [(name, spec, how) for _, name, spec, how in parts if name is not None]
+    except ValueError:
+        return []
 
 
 class OptimizerConfig(Frozen):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from raymerge.data.images import DECODE_ERRORS, ImageList, Item, StoredImage, open_image
+from raymerge.data.images import DECODE_ERRORS, FORMATS, ImageList, Item, StoredImage, open_image
 from raymerge.errors import DataError
 
 if TYPE_CHECKING:
@@ -63,11 +63,11 @@ def _check_stored(item: StoredImage) -> None:
 
 
 def _check_file(file: Callable[[], Path | BytesIO], tail: Callable[[], bytes]) -> None:
-    with Image.open(file()) as image:
+    with Image.open(file(), formats=FORMATS) as image:
         kind = image.format
         image.verify()
     if kind != "PNG" and not (kind == "JPEG" and _JPEG_END in tail()):
-        with Image.open(file()) as image:
+        with Image.open(file(), formats=FORMATS) as image:
             image.load()
 
 

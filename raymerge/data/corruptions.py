@@ -166,7 +166,7 @@ def _jpeg(image_HW3: Pixels, rng: np.random.Generator, quality: int) -> Pixels:
     """A round trip through Pillow's JPEG, with its default chroma subsampling."""
     buffer = io.BytesIO()
     Image.fromarray(image_HW3).save(buffer, "JPEG", quality=quality)
-    with Image.open(buffer) as decoded:
+    with Image.open(buffer, formats=("JPEG",)) as decoded:
         return np.array(decoded)
 
 

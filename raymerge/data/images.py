@@ -15,6 +15,9 @@ from PIL import Image
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 """What Pillow raises for damaged images."""
 
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow knows more, and goes by the content: an EPS named .jpg would be run by Ghostscript."""
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -116,9 +119,9 @@ class ImageList:
 
 def open_image(item: Item) -> Image.Image:
     """Not yet decoded. Raises one of ``DECODE_ERRORS``, or :class:`DataError`."""
-    return Image.open(item) if isinstance(item, Path) else item.open()
+    return Image.open(item, formats=FORMATS) if isinstance(item, Path) else item.open()
 
 
 def decoded_from(content: bytes) -> Image.Image:
     """An image whose file is in memory."""
-    return Image.open(io.BytesIO(content))
+    return Image.open(io.BytesIO(content), formats=FORMATS)

@@ -33,6 +33,7 @@ _HASH_BYTES = 32 << 20
 _STEP = re.compile(r"step-(\d{8,})")
 _TENSORS = "state.safetensors"
 _MANIFEST = "manifest.json"
+_DAMAGE = (ValueError, LookupError, TypeError, RecursionError, SafetensorError)
 
 
 class TrainingStates:
@@ -71,7 +72,7 @@ class TrainingStates:
         for step in reversed(self.steps()):
             try:
                 return step, self._read(self._path(step))
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (OSError, *_DAMAGE) as error:
                 logger.warning(
                     "%s: state of step %d is damaged (%s); using the one before",
                     self.folder.name, step, error,
@@ -83,9 +84,10 @@ class TrainingStates:
         for step in self.steps():
             try:
                 manifest = json.loads((self._path(step) / _MANIFEST).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+                given = manifest["fingerprint"]
+            except (OSError, *_DAMAGE):
                 continue  # a damaged one; ``newest`` will say so
-            self._require_fingerprint(manifest.get("fingerprint"))
+            self._require_fingerprint(given)
 
     def steps(self) -> list[int]:
         return sorted(numbers(self.folder, _STEP))

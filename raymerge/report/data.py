@@ -269,9 +269,11 @@ def _by_task(nodes: list[Node]) -> dict[str, Measurements]:
 def _settings(config: str, file: Path) -> MethodSettings:
     import yaml
 
+    from raymerge.config.loading import YAML_ERRORS
+
     try:
         root = yaml.safe_load(config)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from error
     method = root.get("method") if isinstance(root, dict) else None
     if isinstance(method, str):

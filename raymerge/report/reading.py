@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,12 +66,11 @@ class Node:
         """A finite number in [low, high]."""
         wanted = "a finite number" + (f" in [{low:g}, {high:g}]" if high < _INF else "")
         wanted += f" of at least {low:g}" if low > -_INF and high == _INF else ""
-        if isinstance(self.value, bool) or not isinstance(self.value, Real):
+        if isinstance(self.value, bool) or not isinstance(self.value, int | float):
             self.fail(wanted)
-        number = float(self.value)
-        if not math.isfinite(number) or not low <= number <= high:
+        if not low <= self.value <= high or not abs(self.value) <= sys.float_info.max:
             self.fail(wanted)
-        return number
+        return float(self.value)
 
     def whole(self) -> int:
         """A whole number of at least 0."""
@@ -82,7 +81,7 @@ class Node:
 
     def measurement(self) -> float | None:
         """A number that a run measured: None where it is absent, NaN or infinite."""
-        if self.value is None or (isinstance(self.value, Real) and not math.isfinite(self.value)):
+        if self.value is None or (isinstance(self.value, float) and not math.isfinite(self.value)):
             return None
         return self.number()
 
@@ -125,7 +124,7 @@ def read_json_lines(file: Path) -> list[Node]:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

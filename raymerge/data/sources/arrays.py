@@ -7,6 +7,7 @@ unpickled.
 from __future__ import annotations
 
 import struct
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -31,8 +32,13 @@ _ERRORS = (
     EOFError,
     zipfile.BadZipFile,
     RuntimeError,  # encrypted, or an unknown compression
+    SyntaxError,  # of the header of an array
     struct.error,
     zlib.error,
+    tokenize.TokenError,
+    TypeError,
+    MemoryError,
+    OverflowError,
 )
 _LOCAL_HEADER = 30  # bytes before the name and the extra field of a zip's member
 

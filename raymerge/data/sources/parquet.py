@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 _CACHE_BYTES = 1 << 27
 """Of row groups that are kept for the next image, in a process."""
 _MOST_GROUP_BYTES = 1 << 31
+_MOST_LABEL_BYTES = 1 << 29
+_ROWS_AT_ONCE, _LABELS_AT_ONCE = 16, 1024
+_ERRORS = (OSError, ValueError, EOFError, RuntimeError, LookupError, TypeError, ArithmeticError,
+           MemoryError)  # fmt: skip
 _SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-(?P<number>\d{5})-of-(?P<count>\d{5})(-\w+)?")
 _NUMBERED = re.compile(r"\d+|part[-_.]?\d+.*", re.IGNORECASE)
 _IMAGES, _LABELS = ("image", "img", "jpg", "png", "webp"), ("label", "labels", "cls", "class")
@@ -255,7 +259,7 @@ def _reading(file: FileStamp) -> Iterator[None]:
         yield
     except ImportError as error:
         raise DataError(f"{file.path}: Parquet needs pyarrow; pip install pyarrow") from error
-    except (OSError, ValueError, EOFError, RuntimeError, KeyError, TypeError) as error:
+    except _ERRORS as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise DataError(
             f"{file.path}: not a readable Parquet file ({reason}); fetch or write it again"
@@ -318,15 +322,25 @@ def _read_labels(file: FileStamp, column: str) -> NDArray[np.int64] | list[str]:
     if kind not in ("integer", "text"):
         raise DataError(f"{file.path}: has no column {column!r} of numbers or names")
     with _reading(file), _LOCK:
-        values = _opened(file).read(columns=[column]).column(0)
-        if values.null_count:
+        values: list[Any] = []
+        size = 0
+        for batch in _opened(file).iter_batches(_LABELS_AT_ONCE, columns=[column]):
+            values += batch.column(0).to_pylist()
+            size += batch.nbytes
+            if size > _MOST_LABEL_BYTES:
+                raise DataError(
+                    f"{file.path}: column {column!r} unpacks to over {_MOST_LABEL_BYTES >> 20} MiB "
+                    "of labels; name another one: label=…"
+                )
+        missing = values.count(None)
+        if missing:
             raise DataError(
-                f"{file.path}: {values.null_count} of {len(values)} rows have no {column!r}; "
+                f"{file.path}: {missing} of {len(values)} rows have no {column!r}; "
                 "remove them, or name another column: label=…"
             )
         if kind == "text":
-            return [str(value) for value in values.to_pylist()]
-        numbers: NDArray[np.int64] = np.array(values.to_pylist(), dtype=np.int64)
+            return [str(value) for value in values]
+        numbers: NDArray[np.int64] = np.array(values, dtype=np.int64)
         return numbers
 
 
@@ -367,8 +381,19 @@ def _read_group(file: FileStamp, column: str, group: int) -> list[Any]:
                 f"{file.path}: row group {group} has {size / 2**30:.1f} GiB of images, and is read "
                 "as a whole; write it again with row_group_size=100"
             )
-        values = parquet.read_row_group(group, columns=[column], use_threads=False).column(0)
-        return [_binary(chunk) for chunk in values.chunks]
+        batches = parquet.iter_batches(
+            _ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False
+        )
+        held, chunks = 0, []
+        for batch in batches:  # one stored value may stand for any number of rows
+            chunks.append(_binary(batch.column(0)))
+            held += chunks[-1].nbytes
+            if held > _MOST_GROUP_BYTES:
+                raise DataError(
+                    f"{file.path}: row group {group} unpacks to over {_MOST_GROUP_BYTES >> 30} GiB "
+                    "of images; write it again without repeated ones, with row_group_size=100"
+                )
+        return chunks
 
 
 def _is_part(path: str, column: str) -> bool:

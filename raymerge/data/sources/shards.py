@@ -29,6 +29,15 @@ _JSON_KEYS = ("label", "cls", "class")
 _MOST_LABEL_BYTES = 1 << 20
 _MOST_SHARDS = 100_000
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_ERRORS = (
+    tarfile.TarError,
+    OSError,
+    ValueError,
+    EOFError,
+    RecursionError,
+    MemoryError,  # of a header that claims to be longer than any file
+    OverflowError,
+)
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
 
@@ -226,7 +235,7 @@ def _members(file: FileStamp) -> Iterator[tarfile.TarInfo]:
                 before = shard.offset
                 if not member.isdir():
                     yield member
-    except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
+    except _ERRORS as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise DataError(
             f"{file.path}: not a readable tar file ({reason}); fetch or write it again, without "
