@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from raymerge.errors import RunError, UserError
+from raymerge.published import public_copy
 from raymerge.urls import redacted
 
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*/(?=.{1,96}$)\w(?:[\w.-]*\w)?", re.ASCII)
-_LEFT_OUT = ["state/*", "state/**", ".*"]
 _LOGIN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
 
 
@@ -38,23 +38,24 @@ def require_target(repository: str) -> None:
 
 
 def push(folder: Path, repository: str, *, private: bool) -> str:
-    """Upload an output folder, without its state; returns the repository's address.
+    """Upload an output folder, without its state and without the paths of this machine; returns
+    the repository's address.
 
     Raises :class:`RunError`; the folder is whole then, and may be pushed again.
     """
     api = _api()
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=str(folder),
-            ignore_patterns=_LEFT_OUT,
-            commit_message="Merged with raymerge",
-        )
+        with public_copy(folder) as shown:
+            api.upload_folder(
+                repo_id=repository,
+                folder_path=str(shown),
+                commit_message="Merged with raymerge",
+            )
     except Exception as error:
         raise RunError(
-            f"{folder} is written, but not on the hub as {repository} ({_short(error)}); push it "
-            f"with `hf upload {repository} {folder} --exclude 'state/*'`"
+            f"{folder} is written, but not on the hub as {repository} ({_short(error)}); the "
+            "same command with --resume pushes it again"
         ) from None
     return str(url)
 

@@ -39,7 +39,7 @@ from raymerge.messages import Incident
 from raymerge.plan import Plan
 from raymerge.report import write_plots, write_report
 from raymerge.state import StateStore, fingerprint
-from raymerge.urls import is_remote, public
+from raymerge.urls import is_remote, public, redacted
 
 _JOB_COPY = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` uploads
 
@@ -186,7 +186,9 @@ class RunFolder:
         results = results_json(config.method.name, scores)
         results["description"] = describe(config.method)
         results["timings"] = {"seconds": dict(seconds)}
-        results["incidents"] = [asdict(incident) for incident in incidents]
+        results["incidents"] = [
+            {**asdict(incident), "reason": redacted(incident.reason)} for incident in incidents
+        ]
         write_json(self.path / "results.json", results)
         environment = _environment(config, plan)
         write_json(self.path / "environment.json", environment)

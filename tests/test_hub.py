@@ -35,7 +35,9 @@ class Hub:
     def upload_folder(self, **given: Any) -> None:
         if self.fails:
             raise self.fails
-        self.sent.append(given)
+        folder = Path(given["folder_path"])
+        files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+        self.sent.append({**given, "files": files})
 
 
 @pytest.fixture
@@ -82,7 +84,7 @@ def test_no_token_and_none_told(api: Hub) -> None:
 def test_a_failed_upload_says_how_to_go_on(api: Hub, tmp_path: Path) -> None:
     api.fails = OSError("503 hf_s3cr3t")
     with pytest.raises(
-        RunError, match=r"is written, but not on the hub .*hf upload me/m"
+        RunError, match=r"is written, but not on the hub as me/m .*--resume pushes"
     ) as caught:
         push(tmp_path, "me/m", private=True)
     assert "hf_s3cr3t" not in str(caught.value)
@@ -106,8 +108,10 @@ def test_merge_and_publish(
     assert ran.out.endswith("published as https://hub/me/m\n")
     created, sent = api.sent
     assert created == ("me/m", {"private": True, "exist_ok": True})
-    assert sent["folder_path"] == str(out)
-    assert "state/*" in sent["ignore_patterns"]
+    assert Path(sent["folder_path"]).name == "out"
+    assert {"README.md", "config.yaml", "open_clip_model.safetensors"} <= sent["files"]
+    assert (out / "state").is_dir()
+    assert not any(name.startswith(("state", ".")) for name in sent["files"])
     text = (out / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["license"] == "mit"

@@ -18,7 +18,7 @@ from raymerge.config.methods import (
     MethodConfig,
     Reference,
 )
-from raymerge.urls import is_remote
+from raymerge.urls import is_remote, redacted
 
 VectorDtype = Literal["float32", "bfloat16"]
 VectorLocation = Literal["device", "host", "disk", "files"]
@@ -232,6 +232,16 @@ class CardConfig(Frozen):
     license: str | None = None
     """As the hub names it: apache-2.0, mit, cc-by-4.0 …"""
     authors: tuple[str, ...] = ()
+
+    @field_validator("license", "authors")
+    @classmethod
+    def _holds_no_credential(
+        cls, given: str | tuple[str, ...] | None
+    ) -> str | tuple[str, ...] | None:
+        """It is published as it is: URLs in it are shown as all others are."""
+        if isinstance(given, tuple):
+            return tuple(map(redacted, given))
+        return given and redacted(given)
 
 
 class StateConfig(Frozen):
