@@ -1,0 +1,194 @@
+"""What all fuzz tests share: mutated files, and the one thing that a reader may do with them.
+
+A reader loads a file or refuses it with one line. It runs nothing, writes nothing, takes no memory
+that the file does not stand for, and comes to an end.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+from raymerge.errors import RaymergeError
+
+COUNTS: dict[str, Counter[str]] = {}
+"""Reader → how many inputs it loaded, and how many it refused."""
+SPARE_BYTES = 3 << 30
+LONGEST_S = 30
+
+ODD_NUMBERS = (0, -1, 1, 2**31 - 1, 2**32, 2**63 - 1, 2**64, 10**400, 1e308, -0.5,
+               float("nan"), float("inf"))  # fmt: skip
+ODD_TEXTS = ("", ".", "..", "../x", "/etc/passwd", "a\0b", "x" * 5000, "é\ud800", "{}",
+             "{0.__class__}", "a\nb", "~", "%00", "file:///etc/passwd", "[" * 50)  # fmt: skip
+DEEP = "<nested without end>"
+"""Stands for 100,000 brackets: no printer of failures would survive the thing itself."""
+ODD = (None, True, False, [], {}, [[]], {"": 0}, [None], DEEP, *ODD_NUMBERS, *ODD_TEXTS)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Where a reader is let loose. ``inside`` holds its files; all else below ``root`` must stay
+    as it is."""
+
+    root: Path
+
+    @property
+    def inside(self) -> Path:
+        return self.root / "inside"
+
+    @property
+    def canary(self) -> Path:
+        """What hostile files try to make."""
+        return self.root / "outside" / "canary"
+
+    def clean(self) -> Path:
+        shutil.rmtree(self.inside, ignore_errors=True)
+        self.inside.mkdir(parents=True)
+        return self.inside
+
+    def seen(self) -> dict[str, tuple[int, int]]:
+        """Everything that is not the reader's own."""
+        stats = {
+            path: path.lstat() for path in self.root.rglob("*") if self.inside not in path.parents
+        }
+        return {
+            str(path): (stat.st_size, stat.st_mtime_ns)
+            for path, stat in stats.items()
+            if path != self.inside and path.is_file()
+        }
+
+    def examine(self, reader: str, read: Callable[[], object]) -> None:
+        """The oracle. ``read``: of what is inside."""
+        before = self.seen()
+        own = sorted(path.name for path in self.inside.rglob("*"))
+        counts = COUNTS.setdefault(reader, Counter())
+        try:
+            with _bounded():
+                read()
+            message, outcome = "-", "loaded"
+        except RaymergeError as error:
+            message, outcome = str(error), "refused"
+        counts[outcome] += 1
+        assert len(message.splitlines()) == 1, repr(message)
+        assert self.seen() == before
+        assert sorted(path.name for path in self.inside.rglob("*")) == own
+
+
+class TooLongError(Exception):
+    """A reader that does not come to an end."""
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise TooLongError(f"still reading after {LONGEST_S} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LONGEST_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """A few more GiB of addresses than are in use: who asks for more gets a MemoryError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + SPARE_BYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+@st.composite
+def mutants(draw: st.DrawFn, originals: Sequence[bytes]) -> bytes:
+    """A file of which some bytes are flipped, cut, moved, repeated or made extreme; or noise."""
+    content = bytearray(draw(st.sampled_from(originals)))
+    kinds = ("flip", "cut", "drop", "repeat", "number", "noise", "zero")
+    for kind in draw(st.lists(st.sampled_from(kinds), max_size=5)):
+        place = draw(st.integers(0, max(0, len(content) - 1)))
+        size = draw(st.integers(1, 16))
+        if kind == "flip" and content:
+            content[place] ^= 1 << draw(st.integers(0, 7))
+        elif kind == "cut":
+            del content[place:]
+        elif kind == "drop":
+            del content[place : place + size]
+        elif kind == "repeat":
+            content[place:place] = content[place : place + size] * draw(st.integers(1, 4))
+        elif kind == "number":
+            width = draw(st.sampled_from((1, 2, 4, 8)))
+            value = draw(st.sampled_from((0, 1, 2**7 - 1, 2**31 - 1, 2**32, 2**62, 2**64 - 1)))
+            order = draw(st.sampled_from(("little", "big")))
+            content[place : place + width] = (value % 2 ** (8 * width)).to_bytes(width, order)
+        elif kind == "noise":
+            content[place : place + size] = draw(st.binary(min_size=size, max_size=size))
+        elif kind == "zero":
+            content[place : place + size] = bytes(size)
+    return bytes(content)
+
+
+@st.composite
+def changed(draw: st.DrawFn, original: Any, odd: Sequence[Any] = ODD) -> Any:
+    """Plain data of which a few values or keys are others, gone, or moved."""
+    data = _copied(original)
+    for _ in range(draw(st.integers(1, 3))):
+        node = data
+        while isinstance(node, dict | list) and node:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            key = draw(st.sampled_from(keys))
+            below = isinstance(node[key], dict | list) and node[key]
+            if below and draw(st.integers(0, 3)):
+                node = node[key]
+                continue
+            how = draw(st.sampled_from(("replace", "replace", "replace", "delete", "rename")))
+            if how == "delete":
+                del node[key]
+            elif how == "rename" and isinstance(node, dict):
+                node[draw(st.sampled_from(ODD_TEXTS))] = node.pop(key)
+            else:
+                node[key] = draw(st.sampled_from(odd))
+            break
+    return data
+
+
+def _copied(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _copied(value) for key, value in data.items()}
+    return [*map(_copied, data)] if isinstance(data, list | tuple) else data
+
+
+def json_bytes(data: Any) -> bytes:
+    """Also of what JSON cannot hold by the book: NaN, lone surrogates, any depth."""
+    if isinstance(data, dict):
+        items = [json_bytes(str(key)) + b":" + json_bytes(value) for key, value in data.items()]
+        return b"{" + b",".join(items) + b"}"
+    if data == DEEP:
+        return b"[" * 100_000
+    if isinstance(data, list):
+        return b"[" + b",".join(map(json_bytes, data)) + b"]"
+    if isinstance(data, int) and data > 10**300:
+        return b"1" + b"0" * 400
+    return json.dumps(data).encode()
+
+
+def json_files(original: Any, odd: Sequence[Any] = ODD) -> st.SearchStrategy[bytes]:
+    """Mostly well-formed JSON that says odd things, sometimes damaged bytes."""
+    return changed(original, odd).map(json_bytes) | mutants([json_bytes(original)])
