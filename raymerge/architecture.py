@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,30 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 # OpenAI's own state dicts carry these numbers beside the weights; open_clip drops them as well.
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
 
+
+def _is_number(value: object, least: float = -1e6) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return least <= value <= 1e6
+
+
+def _are_channels(values: object, least: float = -1e6) -> bool:
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == 3
+        and all(_is_number(value, least) for value in values)
+    )
+
+
 # What open_clip's PreprocessCfg takes, but for the size: the model's own image size decides.
-_PREPROCESS_KEYS = ("mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
+_PREPROCESS_KEYS: Mapping[str, Callable[[Any], bool]] = {
+    "mode": lambda value: value == "RGB",
+    "mean": _are_channels,
+    "std": lambda value: _are_channels(value, least=1e-6),
+    "interpolation": lambda value: value in ("bicubic", "bilinear", "random"),
+    "resize_mode": lambda value: value in ("shortest", "longest", "squash"),
+    "fill_color": lambda value: _is_number(value, least=0) or _are_channels(value, least=0),
+}
 
 _LARGEST_SIZE = 1 << 24
 _MOST = {"layers": 1024, "context_length": 1 << 13}  # a block or a mask is made for each of them
@@ -137,6 +159,11 @@ def _resolved(name: str, cfg: Mapping[str, Any], weights: Path, tokenizer: str) 
     if not isinstance(given, Mapping):
         raise CheckpointError(f"model: {name}: preprocess_cfg is {short(given)}, not a mapping")
     preprocess = {key: given[key] for key in _PREPROCESS_KEYS if key in given}
+    for key, value in preprocess.items():
+        if not _PREPROCESS_KEYS[key](value):
+            raise CheckpointError(
+                f"model: {name}: preprocess_cfg.{key} is {short(value)}, which open_clip has not"
+            )
     return ResolvedModel(name, cfg["model_cfg"], preprocess, weights, tokenizer)
 
 

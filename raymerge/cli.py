@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from raymerge.errors import RaymergeError, UserError
+from raymerge.errors import RaymergeError, UserError, printable
 from raymerge.urls import redacted
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class _Redacting(logging.Formatter):
 
 
 def _fail(message: object, code: int) -> int:
-    text = redacted(" ".join(str(message).splitlines()))
+    text = printable(redacted(" ".join(str(message).splitlines())))
     print(f"raymerge: error: {text}", file=sys.stderr)
     return code
 

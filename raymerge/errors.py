@@ -7,10 +7,22 @@ reads the same on the driver.
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """One line that a terminal shows as it is: names from files may hold line breaks, and codes
+    that move its cursor or change its title."""
+    if text.isprintable():
+        return text
+    line = " ".join(text.split("\n"))
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
 class RaymergeError(Exception):
     """Base of everything raymerge raises on purpose; the CLI prints it without a traceback."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UserError(RaymergeError):

@@ -13,6 +13,7 @@ from raymerge.checkpoints.locate import files_of, read_json
 from raymerge.checkpoints.lora import LoraCheckpoint
 from raymerge.checkpoints.reader import Checkpoint, TensorSpec, open_checkpoint
 from raymerge.checkpoints.visual import PREFIXES
+from raymerge.errors import printable
 
 
 def inspect_checkpoint(reference: str) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def inspection_text(inspection: Mapping[str, Any], keys: int = 12) -> str:
         f"visual      {_visual_text(visual)}",
         f"activation  {inspection['activation']}",
     ]
-    names = list(inspection["keys"].items())
+    names = [(printable(name), spec) for name, spec in inspection["keys"].items()]
     width = max((len(name) for name, _ in names[:keys]), default=0)
     lines += [f"  {name:<{width}}  {spec['dtype']} {spec['shape']}" for name, spec in names[:keys]]
     if len(names) > keys:
