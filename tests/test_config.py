@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from raymerge.config import METHOD_NAMES, Config, dump_config, load_config, parse_config
+from raymerge.config.schema import CardConfig, TaskConfig
 from raymerge.errors import ConfigError
 
 BASE: dict[str, Any] = {
@@ -484,3 +486,29 @@ def test_parsing_does_not_change_what_it_was_given():
     before = copy.deepcopy(data)
     _parse(data)
     assert data == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x: 2001-99-99", "x: !!bool maybe", "x: !!timestamp never", "x: !!int ''", "x: 1" + "0" * 5000,
+     "[" * 3000, "? [a, b]\n: 1", "<<: 3", "x: !!python/object/apply:os.getcwd []"],
+)  # fmt: skip
+def test_yaml_that_python_cannot_hold(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config .*c\.yaml: not valid YAML"):
+        load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    "template", ["{!r:>9999999999}{}", "{.x}{}", "{0}{}", "{}{", "{}{name}", "{}{:9999999999}"]
+)
+def test_a_template_is_not_formatted_before_it_is_known_to_be_plain(template):
+    task = {"name": "a", "test": "x", "classnames": ["a", "b"], "templates": [template]}
+    with pytest.raises(ValidationError, match="has braces besides"):
+        TaskConfig.model_validate(task)
+
+
+def test_credentials_do_not_reach_the_card():
+    card = CardConfig(license="https://me:pw@h/l?token=x", authors=("Ada https://me:pw@h/",))
+    assert card.license == "https://h/l"
+    assert card.authors == ("Ada https://h/",)

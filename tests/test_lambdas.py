@@ -104,3 +104,25 @@ def test_coefficients_of_other_vectors_are_not_of_the_models(tmp_path, method, f
         return
     with pytest.raises(UserError, match=rf"multiplies {method['task_vectors']} vectors"):
         read_lambdas(str(run), MODELS, LAYERS)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [[[0.1]] * 2] * 3,
+        [[0.1] * 2] * 4,
+        [[0.1] * 3] * 3,
+        [[{}] * 2] * 3,
+        [[10**400] * 2] * 3,
+        [["0.1"] * 2] * 3,
+    ],
+)
+def test_values_of_another_shape_or_kind(tmp_path, values):
+    with pytest.raises(UserError, match=r"is no lambdas\.json"):
+        read_lambdas(str(_run(tmp_path, values=values)), MODELS, LAYERS)
+
+
+def test_nesting_without_end(tmp_path):
+    (tmp_path / "lambdas.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"is no lambdas\.json"):
+        read_lambdas(str(tmp_path), MODELS, LAYERS)

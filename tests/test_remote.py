@@ -478,3 +478,16 @@ def test_an_ordinary_file_has_no_digest_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"")
     assert sha256_of(tmp_path / "x") is None
     assert LocalFileSystem  # the file:// tests above run through it
+
+
+def test_a_server_that_does_not_stop_sending_is_cut_off(
+    store: type[Store], monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    put(CONTENT)
+    monkeypatch.setattr(
+        Store, "info", lambda self, path: {"size": 3000, "type": "file", "mtime": 1}
+    )
+    monkeypatch.setattr(_Reader, "read", lambda self, count: b"x" * count)
+    with pytest.raises(RemoteError, match="came instead of 3,000"):
+        fetch("store://a/model.pt")
+    assert not list((cache / "blobs").glob("*"))

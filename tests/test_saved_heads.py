@@ -296,3 +296,9 @@ def test_a_whole_pickled_clip_is_a_pretrained_model(world: World, tmp_path: Path
     plain = merge(world.parse(tmp_path / "a"))
     pickled = merge(world.parse(tmp_path / "b", model=given))
     assert torch.equal(plain.lambdas, pickled.lambdas)
+
+
+def test_a_bias_of_another_size_is_not_read(tmp_path: Path) -> None:
+    save_file({"weight": _random(), "bias": torch.zeros(9)}, tmp_path / "h.safetensors")
+    with pytest.raises(CheckpointError, match=r"bias has shape \[9\], but the task has 3 classn"):
+        saved_head(_task(tmp_path / "h.safetensors"), WHERE, 24)

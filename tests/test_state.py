@@ -445,3 +445,10 @@ def test_the_manifest_says_which_versions_wrote_it(tmp_path):
     _saved(tmp_path, 4)
     manifest = json.loads((tmp_path / "step-00000004" / "manifest.json").read_text())
     assert manifest["versions"] == {"raymerge": __version__, "torch": torch.__version__}
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}", "[" * 100_000, "null"])
+def test_a_manifest_that_is_none_is_a_damaged_state(tmp_path, content):
+    store = _saved(tmp_path, 1, 2)
+    (tmp_path / "step-00000002" / "manifest.json").write_text(content)
+    assert _same(store.newest(), _state(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import open_clip
@@ -26,6 +27,7 @@ from world import World, make_world, write_model
 
 from raymerge.architecture import model_shapes, open_pretrained, resolve_model
 from raymerge.checkpoints.huggingface import HuggingFaceCheckpoint, name_of, source_of
+from raymerge.checkpoints.huggingface_config import read_huggingface
 from raymerge.checkpoints.inspect import inspect_checkpoint, inspection_text
 from raymerge.checkpoints.reader import Checkpoint, open_checkpoint, read_tensor
 from raymerge.checkpoints.visual import VisualCheckpoint, open_visual
@@ -412,3 +414,28 @@ def test_a_folder_of_both_is_open_clips(tmp_path) -> None:
     save(model, folder)
     assert open_checkpoint(folder).path.name == "open_clip_model.safetensors"
     assert resolved(folder).model_cfg["embed_dim"] == 24
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"vision_config": [3]}, "vision_config is [3], not a mapping"),
+        ("config.json", {"text_config": "x"}, "text_config is 'x', not a mapping"),
+        (
+            "preprocessor_config.json",
+            {"rescale_factor": "x"},
+            "rescale_factor is 'x': not a number",
+        ),
+        ("preprocessor_config.json", {"image_mean": 3}, "image_mean is 3: not 3 numbers"),
+        ("preprocessor_config.json", {"image_std": [1, 1, "x"]}, "std.2 is 'x': not a number"),
+        ("preprocessor_config.json", {"resample": []}, "resample is []: open_clip has"),
+        ("preprocessor_config.json", {"image_processor": 3}, "image_processor is no mapping"),
+    ],
+)
+def test_configs_that_say_nonsense(tmp_path, file, change, message) -> None:
+    folder = save(clip_model(), tmp_path / "clip")
+    (folder / "preprocessor_config.json").write_text("{}")
+    found = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**found, **change}))
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        read_huggingface(folder)

@@ -81,3 +81,10 @@ def test_the_text_lists_the_first_keys_and_counts_the_rest(tmp_path, vit):
     assert "ViT, width 8, 2 layers, patch 4, 12 px" in text
     assert sum(key in text for key in found["keys"]) == 3
     assert "and 4 more" in text
+
+
+@pytest.mark.parametrize("content", ["[]", '{"model_cfg": []}', '{"model_cfg": null}', "3"])
+def test_an_odd_config_beside_the_weights_says_nothing(tmp_path, vit, content):
+    save_file(vit, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(content)
+    assert inspect_checkpoint(str(tmp_path))["activation"] == "GELU"

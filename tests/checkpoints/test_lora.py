@@ -342,3 +342,36 @@ def test_a_text_adapter_is_one_line(tmp_path, capsys) -> None:
     task = {**world.config["tasks"][0], "checkpoint": str(folder)}
     ran = Commands(capsys)("plan", world.write(tmp_path / "x.yaml", tasks=[task]))
     refused(ran, "tasks[0]", "changes the text tower", "target_modules")
+
+
+# --- what an adapter's config may say -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_alpha": float("nan")}, "not a positive number"),
+        ({"lora_alpha": float("inf")}, "not a positive number"),
+        ({"lora_alpha": 10**400}, "not a positive number"),
+        ({"r": True}, "not a positive number"),
+        ({"rank_pattern": [3]}, "rank_pattern [3], not a mapping"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "not a positive number"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "not a positive number"),
+        ({"alpha_pattern": {"(a+)+x": 8}}, "is no plain pattern; write the modules' names"),
+        ({"alpha_pattern": {"(?=x)": 8}}, "is no plain pattern"),
+        ({"alpha_pattern": {".*.*.*.*x": 8}}, "is no plain pattern"),
+        ({"alpha_pattern": {"a" * 300: 8}}, "is no plain pattern"),
+        ({"alpha_pattern": {"[": 8}}, "alpha_pattern"),
+    ],
+)
+def test_a_config_that_is_none(tmp_path, change, message) -> None:
+    folder = write_adapter(tmp_path / "x", QUERY, {**PLAIN, **change})
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        inspect_checkpoint(str(folder))
+
+
+def test_patterns_as_they_are_written_still_match(tmp_path) -> None:
+    plain = ("q_proj", r".*\.q_proj", r"vision_model\..*(q|k)_proj", r"encoder\.layers\.\d+\..*")
+    for pattern in plain:
+        change = {"alpha_pattern": {pattern: 2}}
+        inspect_checkpoint(str(write_adapter(tmp_path / "x", QUERY, {**PLAIN, **change})))

@@ -264,3 +264,26 @@ def test_safetensors_win_over_the_pickle_beside_them(tmp_path):
     assert set(open_checkpoint(tmp_path).specs) == {"old"}
     save_file({"new": torch.zeros(1)}, tmp_path / "open_clip_model.safetensors")
     assert set(open_checkpoint(tmp_path).specs) == {"new"}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(1).expand(2**40), r"claims 4,398,046,511,104 bytes, and the file has"),
+        (torch.zeros(1).as_strided((2**20, 2**20), (0, 0)), "claims 4,398,046,511,104 bytes"),
+        (torch.eye(3).to_sparse(), "sparse, quantized or without numbers"),
+        (torch.zeros(3, device="meta"), "sparse, quantized or without numbers"),
+    ],
+)
+def test_a_tensor_that_the_file_does_not_hold(tmp_path, tensor, message):
+    """torch repeats a number as often as the file says; a copy of that would fill the memory."""
+    torch.save({"a": tensor}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("header", [b'{"a":', b'{"a":' + b"[" * 50_000, b'{"a":{"dtype":3}}'])
+def test_safetensors_headers_that_are_nonsense(tmp_path, header):
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="damaged safetensors file"):
+        open_checkpoint(tmp_path / "x.safetensors")

@@ -130,3 +130,27 @@ def test_sound_images_pass_the_check(tmp_path, preprocess, suffix):
     Image.new("RGB", (12, 10), (1, 2, 3)).save(path)
     assert check_image(path) is None
     assert decode(path, preprocess).shape == (3, 8, 8)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n%%EOF\n"
+
+
+def test_a_program_that_is_named_as_an_image_is_not_run(tmp_path, preprocess, monkeypatch):
+    """Pillow goes by the content, and gives PostScript to Ghostscript."""
+    called = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args: called.append(args))
+    (tmp_path / "x.jpg").write_bytes(EPS)
+    with Image.open(tmp_path / "x.jpg") as image:
+        assert image.format == "EPS"
+    with pytest.raises(DataError, match="does not decode"):
+        decode(tmp_path / "x.jpg", preprocess)
+    assert check_image(tmp_path / "x.jpg") is not None
+    assert called == []
+
+
+@pytest.mark.parametrize("size", [(4_000_000, 1), (1, 4_000_000)])
+def test_an_image_that_would_be_enormous_when_scaled(tmp_path, preprocess, size):
+    """Its shortest side becomes 8: 4 MB of pixels would be 32 million by 8."""
+    Image.new("L", size).save(tmp_path / "x.png")
+    with pytest.raises(DataError, match="too long for its width"):
+        decode(tmp_path / "x.png", preprocess)

@@ -21,7 +21,13 @@ from world import World, write_image
 
 from raymerge.data import folder
 from raymerge.data.cache import check_image, decode, decode_all
-from raymerge.data.sources import is_folder, labelled_images, labels_in_order, unlabeled_images
+from raymerge.data.sources import (
+    is_folder,
+    labelled_images,
+    labels_in_order,
+    parquet,
+    unlabeled_images,
+)
 from raymerge.errors import DataError
 from raymerge.models import Preprocess
 
@@ -492,3 +498,35 @@ def test_other_files_are_no_data_sets(tmp_path):
     write_image(tmp_path / "images" / "1.png", np.random.default_rng(0))
     with pytest.raises(DataError, match="a folder of images has no options"):
         unlabeled_images(f"{tmp_path / 'images'}?limit=3", "w")
+
+
+# --- files that unpack to more than they are ------------------------------------------------------
+
+
+def test_parquet_that_repeats_one_value_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dictionary of one large value: the file has a few kB, its rows 64 MB."""
+    monkeypatch.setattr(parquet, "_MOST_GROUP_BYTES", 1 << 24)
+    monkeypatch.setattr(parquet, "_MOST_LABEL_BYTES", 1 << 20)
+    images = pa.array([b"x" * (1 << 20)] * 64)
+    table = pa.table({"image": images, "label": ["y" * (1 << 16)] * 64})
+    path = tmp_path / "x.parquet"
+    pq.write_table(table, path, dictionary_pagesize_limit=1 << 25)
+    assert path.stat().st_size < 1 << 20
+    found = unlabeled_images(str(path), "here")
+    with pytest.raises(DataError, match=r"row group 0 unpacks to over .* of images"):
+        found.items[0].encoded()
+    with pytest.raises(DataError, match="column 'label' unpacks to over 1 MiB of labels"):
+        labelled_images(str(path), ["a", "b"], "here")
+
+
+def test_a_tar_header_that_claims_more_than_there_is(tmp_path: Path) -> None:
+    header = bytearray(tarfile.TarInfo("x").tobuf())
+    header[124:136] = b"\x80" + (1 << 62).to_bytes(11, "big")
+    header[156:157] = tarfile.XHDTYPE
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    (tmp_path / "x.tar").write_bytes(bytes(header) + bytes(2048))
+    with pytest.raises(DataError, match=r"x\.tar: not a readable tar file"):
+        unlabeled_images(str(tmp_path / "x.tar"), "here")

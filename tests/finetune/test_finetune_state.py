@@ -86,3 +86,15 @@ def test_a_full_disk_is_one_line_and_leaves_the_state_before(
         states.save(4, _tensors(4))
     assert states.steps() == [2]
     assert len(list(states.folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}", "[" * 100_000, "null"])
+def test_a_manifest_that_is_none_is_a_damaged_state(tmp_path: Path, content: str) -> None:
+    states = _states(tmp_path)
+    states.save(2, _tensors(2))
+    states.save(4, _tensors(4))
+    (states.folder / "step-00000004" / "manifest.json").write_text(content)
+    states.require_same_run()
+    newest = states.newest()
+    assert newest is not None
+    assert newest[0] == 2

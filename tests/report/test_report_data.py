@@ -223,3 +223,24 @@ def test_groups_cover_every_layer_once():
     groups = layer_groups(layers)
     columns = [column for group in groups for column in range(group.start, group.stop)]
     assert columns == list(range(len(layers)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("results.json", '{"average": {"top1": 1' + "0" * 400 + "}}"),
+        ("metrics.jsonl", "[" * 100_000),
+        ("metrics.jsonl", "[" * 100_000 + "\n"),
+        ("config.yaml", "x: 2001-99-99"),
+        ("config.yaml", "[" * 3000),
+    ],
+)
+def test_numbers_and_nesting_without_end(tmp_path, name, content):
+    (tmp_path / "lambdas.json").write_text('{"tasks": ["a"], "layers": ["x"], "values": [[0.1]]}')
+    (tmp_path / name).write_text(content)
+    if not content.endswith("\n") and name == "metrics.jsonl":
+        load(tmp_path)  # half a last line, of a run that was killed
+        return
+    with pytest.raises(UserError, match=name) as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
