@@ -508,6 +508,17 @@ def test_a_template_is_not_formatted_before_it_is_known_to_be_plain(template):
         TaskConfig.model_validate(task)
 
 
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_a_path_that_no_file_has(path):
+    with pytest.raises(ConfigError, match=r"classnames: .*cannot be read: is no path"):
+        _parse(_data(tasks=[_task(classnames=path)]))
+
+
+def test_a_name_that_is_too_long_for_a_file_is_no_path():
+    data = {"model": {"arch": "ViT-B-32", "pretrained": "x" * 5000}, "tasks": [_task()]}
+    assert parse_config(data, root=Path("/")).model.pretrained == "x" * 5000
+
+
 def test_credentials_do_not_reach_the_card():
     card = CardConfig(license="https://me:pw@h/l?token=x", authors=("Ada https://me:pw@h/",))
     assert card.license == "https://h/l"

@@ -201,9 +201,16 @@ def _resolve_model(model: dict[str, Any], root: Path) -> None:
         model["arch"] = absolute(arch, root)
     # A pretrained tag (openai, laion2b_s34b_b79k) has no dot and no slash; a file has one of them.
     if isinstance(pretrained, str) and (
-        re.search(r"[./]", pretrained) or (root / pretrained).exists()
+        re.search(r"[./]", pretrained) or _exists(root / pretrained)
     ):
         model["pretrained"] = absolute(pretrained, root)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long a name
+        return False
 
 
 def _resolved_task(task: dict[str, Any], root: Path, where: str) -> dict[str, Any]:
@@ -244,8 +251,10 @@ def _local(reference: str, where: str) -> Path:
 def _read_lines(path: Path, where: str) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+    except OSError as error:
+        raise ConfigError(f"{where}: {path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # of the text, or of a name that no file has
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "is no path"
         raise ConfigError(f"{where}: {path}: cannot be read: {reason}") from error
     names = [line.strip() for line in lines if line.strip()]
     if not names:

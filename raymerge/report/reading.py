@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from raymerge.errors import UserError
 
 _INF = math.inf
+_LARGEST_WHOLE = 1 << 50
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ class Node:
         return float(self.value)
 
     def whole(self) -> int:
-        """A whole number of at least 0."""
+        """A whole number of at least 0, small enough to be told from the next as a float."""
         number = self.number(0)
-        if number != int(number):
+        if number != int(number) or number > _LARGEST_WHOLE:
             self.fail("a whole number")
         return int(number)
 

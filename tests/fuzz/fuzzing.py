@@ -164,7 +164,7 @@ def changed(draw: st.DrawFn, original: Any, odd: Sequence[Any] = ODD) -> Any:
             elif how == "rename" and isinstance(node, dict):
                 node[draw(st.sampled_from(ODD_TEXTS))] = node.pop(key)
             else:
-                node[key] = draw(st.sampled_from(odd))
+                node[key] = _copied(draw(st.sampled_from(odd)))
             break
     return data
 

@@ -229,6 +229,7 @@ def test_groups_cover_every_layer_once():
     ("name", "content"),
     [
         ("results.json", '{"average": {"top1": 1' + "0" * 400 + "}}"),
+        ("metrics.jsonl", '{"step": 9223372036854775807, "loss": 1, "entropy": {"a": 1}}\n'),
         ("metrics.jsonl", "[" * 100_000),
         ("metrics.jsonl", "[" * 100_000 + "\n"),
         ("config.yaml", "x: 2001-99-99"),
