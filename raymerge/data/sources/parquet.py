@@ -279,6 +279,8 @@ def _groups(file: FileStamp) -> NDArray[np.int64]:
     with _reading(file), _LOCK:
         metadata = _opened(file).metadata
         counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    if min(counts, default=0) < 0:
+        raise DataError(f"{file.path}: a row group has {min(counts)} rows; fetch or write it again")
     starts: NDArray[np.int64] = np.cumsum([0, *counts])
     return starts
 
@@ -332,6 +334,7 @@ def _read_labels(file: FileStamp, column: str) -> NDArray[np.int64] | list[str]:
                     f"{file.path}: column {column!r} unpacks to over {_MOST_LABEL_BYTES >> 20} MiB "
                     "of labels; name another one: label=…"
                 )
+        _require_rows(file, len(values), int(_opened(file).metadata.num_rows), f"column {column!r}")
         missing = values.count(None)
         if missing:
             raise DataError(
@@ -393,7 +396,16 @@ def _read_group(file: FileStamp, column: str, group: int) -> list[Any]:
                     f"{file.path}: row group {group} unpacks to over {_MOST_GROUP_BYTES >> 30} GiB "
                     "of images; write it again without repeated ones, with row_group_size=100"
                 )
-        return chunks
+    _require_rows(file, sum(map(len, chunks)), metadata.num_rows, f"row group {group}")
+    return chunks
+
+
+def _require_rows(file: FileStamp, held: int, told: int, where: str) -> None:
+    """The header counts the rows, and the columns may hold others."""
+    if held != told:
+        raise DataError(
+            f"{file.path}: {where} has {told} rows and holds {held}; fetch or write it again"
+        )
 
 
 def _is_part(path: str, column: str) -> bool:
