@@ -374,29 +374,23 @@ _CACHE = _RowGroups()
 
 
 def _read_group(file: FileStamp, column: str, group: int) -> list[Any]:
+    """Batch by batch, since a stored value may stand for any number of rows. What the header says
+    of the column's size is not asked for: pyarrow aborts the process where it is damaged."""
+    held, chunks = 0, []
     with _reading(file):
         parquet = _opened(file)
-        metadata = parquet.metadata.row_group(group)
-        chunks = [metadata.column(i) for i in range(metadata.num_columns)]
-        size = sum(c.total_uncompressed_size for c in chunks if _is_part(c.path_in_schema, column))
-        if not 0 <= size <= _MOST_GROUP_BYTES:
-            raise DataError(
-                f"{file.path}: row group {group} has {size / 2**30:.1f} GiB of images, and is read "
-                "as a whole; write it again with row_group_size=100"
-            )
-        batches = parquet.iter_batches(
+        for batch in parquet.iter_batches(
             _ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False
-        )
-        held, chunks = 0, []
-        for batch in batches:  # one stored value may stand for any number of rows
+        ):
             chunks.append(_binary(batch.column(0)))
             held += chunks[-1].nbytes
             if held > _MOST_GROUP_BYTES:
                 raise DataError(
-                    f"{file.path}: row group {group} unpacks to over {_MOST_GROUP_BYTES >> 30} GiB "
-                    "of images; write it again without repeated ones, with row_group_size=100"
+                    f"{file.path}: row group {group} has over {_MOST_GROUP_BYTES / 2**30:.1f} GiB "
+                    "of images, and is read as a whole; write it again with row_group_size=100"
                 )
-    _require_rows(file, sum(map(len, chunks)), metadata.num_rows, f"row group {group}")
+        told = parquet.metadata.row_group(group).num_rows
+    _require_rows(file, sum(map(len, chunks)), told, f"row group {group}")
     return chunks
 
 
@@ -406,10 +400,6 @@ def _require_rows(file: FileStamp, held: int, told: int, where: str) -> None:
         raise DataError(
             f"{file.path}: {where} has {told} rows and holds {held}; fetch or write it again"
         )
-
-
-def _is_part(path: str, column: str) -> bool:
-    return path == column or path.startswith(f"{column}.")
 
 
 def _binary(chunk: Any) -> Any:
