@@ -23,6 +23,7 @@ from raymerge.clip_shapes import clip_vit_shapes
 from raymerge.config import ModelConfig
 from raymerge.config.wording import short
 from raymerge.errors import CheckpointError, ConfigError
+from raymerge.files import exists
 from raymerge.merging.layout import ParameterLayout
 from raymerge.urls import is_remote, public
 
@@ -106,7 +107,7 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
 def resolve_folder(folder: Path, name: str) -> ResolvedModel:
     """The model in a folder of open_clip's or of Hugging Face's, by the config that is in it."""
     own, theirs = folder / CONFIG_FILE, folder / huggingface_config.CONFIG_FILE
-    foreign = theirs.is_file() and not own.is_file()
+    foreign = exists(theirs) and not exists(own)
     cfg = huggingface_config.read_huggingface(folder) if foreign else _model_json(own)
     weights = locate(name if name.startswith("hf-hub:") else str(folder))
     return _resolved(name, cfg, weights, tokenizer="" if foreign else name)
@@ -121,7 +122,7 @@ def _resolve_builtin(arch: str, pretrained: str) -> ResolvedModel:
         raise ConfigError(f"model.arch: {arch!r} is no open_clip architecture{_close_to(arch)}")
     tag = open_clip.get_pretrained_cfg(arch, pretrained)
     if not tag:
-        if not Path(pretrained).exists() and "/" not in pretrained:
+        if not exists(Path(pretrained)) and "/" not in pretrained:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
             raise ConfigError(
                 f"model.pretrained: {pretrained!r} is neither a file nor a tag of {arch} ({tags})"
@@ -194,7 +195,7 @@ def _require_harmless(model_cfg: Mapping[str, Any], name: str) -> None:
 
 def _model_json(path: Path) -> dict[str, Any]:
     """An ``open_clip_config.json``, or a bare model_cfg as open_clip ships them."""
-    if not path.is_file():
+    if not exists(path) or not path.is_file():
         raise CheckpointError(f"model: {path}: no such file")
     cfg = read_json(path)
     if isinstance(cfg, dict) and "vision_cfg" in cfg:

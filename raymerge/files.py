@@ -19,6 +19,14 @@ def cache_folder() -> Path:
     return Path(given).absolute() if given else Path.home() / ".cache" / "raymerge"
 
 
+def exists(path: Path) -> bool:
+    """Also of what is too long to be the name of a file."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """``write`` fills a temporary file beside ``path``, which then replaces it."""
     with staged(path, path.parent) as (temporary, commit):

@@ -27,8 +27,8 @@ def read_lambdas(reference: str, models: Sequence[str], layers: Sequence[str]) -
     vectors as they are.
     """
     path = Path(reference)
-    path = path / "lambdas.json" if path.is_dir() else path
     try:
+        path = path / "lambdas.json" if path.is_dir() else path
         found = json.loads(path.read_text(encoding="utf-8"))
         values_KL = torch.tensor(found["values"], dtype=torch.float64)
         rows = _indices(found["tasks"], models, "model", path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raymerge.errors import RunError
-from raymerge.files import cache_folder, staged, write_atomically, write_json, write_text
+from raymerge.files import cache_folder, exists, staged, write_atomically, write_json, write_text
 
 
 def test_the_new_content_replaces_the_old(tmp_path):
@@ -131,3 +131,10 @@ def test_the_cache_folder_is_the_environments(tmp_path, monkeypatch):
     monkeypatch.delenv("RAYMERGE_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "raymerge"
+
+
+def test_a_name_that_no_file_can_have_does_not_exist(tmp_path):
+    assert exists(tmp_path)
+    assert not exists(tmp_path / "x")
+    assert not exists(tmp_path / ("x" * 5000))
+    assert not exists(tmp_path / "a\0b")

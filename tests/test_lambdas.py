@@ -122,6 +122,11 @@ def test_values_of_another_shape_or_kind(tmp_path, values):
         read_lambdas(str(_run(tmp_path, values=values)), MODELS, LAYERS)
 
 
+def test_a_name_that_no_file_can_have(tmp_path):
+    with pytest.raises(UserError, match=r"method\.start: .*too long"):
+        read_lambdas(str(tmp_path / ("x" * 5000)), MODELS, LAYERS)
+
+
 def test_nesting_without_end(tmp_path):
     (tmp_path / "lambdas.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"is no lambdas\.json"):

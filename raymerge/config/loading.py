@@ -15,6 +15,7 @@ from raymerge.config.schema import Config
 from raymerge.config.suites import with_suites
 from raymerge.config.wording import explain, short
 from raymerge.errors import ConfigError, RemoteError
+from raymerge.files import exists
 from raymerge.urls import is_remote, redacted, redacted_values
 
 _ROOT_OPTION = re.compile(r"([?&]root=)([^&]+)")  # of torchvision:NAME:SPLIT?root=DIR
@@ -201,16 +202,9 @@ def _resolve_model(model: dict[str, Any], root: Path) -> None:
         model["arch"] = absolute(arch, root)
     # A pretrained tag (openai, laion2b_s34b_b79k) has no dot and no slash; a file has one of them.
     if isinstance(pretrained, str) and (
-        re.search(r"[./]", pretrained) or _exists(root / pretrained)
+        re.search(r"[./]", pretrained) or exists(root / pretrained)
     ):
         model["pretrained"] = absolute(pretrained, root)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # too long a name
-        return False
 
 
 def _resolved_task(task: dict[str, Any], root: Path, where: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from raymerge.config import Config
 from raymerge.config.loading import absolute, parse_config
 from raymerge.config.wording import short
 from raymerge.errors import ConfigError
+from raymerge.files import exists
 from raymerge.peers.job import Job
 from raymerge.peers.methods import Coefficients, Linear, Method, Tasks, WholeTies, same_everywhere
 from raymerge.peers.state_dicts import Inputs, dtype_named, find, open_state_dict
@@ -349,7 +350,7 @@ def _model(given: object, pool: _Pool, root: Path, source: str) -> object:
     if "pretrained" not in model and ":" not in str(model["arch"]):
         if pool.pretrained is None:
             raise ConfigError(f"{source}: models.{_PRETRAINED}: missing; adamerging needs it")
-        hub = pool.pretrained.startswith("openai/clip-") and not (root / pool.pretrained).exists()
+        hub = pool.pretrained.startswith("openai/clip-") and not exists(root / pool.pretrained)
         model["pretrained"] = "openai" if hub else _checkpoint(pool.pretrained, root)
     return model
 
@@ -358,7 +359,7 @@ def _checkpoint(reference: str, root: Path) -> str:
     """As raymerge's configs name it: a path, or a model of the hub."""
     given = Path(reference).expanduser()
     for path in (given, root / given):
-        if path.exists():
+        if exists(path):
             return str(path.absolute())
     return f"hf-hub:{reference}" if re.fullmatch(r"[\w-]+/[\w.-]+", reference) else reference
 

@@ -24,6 +24,7 @@ from raymerge.checkpoints.reader import (
 )
 from raymerge.checkpoints.visual import all_finite, require_finite
 from raymerge.errors import CheckpointError, UserError
+from raymerge.files import exists
 from raymerge.merging.layout import CELL
 from raymerge.urls import is_remote
 
@@ -42,7 +43,7 @@ def find(reference: str, root: Path) -> str:
         return reference
     given = Path(reference.removeprefix("local-dir:").removeprefix("hf-hub:")).expanduser()
     for path in (given, root / given):
-        if path.exists():
+        if exists(path):
             return str(path.absolute())
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(given)) and given.suffix not in (
         ".safetensors", ".pt", ".pth", ".bin", ".ckpt",

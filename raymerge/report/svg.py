@@ -31,7 +31,8 @@ class Axis:
     end: float
 
     def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
+        width = self.high - self.low
+        share = (value - self.low) / width if width else 0.5  # numbers too large for a margin
         return self.start + share * (self.end - self.start)
 
     @property

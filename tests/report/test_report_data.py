@@ -245,3 +245,9 @@ def test_numbers_and_nesting_without_end(tmp_path, name, content):
     with pytest.raises(UserError, match=name) as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_without_a_margin_are_drawn(tmp_path):
+    step = '{"step": 1, "loss": 1, "entropy": {"a": 9223372036854775807}}\n'
+    (tmp_path / "metrics.jsonl").write_text(step)
+    assert write_report(tmp_path).stat().st_size > 0

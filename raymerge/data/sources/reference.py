@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from raymerge.errors import DataError
+from raymerge.files import exists
 
 COMMON = ("limit", "match")
 """Options that every data set has: how many images, and how labels are matched."""
@@ -65,7 +66,7 @@ class DataReference:
 def parse_reference(text: str) -> DataReference:
     """A path that is there is taken as it is, whatever its name holds. Raises DataError."""
     place, mark, query = text.partition("?")
-    if not mark or _exists(text):
+    if not mark or exists(Path(text)):
         return DataReference(text, text)
     try:
         plus = query.replace("+", "%2B")  # paths have it, and mean no space
@@ -77,10 +78,3 @@ def parse_reference(text: str) -> DataReference:
     if len(dict(pairs)) != len(pairs):
         raise DataError(f"{text}: an option is given twice")
     return DataReference(text, place, dict(pairs))
-
-
-def _exists(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except OSError:  # too long a name
-        return False
