@@ -508,6 +508,12 @@ def test_a_template_is_not_formatted_before_it_is_known_to_be_plain(template):
         TaskConfig.model_validate(task)
 
 
+@pytest.mark.parametrize("keys", [{"name": "\ud800"}, {"checkpoint": "\ud800"}])
+def test_half_a_character(keys):
+    with pytest.raises(ConfigError, match=r"'\\ud800' holds a character that is none"):
+        _parse(_data(tasks=[_task(**keys)]))
+
+
 @pytest.mark.parametrize("path", ["a\0b", "\ud800"])
 def test_a_path_that_no_file_has(path):
     with pytest.raises(ConfigError, match=r"classnames: .*cannot be read: is no path"):

@@ -133,6 +133,11 @@ def test_the_cache_folder_is_the_environments(tmp_path, monkeypatch):
     assert cache_folder() == tmp_path / ".cache" / "raymerge"
 
 
+def test_half_a_character_is_written_as_its_number(tmp_path):
+    write_text(tmp_path / "x", "a\ud800b")
+    assert (tmp_path / "x").read_text() == "a\\ud800b"
+
+
 def test_a_name_that_no_file_can_have_does_not_exist(tmp_path):
     assert exists(tmp_path)
     assert not exists(tmp_path / "x")

@@ -33,7 +33,7 @@ _TEXT = re.compile(r"(?:^|\.)text_model\.|(?:^|\.)(text_projection|token_embeddi
 _LONGEST_PATTERN = 256
 _MOST_REPEATS = 3
 # A repeated group, or many repeats, can take for ever to fail: no name of modules needs them.
-_SLOW = re.compile(r"\)[*+?{]|\(\?|\\[1-9]")
+_SLOW = re.compile(r"\)[*+?{]|\(\?|\\[1-9]|\[[^\]]*\[")
 _QKV = {"q": 0, "k": 1, "v": 2}
 
 # What an adapter may say that is more than a product of two matrices (PEFT's LoraConfig).

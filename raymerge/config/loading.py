@@ -18,6 +18,7 @@ from raymerge.errors import ConfigError, RemoteError
 from raymerge.files import exists
 from raymerge.urls import is_remote, redacted, redacted_values
 
+_DEEPEST = 100
 _ROOT_OPTION = re.compile(r"([?&]root=)([^&]+)")  # of torchvision:NAME:SPLIT?root=DIR
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # hf:…, torchvision:…, s3://… are not local paths
 
@@ -69,6 +70,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"config {path}: not UTF-8 text, so not YAML") from error
     try:
+        _require_shallow(text)
         data = yaml.safe_load(text)
     except YAML_ERRORS as error:
         raise ConfigError(f"config {path}: not valid YAML: {_one_line(str(error))}") from error
@@ -77,6 +79,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"config {path}: expected keys such as model, tasks, method; found {short(data)}"
         )
     return data
+
+
+def _require_shallow(text: str) -> None:
+    """The loader takes time by the square of the depth, and then runs out of stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"nested more than {_DEEPEST} deep")
 
 
 def parse_config(data: Mapping[str, Any], *, root: Path, source: str = "config") -> Config:
@@ -89,6 +101,9 @@ def parse_config(data: Mapping[str, Any], *, root: Path, source: str = "config")
         return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(redacted(f"{source}: {explain(error, Config)}")) from None
+    except UnicodeEncodeError as error:
+        text = f"{source}: {short(error.object)} holds a character that is none; remove it"
+        raise ConfigError(text) from None
 
 
 def dump_config(config: Config) -> str:
