@@ -508,10 +508,14 @@ def test_a_template_is_not_formatted_before_it_is_known_to_be_plain(template):
         TaskConfig.model_validate(task)
 
 
-@pytest.mark.parametrize("keys", [{"name": "\ud800"}, {"checkpoint": "\ud800"}])
-def test_half_a_character(keys):
-    with pytest.raises(ConfigError, match=r"'\\ud800' holds a character that is none"):
-        _parse(_data(tasks=[_task(**keys)]))
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("model", "\ud800", "holds a character that is none"), ("output", "\ud800", "valid string")],
+)
+def test_half_a_character(key, value, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        _parse(_data(**{key: value}))
+    assert str(caught.value).encode()
 
 
 @pytest.mark.parametrize("path", ["a\0b", "\ud800"])

@@ -38,7 +38,7 @@ ODD = (None, True, False, [], {}, [[]], {"": 0}, [None], DEEP, *ODD_NUMBERS, *OD
 @dataclass(frozen=True)
 class Ground:
     """Where a reader is let loose. ``inside`` holds its files; all else below ``root`` must stay
-    as it is."""
+    as it is, but for ``cache``, into which what is at a URL is fetched."""
 
     root: Path
 
@@ -58,14 +58,11 @@ class Ground:
 
     def seen(self) -> dict[str, tuple[int, int]]:
         """Everything that is not the reader's own."""
-        stats = {
-            path: path.lstat() for path in self.root.rglob("*") if self.inside not in path.parents
-        }
-        return {
-            str(path): (stat.st_size, stat.st_mtime_ns)
-            for path, stat in stats.items()
-            if path != self.inside and path.is_file()
-        }
+        own = (self.inside, self.root / "cache")
+        places = [place for place in self.root.iterdir() if place not in own]
+        files = [file for place in places for file in (place, *place.rglob("*"))]
+        stats = {str(file): file.lstat() for file in files if not file.is_dir()}
+        return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
     def examine(self, reader: str, read: Callable[[], object]) -> None:
         """The oracle. ``read``: of what is inside."""
