@@ -335,7 +335,8 @@ def _same_but_for_the_merged(built: torch.nn.Module, reference: torch.nn.Module)
     for key in expected.keys() - merged:
         assert ours[key].dtype == expected[key].dtype, key
         assert torch.equal(ours[key], expected[key]), key
-    assert torch.equal(built.encode_text(TEXTS), reference.encode_text(TEXTS))
+    # Not to the bit: products differ in the last place with where in memory the weights lie.
+    torch.testing.assert_close(built.encode_text(TEXTS), reference.encode_text(TEXTS))
 
 
 def test_the_built_model_is_open_clips_but_for_the_merged_weights(resolved, reference):

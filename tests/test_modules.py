@@ -159,7 +159,7 @@ def test_a_step_goes_along_the_gradient_through_the_merge(models, batches, objec
     loss.backward()
     moved = result.lambdas - 0.3
     torch.testing.assert_close(moved, -0.01 * lambdas.grad.sign().double(), rtol=0, atol=1e-6)
-    assert float(result.records[0].loss) == pytest.approx(loss.item(), rel=1e-5)
+    assert float(result.records[0].loss) == pytest.approx(loss.item(), rel=1e-4)
 
 
 def test_actors_learn_the_same(models, batches, local_ray) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from world import CLASSES, World
 
 from raymerge.config import TaskConfig
 from raymerge.errors import CheckpointError, ConfigError, UserError
+from raymerge.evaluation import TaskScore
 from raymerge.finetune.run import finetune
 from raymerge.heads import saved_head, zero_shot_head
 from raymerge.messages import WorkerSpec
@@ -71,6 +73,15 @@ def test_its_logits_are_those_of_the_released_class(tmp_path: Path) -> None:
     normalised_BD = torch.nn.functional.normalize(features_BD, dim=-1)
     logits_BC = normalised_BD @ saved_head(_task(tmp_path / "head.pt"), WHERE, 24)
     torch.testing.assert_close(logits_BC, released(features_BD).detach())
+
+
+def _require_close(scores: Mapping[str, TaskScore], expected: Mapping[str, TaskScore]) -> None:
+    """Not to the bit: the text tower's products differ in the last place with where its weights lie
+    in memory, on some processors."""
+    assert scores.keys() == expected.keys()
+    for task, score in scores.items():
+        assert score.top1 == expected[task].top1
+        assert asdict(score) == pytest.approx(asdict(expected[task]), rel=1e-5)
 
 
 WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -167,9 +178,9 @@ def test_a_merge_with_the_zero_shot_heads_saved_is_the_merge_without(
     without = merge(world.parse(tmp_path / "a", method=method))
     tasks = _tasks(world, heads, templates=templates)
     with_heads = merge(world.parse(tmp_path / "b", method=method, tasks=tasks))
-    assert with_heads.scores == without.scores
+    _require_close(with_heads.scores, without.scores)
     if without.lambdas is not None:
-        assert torch.equal(with_heads.lambdas, without.lambdas)
+        torch.testing.assert_close(with_heads.lambdas, without.lambdas, rtol=0, atol=1e-5)
     tasks = [{**task, "templates": templates} for task in world.config["tasks"]]
     other = merge(world.parse(tmp_path / "c", method=method, tasks=tasks))
     assert other.scores != without.scores
@@ -177,7 +188,7 @@ def test_a_merge_with_the_zero_shot_heads_saved_is_the_merge_without(
 
 def test_eval_uses_them(world: World, heads: dict[str, Path]) -> None:
     tasks = _tasks(world, heads, templates=["nothing like {}"])
-    assert evaluate(world.parse(tasks=tasks)) == evaluate(world.parse())
+    _require_close(evaluate(world.parse(tasks=tasks)), evaluate(world.parse()))
 
 
 def test_no_tokenizer_is_made_where_every_task_has_a_head(
@@ -249,7 +260,7 @@ def test_finetune_trains_against_them(world: World, heads: dict[str, Path], tmp_
     saved = {**given, "head": str(heads["colour"]), "templates": ["nothing like {}"]}
     plain = finetune(world.parse(tmp_path / "a", tasks=[given], finetune=recipe))
     with_head = finetune(world.parse(tmp_path / "b", tasks=[saved], finetune=recipe))
-    assert with_head.experts == plain.experts
+    _require_close(with_head.experts, plain.experts)
     assert with_head.targets[0].fingerprint != plain.targets[0].fingerprint
     wrong = {**saved, "head": str(heads["shade"]), "test": None}
     with pytest.raises(CheckpointError, match=r"tasks\[0\]\.head \(colour\)"):
@@ -271,7 +282,7 @@ def test_a_whole_release_is_merged(world: World, heads: dict[str, Path], tmp_pat
         write_release(encoder_of(clip), Path(task["checkpoint"]), list(CONTAINERS)[k])
     plain = merge(world.parse(tmp_path / "a"))
     released = merge(world.parse(tmp_path / "b", tasks=tasks))
-    assert torch.equal(plain.lambdas, released.lambdas)
+    torch.testing.assert_close(plain.lambdas, released.lambdas, rtol=0, atol=1e-5)
     weights = "open_clip_model.safetensors"
     assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "b" / weights).read_bytes()
 
@@ -295,7 +306,7 @@ def test_a_whole_pickled_clip_is_a_pretrained_model(world: World, tmp_path: Path
     given = {"arch": str(arch), "pretrained": str(tmp_path / "clip.pt")}
     plain = merge(world.parse(tmp_path / "a"))
     pickled = merge(world.parse(tmp_path / "b", model=given))
-    assert torch.equal(plain.lambdas, pickled.lambdas)
+    torch.testing.assert_close(plain.lambdas, pickled.lambdas, rtol=0, atol=1e-5)
 
 
 def test_a_bias_of_another_size_is_not_read(tmp_path: Path) -> None:
