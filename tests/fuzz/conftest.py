@@ -50,7 +50,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One row a reader."""
     if not COUNTS:
         return
-    rows = [("reader", "inputs", "loaded", "refused")]
+    rows = [("reader", "inputs", "loaded", "refused"), ("---", "---:", "---:", "---:")]
     for reader, counts in sorted(COUNTS.items()):
         rows.append((reader, str(counts.total()), str(counts["loaded"]), str(counts["refused"])))
     terminalreporter.section("fuzz")
