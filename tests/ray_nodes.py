@@ -8,15 +8,46 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 BIN = Path(sys.executable).parent
 _START_S = 120.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """The processes of one `ray start --block`."""
+
+    process: psutil.Process
+
+    @property
+    def raylet(self) -> psutil.Process:
+        (found,) = [one for one in self.process.children() if one.name() == "raylet"]
+        return found
+
+    def lose(self) -> None:
+        """SIGKILL all of it at once, as when a machine's plug is pulled."""
+        for process in [self.process, *self.process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def end(self) -> None:
+        """As its user does; what a fault has left of it is killed."""
+        left = self.process.children(recursive=True) if self.process.is_running() else []
+        with suppress(psutil.NoSuchProcess):
+            self.process.terminate()
+            self.process.wait(timeout=60)
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @dataclass(frozen=True)
@@ -25,6 +56,17 @@ class Cluster:
 
     environment: Mapping[str, str]
     head: str
+    nodes: list[Node] = field(default_factory=list)
+
+    def join(self, cpus: int) -> Node:
+        """One more node. Of nodes of one machine that start at once some may never join, so this
+        returns when it has."""
+        return self._start(cpus, f"--address={self.head}")
+
+    def _start(self, cpus: int, *options: str) -> Node:
+        node = _node(self.environment, cpus, *options)
+        self.nodes.append(node)
+        return node
 
     @property
     def address(self) -> str:
@@ -63,8 +105,8 @@ def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]
 
 
 @contextmanager
-def ray_nodes(count: int, cpus: int = 1) -> Iterator[Cluster]:
-    """``count`` nodes of ``cpus`` logical CPUs each; ended by their process ids."""
+def ray_nodes(count: int, cpus: int = 1, head_cpus: int | None = None) -> Iterator[Cluster]:
+    """``count`` nodes of ``cpus`` logical CPUs each (head: ``head_cpus``), ended by their ids."""
     port, dashboard = free_port(), free_port()
     environment = {
         **{key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
@@ -72,21 +114,24 @@ def ray_nodes(count: int, cpus: int = 1) -> Iterator[Cluster]:
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
     # A short path: Ray's sockets live below it, and a socket's path has at most 107 characters.
     folder = f"/tmp/rm-{os.getpid()}-{port}"
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        stack.enter_context(_node(environment, cpus, *head, "--dashboard-host=127.0.0.1"))
-        address = f"127.0.0.1:{port}"
+    cluster = Cluster(environment, f"127.0.0.1:{port}")
+    try:
+        cluster._start(
+            cpus if head_cpus is None else head_cpus, *head, "--dashboard-host=127.0.0.1"
+        )
         for _ in range(count - 1):
-            _wait_for(port)
-            stack.enter_context(_node(environment, cpus, f"--address={address}"))
-        cluster = Cluster({**environment, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}, address)
+            cluster.join(cpus)
         _wait_for(dashboard)
-        _wait_for_nodes(cluster, count)
         yield cluster
+    finally:
+        for node in reversed(cluster.nodes):
+            node.end()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_port() -> int:
@@ -95,24 +140,44 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@contextmanager
-def _node(environment: Mapping[str, str], cpus: int, *options: str) -> Iterator[None]:
-    node = subprocess.Popen(
+def _node(environment: Mapping[str, str], cpus: int, *options: str) -> Node:
+    started = subprocess.Popen(
         [
             *(str(BIN / "ray"), "start", "--block", f"--num-cpus={cpus}", *options),
             # Nodes of one machine, and another Ray on it, would take the same default ports.
             *(f"--dashboard-agent-listen-port={free_port()}", "--metrics-export-port=0"),
             *("--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=100000000"),
         ],
-        env=dict(environment),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        # A node is given the address of its own; RAY_ADDRESS would say otherwise.
+        env={key: value for key, value in environment.items() if key != "RAY_ADDRESS"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    try:
-        yield
-    finally:
-        node.terminate()
-        node.wait(timeout=60)
+    node = Node(psutil.Process(started.pid))
+    told = _told_until(started, "Ray runtime started")
+    if "Ray runtime started" not in told:
+        node.end()
+        raise AssertionError(f"a node did not start:\n{told}")
+    return node
+
+
+def _told_until(process: subprocess.Popen[str], mark: str) -> str:
+    """What it prints until then, or until it ends; the rest is read and dropped."""
+    told, found = [], threading.Event()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if not found.is_set():
+                told.append(line)
+                if mark in line:
+                    found.set()
+        found.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    assert found.wait(_START_S), f"nothing of {mark!r} within {_START_S:g} s: {''.join(told)}"
+    return "".join(told)
 
 
 def _wait_for(port: int) -> None:
@@ -123,13 +188,3 @@ def _wait_for(port: int) -> None:
                 return
         time.sleep(0.2)
     raise AssertionError(f"no node listens on port {port} within {_START_S:g} s")
-
-
-def _wait_for_nodes(cluster: Cluster, count: int) -> None:
-    """All of them take work: a job can be sent before the others have joined."""
-    code = (
-        "import ray, sys, time; ray.init(address=sys.argv[1], logging_level='ERROR')\n"
-        "while sum(n['Alive'] for n in ray.nodes()) < int(sys.argv[2]): time.sleep(0.2)"
-    )
-    done = cluster.run("python", "-c", code, cluster.head, count)
-    assert done.returncode == 0, done.stderr

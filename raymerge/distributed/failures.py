@@ -45,6 +45,9 @@ class Loss:
     gone: bool = True
 
 
+PREEMPTED = Loss("preemption", "was on a node that was taken back")
+
+
 def loss_of(error: RayError) -> Loss:
     """What a call's error says about the worker that was called.
 
@@ -61,7 +64,7 @@ def loss_of(error: RayError) -> Loss:
         if error.actor_init_failed:
             raise RunError(f"a worker did not start: {_last_line(error)}; {_INSTALLED}") from None
         if error.preempted:
-            return Loss("preemption", "was on a node that was taken back")
+            return PREEMPTED
         return Loss("worker", "died")
     if isinstance(error, NodeDiedError | WorkerCrashedError):
         return Loss("worker", "died")

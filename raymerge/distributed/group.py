@@ -14,7 +14,6 @@ from typing import Any
 
 from raymerge.config import ClusterConfig
 from raymerge.distributed.calls import Limits
-from raymerge.distributed.places import draining
 from raymerge.distributed.team import LostError, Member, Team
 from raymerge.errors import RunError
 from raymerge.messages import (
@@ -34,7 +33,6 @@ from raymerge.progress import Progress
 from raymerge.worker import MergeWorker
 
 _FIRST_STEP_S, _SHORTEST_STEP_S, _STEP_MEDIANS = 600.0, 60.0, 5.0
-_DRAIN_LOOK_S = 5.0
 
 
 class ActorGroup:
@@ -62,7 +60,6 @@ class ActorGroup:
         self._step_seconds: deque[float] = deque(maxlen=20)
         self._blocks: dict[int, list[StatisticsRequest]] = {}
         self._homes: dict[int, Any] = {}
-        self._draining = _Draining()
         self._load_limits = Limits(
             config.load_timeout_s, config.hang_timeout_s, "cluster.load_timeout_s"
         )
@@ -84,7 +81,7 @@ class ActorGroup:
     @property
     def leaving(self) -> bool:
         """Whether a node that a worker runs on is about to be taken back."""
-        return not self._draining.nodes().isdisjoint(self._team.nodes())
+        return self._team.leaving
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]:
         self._request, self._progress = request, progress
@@ -218,16 +215,3 @@ class _Asked:
     request: StatisticsRequest
     actor: Any = None
     answer: Any = None
-
-
-class _Draining:
-    """The nodes that are about to be taken back, asked for now and then."""
-
-    def __init__(self) -> None:
-        self._known: frozenset[str] = frozenset()
-        self._asked_at = float("-inf")
-
-    def nodes(self) -> frozenset[str]:
-        if time.monotonic() - self._asked_at > _DRAIN_LOOK_S:
-            self._known, self._asked_at = draining(), time.monotonic()
-        return self._known

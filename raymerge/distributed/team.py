@@ -23,8 +23,9 @@ from ray.util.placement_group import remove_placement_group
 
 from raymerge.config import ClusterConfig
 from raymerge.distributed.calls import Call, Limits, gather, waits_for_peers
-from raymerge.distributed.failures import Budget, Loss, loss_of, worst
+from raymerge.distributed.failures import PREEMPTED, Budget, Loss, loss_of, worst
 from raymerge.distributed.places import (
+    Draining,
     Place,
     Whereabouts,
     ask_whereabouts,
@@ -106,6 +107,7 @@ class Team:
         self._worker, self._prepare = worker, prepare
         self._run = uuid.uuid4().hex
         self._budget = Budget.of(config)
+        self._draining = Draining()
         self._members = [Member(place) for place in reserve(placement)]
         self._start_limits = Limits(
             config.start_timeout_s, config.hang_timeout_s, "cluster.start_timeout_s"
@@ -156,7 +158,12 @@ class Team:
         calls = {member: Call(member.actor, answer) for member, answer in answers.items()}
         losses = gather(calls, limits, on_answer)
         if losses:
-            raise LostError(losses)
+            raise LostError({member: self._blamed(member, loss) for member, loss in losses.items()})
+
+    def _blamed(self, member: Member, loss: Loss) -> Loss:
+        """It was no fault of the worker's if its node had been announced to go."""
+        announced = member.where is not None and member.where.node in self._draining.announced
+        return PREEMPTED if announced and loss.gone else loss
 
     def welcome(self) -> None:
         """Between two calls: let those take part who have become ready since."""
@@ -170,8 +177,11 @@ class Team:
             self._form_at_last("regrouping")
             logger.warning("%d workers again, after %d", len(self.working), before)
 
-    def nodes(self) -> set[str]:
-        return {member.where.node for member in self.working if member.where is not None}
+    @property
+    def leaving(self) -> bool:
+        """Whether a node that a worker runs on is about to be taken back."""
+        nodes = {member.where.node for member in self.working if member.where is not None}
+        return not self._draining.nodes().isdisjoint(nodes)
 
     def close(self) -> None:
         """Kill the actors and free their places. Never raises: it runs on the way out."""
