@@ -100,8 +100,8 @@ def _whereabouts(worker: MergeWorker) -> Whereabouts:
 class Draining:
     """The nodes that are about to be taken back, asked for now and then.
 
-    ``announced``: those that ever were. Ray itself says of a worker's death that it was a preemption
-    only where its node outlived the deadline it had been given.
+    ``announced``: those that ever were. Ray itself says of a worker's death that it was a
+    preemption only where its node outlived the deadline it had been given.
     """
 
     def __init__(self) -> None:
