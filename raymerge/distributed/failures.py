@@ -46,6 +46,7 @@ class Loss:
 
 
 PREEMPTED = Loss("preemption", "was on a node that was taken back")
+DISOBEYED = Loss("worker", "did not let go of a call that its peers had lost")
 
 
 def loss_of(error: RayError) -> Loss:

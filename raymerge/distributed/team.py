@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from ray.util.placement_group import remove_placement_group
 
 from raymerge.config import ClusterConfig
 from raymerge.distributed.calls import Call, Limits, gather, waits_for_peers
-from raymerge.distributed.failures import PREEMPTED, Budget, Loss, loss_of, worst
+from raymerge.distributed.failures import DISOBEYED, PREEMPTED, Budget, Loss, loss_of, worst
 from raymerge.distributed.places import (
     Draining,
     Place,
@@ -47,6 +47,9 @@ _ABORT_TRIES = 3
 _FREE_TIMEOUT_S, _FREE_LOOK_S = 2.0, 0.02
 _JOIN_TIMEOUT_S = 60.0
 _LONGEST_COLLECTIVE_S = 1200.0  # only behind the driver's own deadlines, which should fire first
+
+Toll = dict[int, Loss]
+"""Who was lost in one call, by rank."""
 
 
 @dataclass(eq=False)
@@ -200,11 +203,11 @@ class Team:
         """Replace who is lost and form the team anew; raises :class:`WorkerLostError` if the
         budget is spent, or too few are left."""
         found_out = time.monotonic()
-        cause = worst(lost.losses.values())
-        ranks = tuple(sorted(m.rank for m, loss in lost.losses.items() if loss.kind == cause.kind))
+        first: Toll = {}
         while True:
-            self._charge(lost, what)
-            self._release(lost)
+            toll = self._release(lost)
+            self._charge(toll, what)
+            first = first or toll
             try:
                 self._fill(self._config.replace_timeout_s, self._fewest)
                 self._form()
@@ -214,6 +217,7 @@ class Team:
             except UserError as error:  # it was sound when the run began
                 raise RunError(f"while a worker was replaced: {error}") from error
         now = time.monotonic()
+        cause, ranks = _blame(first)
         self.incidents.append(
             Incident(what, cause.kind, ranks, cause.reason, found_out - began, now - found_out,
                      len(self.working))
@@ -227,26 +231,37 @@ class Team:
     def _fewest(self) -> int:
         return self._config.min_workers or self._placement.shards
 
-    def _charge(self, lost: LostError, what: str) -> None:
-        cause = worst(lost.losses.values())
+    def _charge(self, toll: Toll, what: str) -> None:
+        cause, ranks = _blame(toll)
         refusal = self._budget.charge(cause.kind)
         if refusal is not None:
-            ranks = sorted(m.rank for m, loss in lost.losses.items() if loss == cause)
             raise WorkerLostError(
                 f"{_who(ranks)} of {len(self.working)} {cause.reason} during {what} ({refusal}); "
                 "the last saved state is kept, run again with --resume"
             )
 
-    def _release(self, lost: LostError) -> None:
-        """The next generation begins: kill the lost, free those who wait for them."""
+    def _release(self, lost: LostError) -> Toll:
+        """The next generation begins: kill the lost, free those who wait for them.
+
+        The toll has also those of whom only their peers' broken connections told so far.
+        """
         self.generation += 1
+        toll = {member.rank: loss for member, loss in lost.losses.items()}
         for member in self._beyond_repair(lost):
             self._replace(member)
-        waiting = [member for member in self._members if member.where is not None]
+        waiting = self._ready()
         for _ in range(_ABORT_TRIES):
-            waiting = self._abort(waiting)
-        for member in [*waiting, *self._still_waiting()]:
+            waiting = self._abort(waiting, toll)
+        for member in waiting:
+            self._give_up(member, Loss("worker", "could not be reached"), toll)
+        for member in self._still_waiting():
             self._replace(member)
+        return toll
+
+    def _give_up(self, member: Member, loss: Loss, toll: Toll) -> None:
+        if member.spec is not None:  # else it had no part in the work
+            toll[member.rank] = self._blamed(member, loss)
+        self._replace(member)
 
     def _still_waiting(self) -> list[Member]:
         """Who was not freed: of a join that a lost peer does not come to, nobody is."""
@@ -267,8 +282,8 @@ class Team:
         groups = {m.rank // m.spec.shards for m in lost.losses if m.spec is not None}
         return [m for m in self.working if m.spec and m.rank // m.spec.shards in groups]
 
-    def _abort(self, members: Sequence[Member]) -> list[Member]:
-        """Who did not obey: to be asked again if out of reach, and replaced in the end."""
+    def _abort(self, members: Sequence[Member], toll: Toll) -> list[Member]:
+        """Who was out of reach, and is to be asked again; who did not obey is replaced."""
         asked = {
             member.actor.abort.options(concurrency_group="control").remote(self.generation): member
             for member in members
@@ -282,10 +297,12 @@ class Team:
                 ray.get(answer)
             except ActorUnavailableError:
                 unreached.append(asked[answer])
+            except ActorDiedError as error:
+                self._give_up(asked[answer], loss_of(error), toll)
             except RayError:
-                self._replace(asked[answer])
+                self._give_up(asked[answer], DISOBEYED, toll)
         for answer in silent:
-            self._replace(asked[answer])
+            self._give_up(asked[answer], DISOBEYED, toll)
         return unreached
 
     # --- members -------------------------------------------------------------------------------
@@ -426,6 +443,12 @@ def _whole_groups_first(ready: Sequence[Member], shards: int) -> list[Member]:
     """Members of groups that lost nobody keep their shards, and with them their vectors."""
     sizes = Counter(member.place.group for member in ready)
     return sorted(ready, key=lambda member: sizes[member.place.group] < shards)
+
+
+def _blame(toll: Toll) -> tuple[Loss, tuple[int, ...]]:
+    """What explains the others, and whom it befell."""
+    cause = worst(toll.values())
+    return cause, tuple(sorted(rank for rank, loss in toll.items() if loss.kind == cause.kind))
 
 
 def _who(ranks: Sequence[int]) -> str:
