@@ -9,6 +9,7 @@ Legend: P padded parameters (S · N), N columns of this shard.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,12 +27,17 @@ class Collective:
     """One worker's membership in its shard group; alone until ``join``, and after ``leave``.
 
     Whatever a lost peer breaks raises :class:`~raymerge.errors.PeerLostError`; then ``join`` again.
+
+    gloo frees a rank that waits in a collective only when a peer closes its connections. So whoever
+    will take no further part, by ``abort`` or because a collective failed, leaves the process group
+    at once: a failure runs through the group, from one waiting rank to the next.
     """
 
     def __init__(self) -> None:
         self.rank, self.world = 0, 1
         self._store: TCPStore | None = None
-        self._aborted = False
+        self._lock = threading.Lock()  # abort comes on a thread of its own
+        self._busy = self._aborted = False
 
     def open_store(self, host: str, world: int) -> int:
         """Start the rendezvous store of the group on a free port; returns the port."""
@@ -56,10 +62,6 @@ class Collective:
             )
         self.rank, self.world, self._aborted = rank, world, False
 
-    def _require_whole(self) -> None:
-        if self._aborted:  # a collective that begins only now would wait for ever
-            raise RuntimeError("the process group was aborted")
-
     def _meeting_place(self, where: Rendezvous, rank: int, world: int) -> TCPStore:
         if rank == 0 and self._store is not None:
             return self._store
@@ -71,14 +73,13 @@ class Collective:
     def leave(self) -> None:
         """Be alone again."""
         self.rank, self.world = 0, 1
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        with self._lock:
+            _disconnect()
 
     def all_gather(self, full_P: Tensor) -> None:
         """Fill ``full_P`` from every rank's own N columns of it."""
         if self.world > 1:
-            with _peers():
-                self._require_whole()
+            with self._together():
                 dist.all_gather_into_tensor(full_P, self.mine(full_P).clone())
 
     def reduce_scatter(self, full_P: Tensor) -> Tensor:
@@ -86,8 +87,7 @@ class Collective:
         mine_N = self.mine(full_P)
         if self.world > 1:
             out_N = torch.empty_like(mine_N)
-            with _peers():
-                self._require_whole()
+            with self._together():
                 dist.reduce_scatter_tensor(out_N, full_P)
             return out_N
         return mine_N
@@ -97,12 +97,41 @@ class Collective:
         return full_P[self.rank * width : (self.rank + 1) * width]
 
     def abort(self) -> None:
-        """Free a rank that waits in a collective; the process group cannot be used afterwards."""
-        self._aborted = True
-        if self.world > 1 and dist.is_initialized():
-            abort = getattr(dist.group.WORLD, "abort", None)
-            if abort is not None:
-                abort()
+        """Spoil the process group: the peers that wait for this rank are freed, and it for them."""
+        with self._lock:
+            self._aborted = True
+            if not dist.is_initialized():
+                return
+            if self._busy or dist.get_backend() == "nccl":
+                abort = getattr(dist.group.WORLD, "abort", None)  # not in every torch
+                if abort is not None:
+                    abort()
+            else:
+                _disconnect()
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around a collective; one that begins after an abort would wait for ever."""
+        with self._lock:
+            if self._aborted:
+                raise PeerLostError("the process group was aborted")
+            self._busy = True
+        try:
+            with _peers():
+                yield
+        except PeerLostError:
+            self._aborted = True
+            raise
+        finally:
+            with self._lock:
+                self._busy = False
+                if self._aborted:
+                    _disconnect()
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager

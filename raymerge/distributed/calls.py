@@ -126,10 +126,10 @@ class _Watch(Generic[W]):
         return Loss("worker", reason, gone=pulse is None or not pulse.waits_for_peers)
 
 
-def waits_for_peers(actor: Any) -> bool:
-    """Whether it is in a collective, as far as it says."""
+def is_free(actor: Any) -> bool:
+    """Whether it says that it is in no collective; one that says nothing may be in one."""
     pulse = _pulse(actor)
-    return pulse is not None and pulse.waits_for_peers
+    return pulse is not None and not pulse.waits_for_peers
 
 
 def _pulse(actor: Any) -> Pulse | None:

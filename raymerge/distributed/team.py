@@ -22,7 +22,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from ray.util.placement_group import remove_placement_group
 
 from raymerge.config import ClusterConfig
-from raymerge.distributed.calls import Call, Limits, gather, waits_for_peers
+from raymerge.distributed.calls import Call, Limits, gather, is_free
 from raymerge.distributed.failures import DISOBEYED, PREEMPTED, Budget, Loss, loss_of, worst
 from raymerge.distributed.places import (
     Draining,
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 _ABORT_TIMEOUT_S = 10.0  # a frozen peer is dead after 5, and only then are the others free
 _ABORT_TRIES = 3
-_FREE_TIMEOUT_S, _FREE_LOOK_S = 2.0, 0.02
+_FREE_TIMEOUT_S, _FREE_LOOK_S = 5.0, 0.02  # a ping may be lost and asked again
 _JOIN_TIMEOUT_S = 60.0
 _LONGEST_COLLECTIVE_S = 1200.0  # only behind the driver's own deadlines, which should fire first
 
@@ -268,7 +268,7 @@ class Team:
         deadline = time.monotonic() + _FREE_TIMEOUT_S
         waiting = self._ready()
         while waiting:
-            waiting = [member for member in waiting if waits_for_peers(member.actor)]
+            waiting = [member for member in waiting if not is_free(member.actor)]
             if time.monotonic() > deadline:
                 break
             time.sleep(_FREE_LOOK_S)
