@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raymerge.messages import WorkerSpec
 from raymerge.placement import Placement
 from raymerge.worker import MergeWorker
-
-_DRAIN_LOOK_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -95,32 +92,3 @@ def _whereabouts(worker: MergeWorker) -> Whereabouts:
     )
     gpus = tuple(map(str, ray.get_gpu_ids()))
     return Whereabouts(context.get_node_id(), gpus, address, interface, os.getpid())
-
-
-class Draining:
-    """The nodes that are about to be taken back, asked for now and then.
-
-    ``announced``: those that ever were. Ray itself says of a worker's death that it was a
-    preemption only where its node outlived the deadline it had been given.
-    """
-
-    def __init__(self) -> None:
-        self.announced: frozenset[str] = frozenset()
-        self._now: frozenset[str] = frozenset()
-        self._asked_at = float("-inf")
-
-    def nodes(self) -> frozenset[str]:
-        if time.monotonic() - self._asked_at > _DRAIN_LOOK_S:
-            self._now, self._asked_at = _draining(), time.monotonic()
-            self.announced |= self._now
-        return self._now
-
-
-def _draining() -> frozenset[str]:
-    """Empty where this Ray does not tell."""
-    try:
-        from ray._private.state import state
-
-        return frozenset(state.get_draining_nodes())
-    except (ImportError, AttributeError):
-        return frozenset()

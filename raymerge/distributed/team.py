@@ -24,8 +24,8 @@ from ray.util.placement_group import remove_placement_group
 from raymerge.config import ClusterConfig
 from raymerge.distributed.calls import Call, Limits, gather, is_free
 from raymerge.distributed.failures import DISOBEYED, PREEMPTED, Budget, Loss, loss_of, worst
+from raymerge.distributed.notices import Notices
 from raymerge.distributed.places import (
-    Draining,
     Place,
     Whereabouts,
     ask_whereabouts,
@@ -110,7 +110,7 @@ class Team:
         self._worker, self._prepare = worker, prepare
         self._run = uuid.uuid4().hex
         self._budget = Budget.of(config)
-        self._draining = Draining()
+        self._notices = Notices()
         self._members = [Member(place) for place in reserve(placement)]
         self._start_limits = Limits(
             config.start_timeout_s, config.hang_timeout_s, "cluster.start_timeout_s"
@@ -165,7 +165,7 @@ class Team:
 
     def _blamed(self, member: Member, loss: Loss) -> Loss:
         """It was no fault of the worker's if its node had been announced to go."""
-        announced = member.where is not None and member.where.node in self._draining.announced
+        announced = member.where is not None and member.where.node in self._notices.announced
         return PREEMPTED if announced and loss.gone else loss
 
     def welcome(self) -> None:
@@ -184,10 +184,11 @@ class Team:
     def leaving(self) -> bool:
         """Whether a node that a worker runs on is about to be taken back."""
         nodes = {member.where.node for member in self.working if member.where is not None}
-        return not self._draining.nodes().isdisjoint(nodes)
+        return self._notices.leaving(nodes)
 
     def close(self) -> None:
         """Kill the actors and free their places. Never raises: it runs on the way out."""
+        self._notices.close()
         for member in self._members:
             _dismiss(member)
         for reserved in {m.place.group: m.place.reserved for m in self._members}.values():

@@ -1,0 +1,219 @@
+"""Nodes lost under a run: `ray start` nodes of this machine, of two workers that share one model.
+
+The head holds no worker, so that any other node may go.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import config_data, read_steps, write_config
+from ray_nodes import Cluster, Node, finished, ray_nodes
+from world import World
+
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+
+STEPS = 400
+"""So many that the run is met at work."""
+EVERY = 10
+"""Steps between two states."""
+QUICK_TO_NOTICE = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "500",
+    "RAY_health_check_failure_threshold": "4",
+}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head without CPUs and two nodes of one each."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in QUICK_TO_NOTICE.items():
+            patch.setenv(name, value)
+        with ray_nodes(3, head_cpus=0) as nodes:
+            yield nodes
+
+
+class Run:
+    """``raymerge merge`` on the cluster, as a process of its own."""
+
+    def __init__(self, cluster: Cluster, world: World, output: Path, **settings: Any) -> None:
+        self.cluster, self.output = cluster, output
+        given = {"workers": 2, "shards": 2, "cpus_per_worker": 1, "max_worker_failures": 0}
+        data = config_data(
+            world,
+            output=str(output),
+            cluster={**given, "address": cluster.head, **settings},
+            optimizer={"steps": STEPS},
+        )
+        self.config = write_config(output.with_suffix(".yaml"), data)
+
+    def start(self, *options: object, **env: str) -> subprocess.Popen[str]:
+        return self.cluster.start("raymerge", "merge", self.config, *options, **env)
+
+    def to_its_end(self) -> Run:
+        self.require(self.start())
+        return self
+
+    def require(self, process: subprocess.Popen[str]) -> None:
+        done = finished(process)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert read_steps(self.output / "metrics.jsonl") == list(range(1, STEPS + 1))
+
+    def saved(self) -> int:
+        """The newest step whose state is kept; 0 where none is."""
+        states = (self.output / "state").glob("step-*")
+        return max((int(state.name.removeprefix("step-")) for state in states), default=0)
+
+    @property
+    def lambdas(self) -> torch.Tensor:
+        return torch.tensor(json.loads((self.output / "lambdas.json").read_text())["values"])
+
+    @property
+    def incidents(self) -> list[dict[str, Any]]:
+        return list(json.loads((self.output / "results.json").read_text())["incidents"])
+
+
+def wait_for(found: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not found():
+        assert time.monotonic() < deadline, "nothing within 120 s"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    cluster: Cluster, world: World, tmp_path_factory: pytest.TempPathFactory
+) -> torch.Tensor:
+    run = Run(cluster, world, tmp_path_factory.mktemp("undisturbed") / "merged").to_its_end()
+    assert run.incidents == []
+    return run.lambdas
+
+
+def node_id(node: Node) -> str:
+    """Ray's name of it, as its raylet was given it."""
+    (given,) = [word for word in node.raylet.cmdline() if word.startswith("--node_id=")]
+    return given.removeprefix("--node_id=")
+
+
+@contextmanager
+def stopped(process: subprocess.Popen[str]) -> Iterator[None]:
+    """The run takes no step meanwhile, so that it is not over before its time."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+def test_a_drained_node_is_saved_before_and_lost_for_nothing(
+    cluster: Cluster, undisturbed: torch.Tensor, world: World, tmp_path: Path
+) -> None:
+    """It is announced that a node will go: every step is saved from then on. It goes before its
+    time: a preemption, though no failure of a worker is allowed."""
+    run, drained = Run(cluster, world, tmp_path / "merged"), cluster.nodes[1]
+    process = run.start()
+    wait_for(run.saved)
+    with stopped(process):
+        cluster.join(1)
+        done = cluster.run(
+            *("ray", "drain-node", "--address", cluster.head, "--node-id", node_id(drained)),
+            *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"),
+            *("--deadline-remaining-seconds", 600),
+        )
+        assert done.returncode == 0, done.stderr
+    wait_for(lambda: run.saved() % EVERY)
+    drained.lose()
+    run.require(process)
+    (incident,) = run.incidents
+    print(incident)
+    assert incident["kind"] == "preemption"
+    assert torch.equal(run.lambdas, undisturbed)
+
+
+def test_a_lost_raylet_is_a_lost_worker(
+    cluster: Cluster, undisturbed: torch.Tensor, world: World, tmp_path: Path
+) -> None:
+    """Ray's own process on a node dies and takes the worker with it: another node takes over."""
+    run = Run(cluster, world, tmp_path / "merged", max_worker_failures=1)
+    process = run.start()
+    wait_for(run.saved)
+    with stopped(process):
+        cluster.join(1)
+    cluster.nodes[2].raylet.kill()
+    run.require(process)
+    (incident,) = run.incidents
+    print(incident)
+    assert incident["kind"] == "worker"
+    assert torch.equal(run.lambdas, undisturbed)
+
+
+def test_calls_lost_on_their_way_cost_nothing(
+    cluster: Cluster, undisturbed: torch.Tensor, world: World, tmp_path: Path
+) -> None:
+    """Of the driver's calls one in fifty never arrives, and of one in fifty the answer is lost."""
+    lost = {"num_failures": 6, "req_failure_prob": 2, "resp_failure_prob": 2}
+    run = Run(cluster, world, tmp_path / "merged")
+    faults = json.dumps({"CoreWorkerService.grpc_client.PushTask": lost})
+    run.require(run.start(RAY_testing_rpc_failure=faults))
+    print(run.incidents)
+    assert {incident["kind"] for incident in run.incidents} == {"interruption"}
+    assert torch.equal(run.lambdas, undisturbed)
+
+
+FILL = """
+import ray, sys, time, numpy
+ray.init(address=sys.argv[1], logging_level="ERROR")
+held = []
+for _ in range(12):
+    held.append(ray.put(numpy.zeros(12_500_000, numpy.uint8)))
+print("full", flush=True)
+time.sleep(600)
+"""
+
+
+def test_an_object_store_that_others_have_filled_is_not_missed(
+    cluster: Cluster, undisturbed: torch.Tensor, world: World, tmp_path: Path
+) -> None:
+    """Requests and results are small: they travel with the calls."""
+    hog = cluster.start("python", "-c", FILL, cluster.head)
+    try:
+        assert hog.stdout is not None
+        assert hog.stdout.readline() == "full\n", hog.communicate()
+        run = Run(cluster, world, tmp_path / "merged").to_its_end()
+    finally:
+        hog.kill()
+        hog.communicate()
+    assert run.incidents == []
+    assert torch.equal(run.lambdas, undisturbed)
+
+
+def test_a_run_whose_head_is_lost_is_resumed_elsewhere(
+    cluster: Cluster, undisturbed: torch.Tensor, world: World, tmp_path: Path
+) -> None:
+    """Last of all, for the cluster is gone then: no worker is reached any more, the state is kept,
+    and one process goes on with it."""
+    run = Run(cluster, world, tmp_path / "merged")
+    process = run.start()
+    wait_for(run.saved)
+    began = time.monotonic()
+    cluster.nodes[0].lose()
+    done = finished(process)
+    print(time.monotonic() - began, done)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("raymerge: error: ")
+    kept = run.saved()
+    assert 0 < kept < STEPS
+    here = Run(cluster, world, run.output, workers=0, shards=1, address=None)
+    here.require(here.start("--resume"))
+    assert (here.lambdas - undisturbed).abs().max() < 1e-5
