@@ -14,7 +14,8 @@ import yaml
 from raymerge.report import write_report
 from raymerge.urls import redacted_values
 
-_STATE = "state"
+_NOT_SHOWN = ("state", "tensorboard", "wandb")
+"""Folders of the run itself: what it goes on from, and logs with the machine's name in them."""
 _WORDS = ("classnames", "templates", "authors", "license")
 """Keys whose texts are no places, whatever they look like."""
 
@@ -45,7 +46,7 @@ def _shown(folder: Path) -> list[Path]:
     for file in sorted(folder.rglob("*")):
         parts = file.relative_to(folder).parts
         hidden = any(part.startswith(".") for part in parts)
-        if file.is_file() and not hidden and parts[0] != _STATE:
+        if file.is_file() and not hidden and parts[0] not in _NOT_SHOWN:
             files.append(file)
     return files
 
@@ -86,11 +87,16 @@ def _named(text: str) -> str:
 # --- the files that name places ------------------------------------------------------------------
 
 
+def public_config(data: dict[str, Any]) -> dict[str, Any]:
+    """A config as plain data without places; nor does it say which cluster ran it."""
+    shown: dict[str, Any] = redacted_values(without_places(data))
+    shown.get("cluster", {}).pop("address", None)
+    return shown
+
+
 def _config(text: str) -> str:
-    """Nor does it say which cluster ran it."""
-    data = redacted_values(without_places(yaml.safe_load(text)))
-    data.get("cluster", {}).pop("address", None)
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    shown = public_config(yaml.safe_load(text))
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
 def _json(text: str) -> str:

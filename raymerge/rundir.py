@@ -39,6 +39,7 @@ from raymerge.messages import Incident
 from raymerge.plan import Plan
 from raymerge.report import write_plots, write_report
 from raymerge.state import StateStore, fingerprint
+from raymerge.tracking import remove_tracks
 from raymerge.urls import is_remote, public, redacted
 
 _JOB_COPY = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` uploads
@@ -154,6 +155,7 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
         for name in HF_FILES:
             (self.path / HF_FOLDER / name).unlink(missing_ok=True)
+        remove_tracks(self.path)
         for state in self.state.glob("step-*"):  # the attempts stay: they fence off old drivers
             shutil.rmtree(state, ignore_errors=True)
 
@@ -202,7 +204,7 @@ class RunFolder:
 class Recorder:
     """Keeps what a step leaves: a line of metrics, now and then a state, a moving bar.
 
-    ``urgent``: whether to save after this step whatever its number.
+    ``urgent``: whether to save after this step whatever its number. ``also``: who else is told.
 
     On leaving, by whatever way, the newest state is saved, so an interrupted run loses no step.
     """
@@ -215,8 +217,9 @@ class Recorder:
         start: AdamState,
         steps: int,
         urgent: Callable[[], bool] = lambda: False,
+        also: Callable[[StepRecord], None] = lambda record: None,
     ) -> None:
-        self._store, self._every, self._urgent = store, every, urgent
+        self._store, self._every, self._urgent, self._also = store, every, urgent, also
         self._state, self._saved = start, start.step
         _keep_lines(folder.metrics, start.step)
         self._metrics = folder.metrics.open("a", encoding="utf-8")
@@ -241,6 +244,7 @@ class Recorder:
         self._state = state  # after its line: an interrupt in between repeats a step, loses none
         if state.step % self._every == 0 or self._urgent():
             self._save()
+        self._also(record)
         if record.entropy:  # none is left once every task has been restored
             mean = sum(record.entropy.values()) / len(record.entropy)
             self._bar.set_postfix(entropy=f"{mean:.4f}", refresh=False)

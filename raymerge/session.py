@@ -56,6 +56,7 @@ from raymerge.plan import Plan, local_resources, make_plan, require_one_group
 from raymerge.progress import progress_bar
 from raymerge.rundir import Recorder, RunFolder
 from raymerge.state import StateStore, fingerprint
+from raymerge.tracking import Tracking, require_trackers
 from raymerge.urls import is_remote
 from raymerge.watch import Watch
 
@@ -101,19 +102,21 @@ def merge(
     folder.check(config, resume=resume, overwrite=overwrite)
     plan = make_plan(config, known_resources(config))
     require_also(plan.resolved, also)
+    require_trackers(config.tracking)
     merging = Merging(config, plan)
     if also and not merging.merges:
         raise UserError(f"--also {also[0]}: method {config.method.name} writes no model")
     needs_workers = merging.needs_images or any(task.test for task in config.tasks)
     workers = group_or_new(group, config, merging.slots) if needs_workers else nullcontext(None)
-    with workers as group:
-        return _run(merging, folder, group, resume=resume, also=also)
+    with workers as group, Tracking(config, folder.path, group, steps_of(config)) as tracking:
+        return _run(merging, folder, group, tracking, resume=resume, also=also)
 
 
 def _run(
     merging: Merging,
     folder: RunFolder,
     group: WorkerGroup | None,
+    tracking: Tracking,
     *,
     resume: bool,
     also: Sequence[Also] = (),
@@ -131,7 +134,7 @@ def _run(
         else:
             _load(merging, group)
             clock.lap("load")
-            lambdas_JL = _learn(merging, folder, group, lambdas_JL, resume=resume)
+            lambdas_JL = _learn(merging, folder, group, tracking, lambdas_JL, resume=resume)
             clock.lap("steps")
     if merging.merges:
         # Every file is read before anything is replaced.
@@ -151,6 +154,7 @@ def _run(
         clock.lap("evaluate")
     incidents = () if group is None else group.incidents
     folder.write_results(config, merging.plan, scores, clock.laps, incidents)
+    tracking.finish(scores)
     return MergeResult(
         config=config,
         layers=merging.layers.names,
@@ -179,7 +183,13 @@ def _load(merging: Merging, group: WorkerGroup) -> None:
 
 
 def _learn(
-    merging: Merging, folder: RunFolder, group: WorkerGroup, start_KL: Tensor, *, resume: bool
+    merging: Merging,
+    folder: RunFolder,
+    group: WorkerGroup,
+    tracking: Tracking,
+    start_KL: Tensor,
+    *,
+    resume: bool,
 ) -> Tensor:
     """The adaptive loop with state, metrics and a progress bar; the effective λ (K, L)."""
     config, optimizer, watch = merging.config, merging.optimizer(), merging.watch()
@@ -202,8 +212,10 @@ def _learn(
         logger.warning("%s: the run goes on %s", folder.path, how)
     folder.prepare(config, resume=resume)
     store.claim()
+    tracking.start(state.step)
     every = config.state.every_steps
-    with Recorder(folder, store, every, state, steps, lambda: group.leaving) as recorder:
+    urgent, also = lambda: group.leaving, tracking.observe
+    with Recorder(folder, store, every, state, steps, urgent, also) as recorder:
         if isinstance(config.method, FwHard):
             from raymerge.frank_wolfe import hard
 

@@ -152,7 +152,7 @@ class StateStore:
 def fingerprint(config: Config) -> str:
     """SHA-256 of what decides λ at a step: not the cluster, nor the output, nor where the vectors
     lie, nor (at a constant rate) how many steps, or Frank-Wolfe iterations, are asked for."""
-    left_out = {"card", "cluster", "output", "state", "finetune"}
+    left_out = {"card", "cluster", "output", "state", "finetune", "tracking"}
     data = redacted_values(config.model_dump(mode="json", exclude=left_out))
     if isinstance(config.method, FwHard | FwSoft):
         del data["method"]["iterations"]

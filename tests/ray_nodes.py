@@ -33,6 +33,15 @@ class Node:
         (found,) = [one for one in self.process.children() if one.name() == "raylet"]
         return found
 
+    def workers(self, actor: str) -> list[psutil.Process]:
+        """The processes of the actors of this class."""
+        found = []
+        for process in self.raylet.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # nor is a zombie any
+                if " ".join(process.cmdline()).startswith(f"ray::{actor}"):
+                    found.append(process)
+        return found
+
     def lose(self) -> None:
         """SIGKILL all of it at once, as when a machine's plug is pulled."""
         for process in [self.process, *self.process.children(recursive=True)]:
@@ -56,12 +65,14 @@ class Cluster:
 
     environment: Mapping[str, str]
     head: str
+    metrics_port: int
+    """Of the head, where its drivers' metrics are."""
     nodes: list[Node] = field(default_factory=list)
 
     def join(self, cpus: int) -> Node:
         """One more node. Of nodes of one machine that start at once some may never join, so this
         returns when it has."""
-        return self._start(cpus, f"--address={self.head}")
+        return self._start(cpus, f"--address={self.head}", "--metrics-export-port=0")
 
     def _start(self, cpus: int, *options: str) -> Node:
         node = _node(self.environment, cpus, *options)
@@ -86,6 +97,12 @@ class Cluster:
     def run(self, *argv: object, **env: str) -> subprocess.CompletedProcess[str]:
         """The same, to its end."""
         return finished(self.start(*argv, **env))
+
+    def metrics(self) -> str:
+        """The head's, as Prometheus scrapes them."""
+        url = f"http://127.0.0.1:{self.metrics_port}/metrics"
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return str(answer.read().decode())
 
     def call(self, method: str, path: str) -> str:
         """Ask the dashboard's API."""
@@ -115,15 +132,15 @@ def ray_nodes(count: int, cpus: int = 1, head_cpus: int | None = None) -> Iterat
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "RAY_metrics_report_interval_ms": "500",
     }
     # A short path: Ray's sockets live below it, and a socket's path has at most 107 characters.
     folder = f"/tmp/rm-{os.getpid()}-{port}"
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
-    cluster = Cluster(environment, f"127.0.0.1:{port}")
+    cluster = Cluster(environment, f"127.0.0.1:{port}", free_port())
+    head += ["--dashboard-host=127.0.0.1", f"--metrics-export-port={cluster.metrics_port}"]
     try:
-        cluster._start(
-            cpus if head_cpus is None else head_cpus, *head, "--dashboard-host=127.0.0.1"
-        )
+        cluster._start(cpus if head_cpus is None else head_cpus, *head)
         for _ in range(count - 1):
             cluster.join(cpus)
         _wait_for(dashboard)
@@ -145,7 +162,7 @@ def _node(environment: Mapping[str, str], cpus: int, *options: str) -> Node:
         [
             *(str(BIN / "ray"), "start", "--block", f"--num-cpus={cpus}", *options),
             # Nodes of one machine, and another Ray on it, would take the same default ports.
-            *(f"--dashboard-agent-listen-port={free_port()}", "--metrics-export-port=0"),
+            f"--dashboard-agent-listen-port={free_port()}",
             *("--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=100000000"),
         ],
         # A node is given the address of its own; RAY_ADDRESS would say otherwise.

@@ -87,6 +87,7 @@ def run(
     data = config_data(world, cluster=dict(LOCAL))
     data["tasks"][0]["checkpoint"] = served.format("colour")
     data["card"] = {"authors": [f"Ada <{served.format('ada')}>"], "license": "mit"}
+    data["tracking"] = {"tensorboard": True, "wandb": {"mode": "offline"}}
     config = write_config(tmp_path / "c.yaml", data)
     raymerge, out = Commands(capsys), tmp_path / "out"
     ran = raymerge.ok("merge", config, "--output", out, "--also", "hf")
@@ -137,7 +138,7 @@ def test_what_is_published_names_no_place_of_this_machine(
     assert not copy.exists()
     assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     assert {"config.yaml", "README.md", "report.html", "hf/model.safetensors"} <= names
-    assert not any(name.startswith("state") for name in names)
+    assert not any(name.startswith(("state", "tensorboard", "wandb")) for name in names)
     places = (str(world.root), str(out.parent), "/home/", "10.0.0.7", "head.example")
     for name, text in texts.items():
         for place in places:

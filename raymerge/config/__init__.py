@@ -40,9 +40,11 @@ from raymerge.config.schema import (
     OptimizerConfig,
     StateConfig,
     TaskConfig,
+    TrackingConfig,
     VectorDtype,
     VectorLocation,
     VectorsConfig,
+    WandbConfig,
 )
 
 __all__ = [
@@ -73,11 +75,13 @@ __all__ = [
     "TaskArithmetic",
     "TaskConfig",
     "Ties",
+    "TrackingConfig",
     "TrimScope",
     "Tsv",
     "VectorDtype",
     "VectorLocation",
     "VectorsConfig",
+    "WandbConfig",
     "Wudi",
     "ZeroShot",
     "dump_config",

@@ -244,6 +244,26 @@ class CardConfig(Frozen):
         return given and redacted(given)
 
 
+class WandbConfig(Frozen):
+    """Weights & Biases. The key comes from ``wandb login`` or WANDB_API_KEY, never from here."""
+
+    project: str = Field(default="raymerge", min_length=1)
+    entity: str | None = None
+    """The user or team; default: the key's own."""
+    name: str | None = None
+    """What the run is called there; default: the output folder's name."""
+    mode: Literal["online", "offline"] = "online"
+    """``offline`` writes below the output folder, for ``wandb sync``."""
+
+
+class TrackingConfig(Frozen):
+    """Who else is told of each step. What they are told decides nothing."""
+
+    tensorboard: bool = False
+    """Event files in ``tensorboard/`` of the output folder."""
+    wandb: WandbConfig | None = None
+
+
 class StateConfig(Frozen):
     """How often λ and the optimiser's moments are saved for ``--resume``."""
 
@@ -263,6 +283,7 @@ class Config(Frozen):
     seed: int = Field(default=0, ge=0)
     cluster: ClusterConfig = ClusterConfig()
     state: StateConfig = StateConfig()
+    tracking: TrackingConfig = TrackingConfig()
     finetune: FinetuneConfig | None = None
     """For ``raymerge finetune``; default: the task-vectors recipe."""
     card: CardConfig = CardConfig()

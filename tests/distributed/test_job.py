@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from commands import config_data, read_steps, write_config
+from commands import config_data, read_json, read_steps, write_config
+from dashboard import GRAFANA, metric_names
+from prometheus_client.parser import text_string_to_metric_families
 from ray_nodes import Cluster, finished, ray_nodes
 from world import World
 
@@ -127,6 +129,36 @@ def _stop(cluster: Cluster, job: str) -> str:
     cluster.call("POST", f"/api/jobs/{job}/stop")
     _wait_for(lambda: "STOPPED" in cluster.call("GET", f"/api/jobs/{job}"))
     return cluster.call("GET", f"/api/jobs/{job}")
+
+
+def test_what_the_dashboard_draws_is_scraped_from_a_run(
+    world: World, cluster: Cluster, tmp_path: Path
+) -> None:
+    """By way of a survived failure, which is told as well."""
+    output = tmp_path / "merged"
+    config = write_config(tmp_path / "merge.yaml", _sharded(world, output))
+    submit = ("raymerge", "submit", config, "-o", "optimizer.steps=100000", "--no-wait")
+    job = cluster.run(*submit).stdout.strip()
+    _wait_for(lambda: list((output / "state").glob("step-*")))
+    cluster.nodes[1].workers("MergeWorker")[0].kill()
+    expected = metric_names(read_json(GRAFANA)) - {"ray_raymerge_skipped_steps_total"}
+    _wait_for(lambda: expected <= _scraped(cluster).keys())
+    found = _scraped(cluster)
+    assert found["ray_raymerge_failures_total"] == [({"run": "merged", "kind": "worker"}, 1.0)]
+    assert found["ray_raymerge_steps"] == [({"run": "merged"}, 100000.0)]
+    tasks = {labels["task"] for labels, _ in found["ray_raymerge_entropy"]}
+    assert tasks == {"colour", "shade", "tone", "shape"}
+    _stop(cluster, job)
+
+
+def _scraped(cluster: Cluster) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """By name, each series' labels of ours and its value."""
+    found = defaultdict(list)
+    for family in text_string_to_metric_families(cluster.metrics()):
+        for sample in family.samples:
+            ours = {k: v for k, v in sample.labels.items() if k in ("run", "task", "phase", "kind")}
+            found[sample.name].append((ours, sample.value))
+    return found
 
 
 def test_what_the_job_finds_wrong_is_its_line_and_exit_code(
