@@ -38,7 +38,7 @@ from raymerge.merging.objectives import entropy, probability_sum
 from raymerge.merging.optimizer import Adam, AdamState
 from raymerge.merging.registry import granularity_of, method_of
 from raymerge.merging.ties import TiesStatistics
-from raymerge.messages import Incident, Loss, StepRequest, StepResult, VectorStorage
+from raymerge.messages import Incident, Loss, Pulse, StepRequest, StepResult, VectorStorage
 from raymerge.progress import progress_bar
 from raymerge.vectors import read_vectors
 from raymerge.watch import Watch
@@ -56,12 +56,14 @@ class MergedModule:
 
     ``lambdas``: (K, L) float64, one row a model in the order of ``experts``; (1, L) where the
     method has merged them into one vector. ``records``: one a step, of methods that learn.
+    ``incidents``: the failures of workers that were survived.
     """
 
     state_dict: Mapping[str, Tensor]
     lambdas: Tensor
     layers: tuple[str, ...]
     records: Sequence[StepRecord]
+    incidents: Sequence[Incident] = ()
 
 
 def merge_module(
@@ -83,7 +85,8 @@ def merge_module(
     ``batches`` (by task, unlabeled; a step uses one of each) with ``logits``. ``merged``: which
     tensors of the state dict are merged (say, all but the tasks' own heads); default: all floating
     point ones. ``workers``: 0 for this process, else so many Ray actors among which the tasks are
-    split; then everything given must be picklable.
+    split; then everything given must be picklable. A worker that is lost is replaced, and its step
+    repeated.
 
     In a config's terms the batches' sizes are the user's, so ``optimizer.batch_size`` counts for
     nothing. Raises :class:`UserError` before any work where the input is wrong.
@@ -104,11 +107,12 @@ def merge_module(
     scaling = kept.scaling(chosen, len(experts))
     start = torch.full((rows, len(layers.names)), scaling, dtype=torch.float64)
     records: list[StepRecord] = []
+    incidents: Sequence[Incident] = ()
     if isinstance(chosen, AdaMerging):
         task = _Task(model, files, basis, layers, _loss(chosen), options.batches, seed)
-        start = _learn(task, chosen, options, batches, logits, start, workers, records)
+        start, incidents = _learn(task, chosen, options, batches, logits, start, workers, records)
     state = _merged_state(model, files, basis, layers, start)
-    return MergedModule(state, start, layers.names, records)
+    return MergedModule(state, start, layers.names, records, incidents)
 
 
 # --- what the user gives -----------------------------------------------------------------------
@@ -318,8 +322,8 @@ def _learn(
     start_KL: Tensor,
     workers: int,
     records: list[StepRecord],
-) -> Tensor:
-    """λ after ``options.steps`` steps, as the merge uses it."""
+) -> tuple[Tensor, Sequence[Incident]]:
+    """λ after ``options.steps`` steps, as the merge uses it, and what was survived."""
     names = task.files.names
     given = _given(task, names, batches, logits)
     optimizer = Adam(
@@ -341,7 +345,7 @@ def _learn(
             progress(1)
 
         state = learn(group, optimizer, AdamState.start(start_KL), options.steps, watch, observe)
-    return optimizer.effective(state.lambdas)
+        return optimizer.effective(state.lambdas), tuple(group.incidents)
 
 
 def _given(
@@ -429,6 +433,7 @@ class ModuleWorker:
     task: _Task
     given: Given
     _teachers: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _since: float = 0.0
 
     def __post_init__(self) -> None:
         task, files = self.task, self.task.files
@@ -456,9 +461,13 @@ class ModuleWorker:
     def _logits(self, task: int, batch: Batch) -> Tensor:
         return self.given.logits(self._flat.module, batch, self.task.files.names[task]).float()
 
+    def ping(self) -> Pulse:
+        """It answers while it works."""
+        return Pulse("step", time.perf_counter() - self._since)
+
     def step(self, request: StepRequest) -> StepResult:
         """The gradient, and the means over its tasks' batches, of one step at the request's λ."""
-        began = time.perf_counter()
+        began = self._since = time.perf_counter()
         names, layers = self.task.files.names, self.task.layers
         self._vectors.merge(torch.from_numpy(request.lambdas), self._flat.theta_P)
         self._flat.gradient_P.zero_()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Generic, TypeVar
 
 import ray
 from ray.exceptions import RayError
 
+from raymerge.config import ClusterConfig
 from raymerge.distributed.failures import Loss, loss_of
 from raymerge.messages import Pulse
 
@@ -18,6 +21,7 @@ W = TypeVar("W", bound=Hashable)
 
 _TICK_S = 1.0
 _GRACE_S = 0.5  # for what died with it to be known as well
+_FIRST_STEP_S, _SHORTEST_STEP_S, _STEP_MEDIANS = 600.0, 60.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,28 @@ class Limits:
     hang_s: float
     key: str
     """The setting that raises ``call_s``."""
+
+
+class StepLimits:
+    """Of a step: what the config says, or several times what the last ones took."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._seconds: deque[float] = deque(maxlen=20)
+
+    def took(self, seconds: float) -> None:
+        self._seconds.append(seconds)
+
+    @property
+    def now(self) -> Limits:
+        given = self._config.step_timeout_s
+        if given != "auto":
+            limit_s = given
+        elif self._seconds:
+            limit_s = max(_SHORTEST_STEP_S, _STEP_MEDIANS * median(self._seconds))
+        else:
+            limit_s = _FIRST_STEP_S
+        return Limits(limit_s, self._config.hang_timeout_s, "cluster.step_timeout_s")
 
 
 def gather(

@@ -9,11 +9,10 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Any
 
 from raymerge.config import ClusterConfig
-from raymerge.distributed.calls import Limits
+from raymerge.distributed.calls import Limits, StepLimits
 from raymerge.distributed.team import LostError, Member, Team
 from raymerge.errors import RunError
 from raymerge.messages import (
@@ -31,8 +30,6 @@ from raymerge.messages import (
 from raymerge.placement import Placement
 from raymerge.progress import Progress
 from raymerge.worker import MergeWorker
-
-_FIRST_STEP_S, _SHORTEST_STEP_S, _STEP_MEDIANS = 600.0, 60.0, 5.0
 
 
 class ActorGroup:
@@ -54,10 +51,10 @@ class ActorGroup:
         config: ClusterConfig,
         worker: type[MergeWorker] = MergeWorker,
     ) -> None:
-        self.spec, self._config = spec, config
+        self.spec = spec
         self._request: LoadRequest | None = None
         self._progress: Progress | None = None
-        self._step_seconds: deque[float] = deque(maxlen=20)
+        self._step_limits = StepLimits(config)
         self._blocks: dict[int, list[StatisticsRequest]] = {}
         self._homes: dict[int, Any] = {}
         self._load_limits = Limits(
@@ -113,7 +110,7 @@ class ActorGroup:
         answers: dict[Member, StepResult] = {}
         stamped = replace(request, generation=generation)
         self._team.ask(
-            "step", self._team.working, stamped, self._step_limits(), answers.__setitem__
+            "step", self._team.working, stamped, self._step_limits.now, answers.__setitem__
         )
         results = [answers[member] for member in self._team.working]
         for result in results:
@@ -122,18 +119,8 @@ class ActorGroup:
                     f"{what}: worker {result.rank} of {self.workers} answered for generation "
                     f"{result.generation}, but this is {generation}"
                 )
-        self._step_seconds.append(time.monotonic() - began)
+        self._step_limits.took(time.monotonic() - began)
         return results
-
-    def _step_limits(self) -> Limits:
-        given = self._config.step_timeout_s
-        if given != "auto":
-            limit_s = given
-        elif self._step_seconds:
-            limit_s = max(_SHORTEST_STEP_S, _STEP_MEDIANS * median(self._step_seconds))
-        else:
-            limit_s = _FIRST_STEP_S
-        return Limits(limit_s, self._config.hang_timeout_s, "cluster.step_timeout_s")
 
     def evaluate(
         self, request: EvaluateRequest, progress: Progress | None = None

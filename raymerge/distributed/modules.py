@@ -1,39 +1,118 @@
-"""Workers of ``merge_module`` as Ray actors."""
+"""Workers of ``merge_module`` as Ray actors: no process groups, and each has its own tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
-from raymerge.errors import RaymergeError, RunError, WorkerLostError
+from raymerge.config import ClusterConfig
+from raymerge.distributed.calls import Call, StepLimits, gather, ping
+from raymerge.distributed.failures import Budget, Loss, loss_of, worst
+from raymerge.errors import RunError, WorkerLostError
 from raymerge.messages import Incident, StepRequest, StepResult
+
+_OPTIONS = {
+    "num_cpus": 1,
+    "max_restarts": 0,
+    "max_task_retries": 0,
+    "max_concurrency": 1,
+    "concurrency_groups": {"control": 2},
+}
 
 
 class ModuleActors:
-    """One actor for each of ``shares``, made as ``worker(task, share)``; a ``driver.Stepper``."""
+    """One actor for each of ``shares``, made as ``worker(task, share)``; a ``driver.Stepper``.
 
-    def __init__(self, worker: Callable[..., Any], task: Any, shares: Sequence[Any]) -> None:
+    A lost one is made again and the step repeated, as far as ``config`` allows; else, and when
+    none is ready within ``cluster.start_timeout_s``, it raises
+    :class:`~raymerge.errors.WorkerLostError`.
+    """
+
+    def __init__(
+        self,
+        worker: Callable[..., Any],
+        task: Any,
+        shares: Sequence[Any],
+        config: ClusterConfig | None = None,
+    ) -> None:
         self.workers = len(shares)
-        self.incidents: Sequence[Incident] = ()
-        remote: Any = ray.remote(worker)
-        options = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
-        held = ray.put(task)
-        self._actors = [remote.options(**options).remote(held, share) for share in shares]
+        self.incidents: list[Incident] = []
+        self._config = config or ClusterConfig()
+        self._limits, self._budget = StepLimits(self._config), Budget.of(self._config)
+        self._shares, self._task = shares, ray.put(task)
+        self._remote: Any = ray.remote(**_OPTIONS)(worker)
+        self._actors: dict[int, Any] = {}
+        try:
+            self._start(range(self.workers))
+        except BaseException:
+            self.close()
+            raise
 
     def step(self, request: StepRequest) -> list[StepResult]:
-        try:
-            return list(ray.get([actor.step.remote(request) for actor in self._actors]))
-        except RayTaskError as error:
-            if isinstance(error.cause, RaymergeError):
-                raise error.cause from None
-            raise RunError(f"a worker failed: {str(error).strip().splitlines()[-1]}") from error
-        except RayError as error:
-            lines = str(error).strip().splitlines()
-            raise WorkerLostError(f"a worker died: {lines[0][:80]} … {lines[-1][:160]}") from error
+        what = f"step {request.step + 1}"
+        while True:
+            began = time.monotonic()
+            answers: dict[int, StepResult] = {}
+            calls = {
+                rank: Call(actor, actor.step.remote(request))
+                for rank, actor in self._actors.items()
+            }
+            losses = gather(calls, self._limits.now, answers.__setitem__)
+            if not losses:
+                self._limits.took(time.monotonic() - began)
+                self._budget.progressed()
+                return [answers[rank] for rank in range(self.workers)]
+            self._mend(losses, what, began)
 
     def close(self) -> None:
-        for actor in self._actors:
+        for actor in self._actors.values():
             ray.kill(actor)
+
+    def _mend(self, losses: Mapping[int, Loss], what: str, began: float) -> None:
+        """Make the lost ones again; those that are well need only be asked again."""
+        found_out, cause = time.monotonic(), worst(losses.values())
+        ranks = tuple(sorted(rank for rank, loss in losses.items() if loss.kind == cause.kind))
+        refusal = self._budget.charge(cause.kind)
+        if refusal is not None:
+            raise WorkerLostError(f"worker {ranks[0]} {cause.reason} during {what} ({refusal})")
+        self._start([rank for rank, loss in losses.items() if loss.gone])
+        recovered = time.monotonic() - found_out
+        self.incidents.append(
+            Incident(what, cause.kind, ranks, cause.reason, found_out - began, recovered,
+                     self.workers)
+        )  # fmt: skip
+
+    def _start(self, ranks: Collection[int]) -> None:
+        """Make the actors of these shares, again where one dies on the way, until all answer."""
+        deadline = time.monotonic() + self._config.start_timeout_s
+        hellos = {self._hire(rank): rank for rank in ranks}
+        while hellos:
+            left_s = max(0.0, deadline - time.monotonic())
+            done, _ = ray.wait(list(hellos), timeout=left_s)
+            if not done:
+                raise WorkerLostError(
+                    f"worker {min(hellos.values())} was not ready within "
+                    f"{self._config.start_timeout_s:g} s; lower workers to what the machine holds"
+                )
+            rank = hellos.pop(done[0])
+            try:
+                ray.get(done[0])
+            except RayError as error:
+                self._require_another_start(rank, loss_of(error))
+                hellos[self._hire(rank)] = rank
+
+    def _hire(self, rank: int) -> Any:
+        """In place of the one before, if any; its first sign of life."""
+        if rank in self._actors:
+            ray.kill(self._actors[rank])
+        self._actors[rank] = self._remote.remote(self._task, self._shares[rank])
+        return ping(self._actors[rank])
+
+    def _require_another_start(self, rank: int, loss: Loss) -> None:
+        refusal = self._budget.charge("start")
+        if refusal is not None:
+            raise RunError(f"worker {rank} {loss.reason} before it was ready ({refusal})")
