@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,19 +44,27 @@ class Node:
 
     def lose(self) -> None:
         """SIGKILL all of it at once, as when a machine's plug is pulled."""
-        for process in [self.process, *self.process.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        _kill([self.process, *self._below()])
+
+    def _below(self) -> list[psutil.Process]:
+        """Its processes; none once it has ended."""
+        with suppress(psutil.NoSuchProcess):
+            return list(self.process.children(recursive=True))
+        return []
 
     def end(self) -> None:
         """As its user does; what a fault has left of it is killed."""
-        left = self.process.children(recursive=True) if self.process.is_running() else []
+        left = self._below()
         with suppress(psutil.NoSuchProcess):
             self.process.terminate()
             self.process.wait(timeout=60)
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        _kill(left)
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @dataclass(frozen=True)
