@@ -156,6 +156,27 @@ def test_a_lost_raylet_is_a_lost_worker(
     assert torch.equal(run.lambdas, undisturbed)
 
 
+def test_a_node_that_falls_silent_is_left_behind_even_when_it_comes_back(
+    cluster: Cluster, undisturbed: torch.Tensor, world: World, tmp_path: Path
+) -> None:
+    """As when its network is cut, and mended once the run has found another node."""
+    run = Run(cluster, world, tmp_path / "merged", max_worker_failures=1, hang_timeout_s=3)
+    process = run.start()
+    wait_for(run.saved)
+    with stopped(process):
+        cluster.join(1)
+    silent = next(node for node in cluster.nodes if node.workers("MergeWorker"))
+    silent.freeze()
+    then = run.saved()
+    wait_for(lambda: run.saved() > then + EVERY)
+    silent.thaw()
+    run.require(process)
+    (incident,) = run.incidents
+    assert incident["kind"] == "worker"
+    assert torch.equal(run.lambdas, undisturbed)
+    wait_for(lambda: not silent.workers("MergeWorker"))
+
+
 def test_calls_lost_on_their_way_cost_nothing(
     cluster: Cluster, undisturbed: torch.Tensor, world: World, tmp_path: Path
 ) -> None:
