@@ -1,6 +1,6 @@
 """Faults put into the code itself, which the tests must catch: `python tests/faults/mutants.py`.
 
-Each mutant is a copy of the package with a few lines changed, and the tests that are to fail on it.
+Each mutant is a copy of the project with a few lines changed, and the tests that are to fail on it.
 They must pass on the code as it is. Writes JSON; exits 1 where a mutant lives.
 """
 
@@ -133,12 +133,12 @@ def mutate(mutant: Mutant, package: Path) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def tests_pass(tests: Sequence[str], package_root: Path) -> bool:
-    """On the package in this folder."""
+def tests_pass(tests: Sequence[str], project: Path) -> bool:
+    """In this copy of the project."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "120", *tests],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(package_root)},
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": str(project)},  # before what is installed
         capture_output=True,
         text=True,
         check=False,
@@ -150,11 +150,11 @@ def tests_pass(tests: Sequence[str], package_root: Path) -> bool:
 
 def judge(mutant: Mutant) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as scratch:
-        shutil.copytree(ROOT / "raymerge", Path(scratch) / "raymerge")
-        tests = mutant.tests.split()
-        sound = tests_pass(tests, Path(scratch))
-        mutate(mutant, Path(scratch) / "raymerge")
-        caught = not tests_pass(tests, Path(scratch))
+        project, tests = Path(scratch) / "project", mutant.tests.split()
+        shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
+        sound = tests_pass(tests, project)
+        mutate(mutant, project / "raymerge")
+        caught = not tests_pass(tests, project)
     verdict = "caught" if caught and sound else "LIVES" if sound else "fails without the mutant"
     print(f"{verdict}: {mutant.name}", flush=True)
     return {**asdict(mutant), "verdict": verdict}
