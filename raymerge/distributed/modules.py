@@ -20,6 +20,7 @@ _OPTIONS = {
     "max_restarts": 0,
     "max_task_retries": 0,
     "max_concurrency": 1,
+    "enable_task_events": False,
     "concurrency_groups": {"control": 2},
 }
 

@@ -58,7 +58,9 @@ def found(places: Sequence[Place]) -> bool:
 def create(worker: type[MergeWorker], spec: WorkerSpec, placement: Placement, place: Place) -> Any:
     """The plain class becomes an actor here, and only here.
 
-    Ray's own restart would re-run ``__init__`` alone, outside the group's generation: it is off.
+    Ray's own restart would re-run ``__init__`` alone, outside the group's generation: it is off. So
+    is its record of every call, of which the head keeps a hundred thousand: two a step and worker
+    are soon hundreds of megabytes.
     """
     options = {
         "num_cpus": placement.cpus_per_worker,
@@ -66,6 +68,7 @@ def create(worker: type[MergeWorker], spec: WorkerSpec, placement: Placement, pl
         "max_restarts": 0,
         "max_task_retries": 0,
         "max_concurrency": 1,
+        "enable_task_events": False,
         "concurrency_groups": {"control": 2},
         "scheduling_strategy": PlacementGroupSchedulingStrategy(
             placement_group=place.reserved, placement_group_bundle_index=place.bundle
