@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,8 +67,13 @@ def test_steps_that_are_taken_again_are_there_once(tmp_path: Path) -> None:
     assert _steps(events, "failures/worker") == [2]
 
 
-def test_a_merge_that_is_told_of_is_the_same_merge(world: World, tmp_path: Path) -> None:
-    """λ to the bit; every step and the scores are told; no name of this machine is among it."""
+def test_a_merge_that_is_told_of_is_the_same_merge(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """λ to the bit; every step and the scores are told; no name of this machine is among it, and
+    the key stays where it was."""
+    key = secrets.token_hex(20)
+    monkeypatch.setenv("WANDB_API_KEY", key)
     told = merge(world.parse(tmp_path / "told", tracking=BOTH))
     alone = merge(world.parse(tmp_path / "alone"))
     assert told.lambdas is not None
@@ -82,6 +88,8 @@ def test_a_merge_that_is_told_of_is_the_same_merge(world: World, tmp_path: Path)
         assert name in sent
     for private in (str(tmp_path), str(world.root), socket.gethostname()):
         assert private.encode() not in sent
+    for file in (tmp_path / "told").rglob("*"):
+        assert not file.is_file() or key.encode() not in file.read_bytes(), file
 
 
 def test_a_run_keeps_its_name_there_and_one_that_replaces_it_has_its_own(
