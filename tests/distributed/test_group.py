@@ -15,6 +15,7 @@ from group_requests import layer_names, load_request, worker_spec
 from world import World
 
 from raymerge.config import ClusterConfig
+from raymerge.distributed.calls import is_free
 from raymerge.distributed.group import ActorGroup
 from raymerge.driver import LocalGroup
 from raymerge.errors import RunError, UserError, WorkerLostError
@@ -161,6 +162,21 @@ def test_a_silent_worker_is_named_after_the_deadline(world: World) -> None:
                 group.step(StepRequest(0, np.full((4, len(layer_names(world))), 0.3)))
         finally:
             os.kill(pid, signal.SIGCONT)
+    finally:
+        group.close()
+
+
+def test_a_worker_that_says_nothing_is_not_taken_to_be_free(world: World) -> None:
+    group = _group(world, 1)
+    try:
+        actor = group._team.working[0].actor
+        assert is_free(actor)
+        os.kill(_pid(group, 0), signal.SIGSTOP)
+        try:
+            assert not is_free(actor)
+        finally:
+            os.kill(_pid(group, 0), signal.SIGCONT)
+        assert is_free(actor)
     finally:
         group.close()
 

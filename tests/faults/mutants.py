@@ -106,6 +106,13 @@ MUTANTS = (
         "tests/test_collectives.py",
     ),
     Mutant(
+        "a worker that answers no ping is taken to be free",
+        "distributed/calls.py",
+        (("return pulse is not None and not pulse.waits_for_peers\n",
+          "return pulse is None or not pulse.waits_for_peers\n"),),
+        "tests/distributed/test_group.py -k says_nothing",
+    ),
+    Mutant(
         "a successor does not load",
         "distributed/group.py",
         (("missing = [member for member in self._team.working if member.report is None]",
