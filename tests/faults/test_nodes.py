@@ -68,6 +68,7 @@ class Run:
     def require(self, process: subprocess.Popen[str]) -> None:
         done = finished(process)
         assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.startswith("AdaMerging")  # Ray's own words are not among the results
         assert read_steps(self.output / "metrics.jsonl") == list(range(1, STEPS + 1))
 
     def saved(self) -> int:
