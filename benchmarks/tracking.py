@@ -1,0 +1,79 @@
+"""What it costs a step to tell it to each listener, in microseconds.
+
+python benchmarks/tracking.py [--tasks 8] [--steps 2000] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from measure import machine, median, say
+
+from raymerge.config import WandbConfig, parse_config
+from raymerge.distributed.cluster import connected
+from raymerge.distributed.metrics import RayMetrics
+from raymerge.driver import StepRecord
+from raymerge.tracking import TensorBoard, Tracker, Wandb
+
+PHASES = ("merge", "gather", "compute", "reduce", "inner_products")
+
+
+def record(step: int, tasks: int) -> StepRecord:
+    names = [f"task{k}" for k in range(tasks)]
+    values = {name: (step + 1) / (k + 1) for k, name in enumerate(names)}
+    return StepRecord(step, 1.0, values, values, values, 0.1, dict.fromkeys(PHASES, 0.02))
+
+
+@contextmanager
+def listeners(folder: Path) -> Iterator[dict[str, Tracker]]:
+    """With a Ray, where metrics go somewhere."""
+    tasks = [{"name": "a", "checkpoint": "a.pt", "classnames": ["x", "y"]}]
+    config = parse_config({"model": "local-dir:m", "tasks": tasks}, root=folder)
+    with connected(None, 2):
+        out: dict[str, Tracker] = {
+            "Ray's metrics": RayMetrics("benchmark", 1),
+            "TensorBoard": TensorBoard(folder / "tensorboard", 0),
+            "Weights & Biases, offline": Wandb(WandbConfig(mode="offline"), folder, config),
+        }
+        try:
+            yield out
+        finally:
+            for each in out.values():
+                each.close(failed=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    say(**machine())
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, secrets.token_hex(4))
+        folder.mkdir()
+        with listeners(folder) as trackers:
+            seconds = {
+                name: [told(tracker, args.steps, args.tasks) for _ in range(args.rounds)]
+                for name, tracker in trackers.items()
+            }
+    for name, taken in seconds.items():
+        say(case=name, tasks=args.tasks, us_a_step=1e6 * median(taken) / args.steps)
+
+
+def told(tracker: Tracker, steps: int, tasks: int) -> float:
+    """Seconds of so many steps."""
+    began = time.perf_counter()
+    for step in range(steps):
+        tracker.observe(record(step, tasks), 2, ())
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
