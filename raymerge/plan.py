@@ -58,6 +58,7 @@ from raymerge.merging.registry import (
 from raymerge.messages import VectorStorage
 from raymerge.outline import Outlined, fetch_checkpoints, outlined, remote_checkpoints
 from raymerge.placement import Placement, Resources, place, require_work
+from raymerge.tracking import require_trackers
 from raymerge.urls import public
 
 _FLOAT_BYTES = 4
@@ -205,6 +206,7 @@ def check(
         pretrained, leftovers = opened if opened is not None else (None, 0)
     rows = [_check_task(config, k, pretrained, found, experts) for k in range(len(config.tasks))]
     found.attempt(lambda: _check_method(config))
+    found.attempt(lambda: require_trackers(config.tracking))
     if pretrained is not None:
         fitting = pretrained
         found.attempt(lambda: _check_fit(config, fitting))

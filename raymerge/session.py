@@ -29,6 +29,7 @@ from raymerge.config import (
     FwSoft,
     Individual,
     Ties,
+    TrackingConfig,
     ZeroShot,
 )
 from raymerge.convert import Also, require_also, write_also
@@ -56,7 +57,7 @@ from raymerge.plan import Plan, local_resources, make_plan, require_one_group
 from raymerge.progress import progress_bar
 from raymerge.rundir import Recorder, RunFolder
 from raymerge.state import StateStore, fingerprint
-from raymerge.tracking import Tracking, require_trackers
+from raymerge.tracking import Tracking
 from raymerge.urls import is_remote
 from raymerge.watch import Watch
 
@@ -102,7 +103,6 @@ def merge(
     folder.check(config, resume=resume, overwrite=overwrite)
     plan = make_plan(config, known_resources(config))
     require_also(plan.resolved, also)
-    require_trackers(config.tracking)
     merging = Merging(config, plan)
     if also and not merging.merges:
         raise UserError(f"--also {also[0]}: method {config.method.name} writes no model")
@@ -243,7 +243,8 @@ def evaluate(config: Config, model: str | None = None) -> dict[str, TaskScore]:
     own = model == "individual"
     tasks = tuple(task.model_copy(update={"adapt": None}) for task in config.tasks)
     method = Individual(name="individual") if own else ZeroShot(name="zero_shot")
-    config = config.model_copy(update={"tasks": tasks, "method": method, "output": None})
+    untold = {"output": None, "tracking": TrackingConfig()}
+    config = config.model_copy(update={"tasks": tasks, "method": method, **untold})
     plan = make_plan(config, known_resources(config), experts=own)
     if model is not None and not own:
         pretrained, _ = open_pretrained(plan.resolved)

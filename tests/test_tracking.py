@@ -181,6 +181,9 @@ def test_without_a_key_the_run_does_not_begin(world: World, tmp_path: Path) -> N
         tmp_path / "merge.yaml", tracking={"wandb": {}}, output=str(tmp_path / "out")
     )
     argv = (script(), "merge", config)
+    planned = process((script(), "plan", config), HOME=str(tmp_path), WANDB_API_KEY="", NETRC="/no")
+    assert (planned.returncode, planned.stdout) == (2, "")
+    assert planned.stderr.splitlines()[-1].startswith("raymerge: error: tracking.wandb: not logged")
     done = process(argv, HOME=str(tmp_path), WANDB_API_KEY="", NETRC="/nonexistent")
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("raymerge: error: tracking.wandb: not logged in")
