@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +22,8 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from raymerge.errors import PeerLostError
 from raymerge.messages import Rendezvous
+
+_LOOK_S = 0.005
 
 
 class Collective:
@@ -48,11 +51,12 @@ class Collective:
     def join(self, where: Rendezvous, rank: int, world: int, device: torch.device) -> None:
         """Build the process group with its ``world`` peers; blocks until all have joined."""
         self.leave()
+        self._aborted = False
         if where.interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = where.interface
         with _peers():
             store = PrefixStore(where.prefix, self._meeting_place(where, rank, world))
-            store.set_timeout(timedelta(seconds=where.join_timeout_s))
+            self._await_all(store, where, rank, world)
             dist.init_process_group(
                 backend="nccl" if device.type == "cuda" else "gloo",
                 store=store,
@@ -60,7 +64,24 @@ class Collective:
                 world_size=world,
                 timeout=timedelta(seconds=where.timeout_s),
             )
-        self.rank, self.world, self._aborted = rank, world, False
+        self.rank, self.world = rank, world
+        with self._lock:
+            if self._aborted:
+                _disconnect()
+                raise PeerLostError("the process group was aborted while it formed")
+
+    def _await_all(self, store: PrefixStore, where: Rendezvous, rank: int, world: int) -> None:
+        """Until every rank is there. torch would wait as long as for a collective, and could not
+        be freed; and a group that it fails to form has a number of its own, under which those that
+        come later look for it in vain."""
+        store.set(f"rank{rank}", "here")
+        deadline = time.monotonic() + where.join_timeout_s
+        while not store.check([f"rank{other}" for other in range(world)]):
+            if self._aborted:
+                raise PeerLostError("the process group was aborted before it formed")
+            if time.monotonic() > deadline:
+                raise PeerLostError(f"not all peers came within {where.join_timeout_s:g} s")
+            time.sleep(_LOOK_S)
 
     def _meeting_place(self, where: Rendezvous, rank: int, world: int) -> TCPStore:
         if rank == 0 and self._store is not None:

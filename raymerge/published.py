@@ -88,9 +88,11 @@ def _named(text: str) -> str:
 
 
 def public_config(data: dict[str, Any]) -> dict[str, Any]:
-    """A config as plain data without places; nor does it say which cluster ran it."""
+    """A config as plain data without places; nor does it say which cluster ran it, or whose
+    account was told."""
     shown: dict[str, Any] = redacted_values(without_places(data))
     shown.get("cluster", {}).pop("address", None)
+    shown.pop("tracking", None)
     return shown
 
 

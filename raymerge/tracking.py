@@ -64,11 +64,13 @@ def _require_login() -> None:
     """Without a key wandb would ask for one at the terminal, and wait."""
     import wandb
 
-    if not wandb.login(prompt=False):
-        raise UserError(
-            "tracking.wandb: not logged in; run `wandb login`, set WANDB_API_KEY, or set "
-            "tracking.wandb.mode: offline"
-        )
+    remedy = "run `wandb login`, set WANDB_API_KEY, or set tracking.wandb.mode: offline"
+    try:
+        known = wandb.login(prompt=False)
+    except wandb.Error as error:
+        raise UserError(f"tracking.wandb: {_line(error)}; {remedy}") from None
+    if not known:
+        raise UserError(f"tracking.wandb: not logged in; {remedy}")
 
 
 def remove_tracks(output: Path) -> None:
@@ -87,7 +89,7 @@ class Tracking:
     def __init__(self, config: Config, output: Path, group: Stepper | None, steps: int) -> None:
         self._config, self._output, self._group, self._steps = config, output, group, steps
         self._trackers: dict[str, Tracker] = {}
-        self._told = 0
+        self._told = 0 if group is None else len(group.incidents)
 
     def __enter__(self) -> Tracking:
         return self
@@ -138,7 +140,10 @@ class Tracking:
         try:
             action(*args)
         except Exception as error:  # of a library, or of the network or disk beneath it
-            self._trackers.pop(name, None)
+            failed = self._trackers.pop(name, None)
+            if failed is not None:
+                with suppress(Exception):
+                    failed.close(failed=True)
             logger.warning("%s: %s; the run goes on without it", name, _line(error))
 
 
@@ -224,6 +229,7 @@ class Wandb:
             entity=given.entity,
             name=given.name or output.name,
             id=_run_id(output / _WANDB),
+            reinit="create_new",  # one that the caller has open stays as it is
             resume="allow",
             mode=given.mode,
             dir=str(output),

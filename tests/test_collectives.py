@@ -88,6 +88,23 @@ def test_a_live_peer_that_aborts_frees_the_one_that_waits_and_both_join_again(
         other.join()
 
 
+def test_a_rank_that_waits_for_the_others_to_come_can_be_freed_and_does_not_wait_for_ever() -> None:
+    collective, device = Collective(), torch.device("cpu")
+    port = collective.open_store("127.0.0.1", 2)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(collective.join, _meeting(port, 0), 0, 2, device)
+        time.sleep(WAITS_S)
+        assert not waiting.done()
+        collective.abort()
+        with pytest.raises(PeerLostError, match="aborted before it formed"):
+            waiting.result(timeout=FREE_S)
+    alone = Rendezvous("127.0.0.1", port, "run/0/gen1", timeout_s=600.0, join_timeout_s=WAITS_S)
+    began = time.monotonic()
+    with pytest.raises(PeerLostError, match=r"not all peers came within 0\.3 s"):
+        collective.join(alone, 0, 2, device)
+    assert WAITS_S <= time.monotonic() - began < FREE_S
+
+
 def test_a_collective_that_begins_after_an_abort_fails_at_once() -> None:
     collective = Collective()
     collective.world = 2

@@ -19,6 +19,7 @@ from huggingface_hub import HfApi
 from world import World
 
 from raymerge import load_config
+from raymerge.config import TrackingConfig
 from raymerge.published import public_copy, without_places
 
 SECRETS = ("hunter2", "s3cr3t", "t0k3n")
@@ -134,7 +135,9 @@ def test_what_is_published_names_no_place_of_this_machine(
             for file in copy.rglob("*")
             if file.suffix in (".json", ".yaml", ".md", ".html", ".jsonl", ".txt")
         }
-        assert load_config(copy / "config.yaml").task_names == world.parse().task_names
+        public = load_config(copy / "config.yaml")
+        assert public.task_names == world.parse().task_names
+        assert public.tracking == TrackingConfig()  # whose account was told is nobody's business
     assert not copy.exists()
     assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     assert {"config.yaml", "README.md", "report.html", "hf/model.safetensors"} <= names

@@ -149,10 +149,11 @@ def test_each_failure_is_told_once(world: World, tmp_path: Path) -> None:
         def close(self, *, failed: bool) -> None: ...
 
     group, listener = Group(), Listener()
+    group.incidents = (LOST,)  # in a merge before, with the same group
     told = Tracking(world.parse(tmp_path), tmp_path, group, 3)
     told._trackers["it"] = listener
-    for incidents in ((), (LOST,), (LOST,), (LOST, LOST)):
-        group.incidents = incidents
+    for count in (1, 2, 2, 3):
+        group.incidents = (LOST,) * count
         told.observe(_record(1))
     assert listener.heard == [LOST, LOST]
 
@@ -188,6 +189,26 @@ def test_without_a_key_the_run_does_not_begin(world: World, tmp_path: Path) -> N
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("raymerge: error: tracking.wandb: not logged in")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_key_that_is_none_is_one_line(world: World, tmp_path: Path) -> None:
+    config = world.write(tmp_path / "merge.yaml", tracking={"wandb": {}})
+    done = process((script(), "plan", config), HOME=str(tmp_path), WANDB_API_KEY="abc")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("raymerge: error: tracking.wandb: ")
+
+
+def test_a_run_that_the_caller_has_open_stays_as_it_is(world: World, tmp_path: Path) -> None:
+    import wandb
+
+    mine = wandb.init(project="mine", mode="offline", dir=str(tmp_path))
+    try:
+        merge(world.parse(tmp_path / "out", tracking={"wandb": {"mode": "offline"}}))
+        assert wandb.run is mine
+        mine.log({"still": 1})
+        assert "top1" not in dict(mine.summary)
+    finally:
+        mine.finish()
 
 
 def test_scores_have_their_mean() -> None:

@@ -43,17 +43,24 @@ class Limits:
 
 
 class StepLimits:
-    """Of a step: what the config says, or several times what the last ones took."""
+    """Of a step: what the config says, or several times what the last ones took.
+
+    With fewer workers each has more to do, so what is known counts no more.
+    """
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
         self._seconds: deque[float] = deque(maxlen=20)
+        self._workers = 0
 
     def took(self, seconds: float) -> None:
         self._seconds.append(seconds)
 
-    @property
-    def now(self) -> Limits:
+    def of(self, workers: int) -> Limits:
+        """Of the next step, of so many."""
+        if workers < self._workers:
+            self._seconds.clear()
+        self._workers = workers
         given = self._config.step_timeout_s
         if given != "auto":
             limit_s = given

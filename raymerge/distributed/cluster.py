@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import secrets
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -16,8 +16,6 @@ import ray
 
 from raymerge.errors import RunError
 from raymerge.placement import Resources, environment_address
-
-logger = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 200_000_000  # only coefficients and scores travel, a few megabytes at most
 
@@ -43,19 +41,10 @@ def connected(address: str | None, local_cpus: int) -> Iterator[Resources]:
         ) from error
     _restore(terminate)
     try:
-        with redirect_stdout(_Log()):
+        with redirect_stdout(sys.stderr):  # Ray prints what it has to say of a worker's end
             yield _resources(elastic=remote is None)
     finally:
         ray.shutdown()
-
-
-class _Log(io.TextIOBase):
-    """Ray prints what it has to say of a worker's end among the results; here it is logged."""
-
-    def write(self, text: str) -> int:
-        for line in filter(None, map(str.strip, text.splitlines())):
-            logger.info("Ray: %s", line)
-        return len(text)
 
 
 def _restore(handler: Any) -> None:

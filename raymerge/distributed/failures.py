@@ -46,6 +46,7 @@ class Loss:
 
 
 PREEMPTED = Loss("preemption", "was on a node that was taken back")
+UNMET = Loss("interruption", "did not meet its peers")
 DISOBEYED = Loss("worker", "did not let go of a call that its peers had lost")
 
 

@@ -51,12 +51,13 @@ class ActorGroup:
         config: ClusterConfig,
         worker: type[MergeWorker] = MergeWorker,
     ) -> None:
-        self.spec = spec
+        self.spec, self._config = spec, config
         self._request: LoadRequest | None = None
         self._progress: Progress | None = None
         self._step_limits = StepLimits(config)
         self._blocks: dict[int, list[StatisticsRequest]] = {}
         self._homes: dict[int, Any] = {}
+        """Of a task: the actor that knows its earlier blocks, and of how many shards."""
         self._load_limits = Limits(
             config.load_timeout_s, config.hang_timeout_s, "cluster.load_timeout_s"
         )
@@ -82,6 +83,7 @@ class ActorGroup:
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]:
         self._request, self._progress = request, progress
+        self._step_limits = StepLimits(self._config)  # its steps may be heavier
         for member in self._team.working:
             member.report = None
         self._team.survive("load", self._load_missing)
@@ -110,7 +112,11 @@ class ActorGroup:
         answers: dict[Member, StepResult] = {}
         stamped = replace(request, generation=generation)
         self._team.ask(
-            "step", self._team.working, stamped, self._step_limits.now, answers.__setitem__
+            "step",
+            self._team.working,
+            stamped,
+            self._step_limits.of(self.workers),
+            answers.__setitem__,
         )
         results = [answers[member] for member in self._team.working]
         for result in results:
@@ -180,12 +186,15 @@ class ActorGroup:
 
     def _send(self, asked: _Asked) -> None:
         """For RegMean++ a worker must have seen the task's earlier blocks: a new one catches up."""
-        request, actor = asked.request, self._server(asked.request).actor
+        request, server = asked.request, self._server(asked.request)
+        actor, assigned = server.actor, server.spec
         earlier = self._blocks.get(request.task, [])[: request.block]
-        if self._homes.get(request.task) is not actor:
+        # With another number of shards a worker begins anew as well.
+        home = (actor, assigned and assigned.shards)
+        if self._homes.get(request.task) != home:
             for block in earlier:
                 actor.statistics.remote(block)
-        self._homes[request.task] = actor
+        self._homes[request.task] = home
         if request.kind == "block_grams":
             self._blocks[request.task] = [*earlier, request]
         asked.actor, asked.answer = actor, actor.statistics.remote(request)

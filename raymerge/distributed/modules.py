@@ -62,7 +62,7 @@ class ModuleActors:
                 rank: Call(actor, actor.step.remote(request))
                 for rank, actor in self._actors.items()
             }
-            losses = gather(calls, self._limits.now, answers.__setitem__)
+            losses = gather(calls, self._limits.of(self.workers), answers.__setitem__)
             if not losses:
                 self._limits.took(time.monotonic() - began)
                 self._budget.progressed()

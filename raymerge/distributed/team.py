@@ -23,7 +23,7 @@ from ray.util.placement_group import remove_placement_group
 
 from raymerge.config import ClusterConfig
 from raymerge.distributed.calls import Call, Limits, gather, is_free
-from raymerge.distributed.failures import DISOBEYED, PREEMPTED, Budget, Loss, loss_of, worst
+from raymerge.distributed.failures import DISOBEYED, PREEMPTED, UNMET, Budget, Loss, loss_of, worst
 from raymerge.distributed.notices import Notices
 from raymerge.distributed.places import (
     Place,
@@ -110,8 +110,8 @@ class Team:
         self._worker, self._prepare = worker, prepare
         self._run = uuid.uuid4().hex
         self._budget = Budget.of(config)
-        self._notices = Notices()
         self._members = [Member(place) for place in reserve(placement)]
+        self._notices = Notices()
         self._start_limits = Limits(
             config.start_timeout_s, config.hang_timeout_s, "cluster.start_timeout_s"
         )
@@ -174,11 +174,19 @@ class Team:
         if not starting:
             return
         hellos = [member.hello for member in starting]
-        self._greet(ray.wait(hellos, num_returns=len(hellos), timeout=0)[0])
+        for hello in ray.wait(hellos, num_returns=len(hellos), timeout=0)[0]:
+            try:
+                self._greet([hello])
+            except RunError as error:  # the others are well
+                _turn_away([member for member in starting if member.hello == hello], error)
         if regrouped(self._placement, len(self._ready())).workers > len(self.working):
             before = len(self.working)
-            self._form_at_last("regrouping")
-            logger.warning("%d workers again, after %d", len(self.working), before)
+            try:
+                self._form_at_last("regrouping")
+            except UserError as error:  # what the others have loaded was sound
+                _turn_away([member for member in starting if member.where], error)
+                self._form_at_last("regrouping")
+            logger.warning("%d workers now, after %d", len(self.working), before)
 
     @property
     def leaving(self) -> bool:
@@ -260,7 +268,7 @@ class Team:
         return toll
 
     def _give_up(self, member: Member, loss: Loss, toll: Toll) -> None:
-        if member.spec is not None:  # else it had no part in the work
+        if member in self.working:
             toll[member.rank] = self._blamed(member, loss)
         self._replace(member)
 
@@ -385,13 +393,15 @@ class Team:
         ready = self._ready()
         shape = regrouped(self._placement, len(ready))
         self.working = _whole_groups_first(ready, self._placement.shards)[: shape.workers]
-        moved = []
+        for member in ready:
+            if member not in self.working:  # what is asked of the others meanwhile, it misses
+                member.spec = member.report = None
         for rank, member in enumerate(self.working):
             spec = replace(self._spec, rank=rank, workers=shape.workers, shards=shape.shards)
             if member.spec != spec:
                 member.spec, member.report = spec, None
-                moved.append(member)
-        assigned = {member: member.actor.assign.remote(member.spec) for member in moved}
+        # Also to those whose part is the same: the call before may have been lost.
+        assigned = {member: member.actor.assign.remote(member.spec) for member in self.working}
         self.await_answers(assigned, self._start_limits, _ignore)
         if shape.shards > 1:
             for first in range(0, shape.workers, shape.shards):
@@ -420,7 +430,21 @@ class Team:
             )
             for member, where in zip(members, places, strict=True)
         }
-        self.await_answers(joins, self._start_limits, _ignore)
+        joined: set[Member] = set()
+        try:
+            self.await_answers(joins, self._start_limits, lambda member, _: joined.add(member))
+        except LostError as lost:  # torch cannot be told to forget a group that failed to form
+            unmet = [member for member in members if member not in joined]
+            raise LostError(
+                {member: replace(lost.losses.get(member, UNMET), gone=True) for member in unmet}
+            ) from None
+
+
+def _turn_away(members: Sequence[Member], error: Exception) -> None:
+    """Go on without those who came later and cannot take part."""
+    for member in members:
+        _dismiss(member)
+    logger.warning("a worker that came later is left out: %s", error)
 
 
 def _dismiss(member: Member) -> None:
