@@ -72,7 +72,7 @@ def by_value() -> Iterator[None]:
 
 def _group(faults: list[Fault], marks: Path, times: int = 1, **cluster: Any) -> ModuleActors:
     marks.mkdir()
-    given = ClusterConfig(**{"hang_timeout_s": 2.0, **cluster})
+    given = ClusterConfig(**{"hang_timeout_s": 5.0, **cluster})
     return ModuleActors(Fragile, (faults, str(marks), times), [0, 1, 2], given)
 
 
