@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check coverage clean
+.PHONY: demo test faults check coverage clean
 
 demo: $(VENV)/.installed
 	$(BIN)/raymerge demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
+
+# The fault suite in its long form.
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "faults or long"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

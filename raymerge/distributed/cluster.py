@@ -40,11 +40,11 @@ def connected(address: str | None, local_cpus: int) -> Iterator[Resources]:
             "and RAY_AUTH_MODE and RAY_AUTH_TOKEN if the cluster asks for a token"
         ) from error
     _restore(terminate)
-    try:
-        with redirect_stdout(sys.stderr):  # Ray prints what it has to say of a worker's end
+    with redirect_stdout(sys.stderr):  # Ray prints what it has to say of a worker's end
+        try:
             yield _resources(elastic=remote is None)
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def _restore(handler: Any) -> None:

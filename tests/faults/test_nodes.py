@@ -157,6 +157,7 @@ def test_a_lost_raylet_is_a_lost_worker(
     assert torch.equal(run.lambdas, undisturbed)
 
 
+@pytest.mark.long
 def test_a_node_that_falls_silent_is_left_behind_even_when_it_comes_back(
     cluster: Cluster, undisturbed: torch.Tensor, world: World, tmp_path: Path
 ) -> None:
@@ -201,6 +202,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.long
 def test_an_object_store_that_others_have_filled_is_not_missed(
     cluster: Cluster, undisturbed: torch.Tensor, world: World, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,9 +87,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("workers", "shards", "fault"), CASES, ids=[f"{w}x{s}-{f.name}" for w, s, f in CASES]
-)
+def _case(workers: int, shards: int, fault: Fault) -> Any:
+    often = fault.phase in ("merge", "gather", "load") or fault.kind == "break"
+    name = f"{workers}x{shards}-{fault.name}"
+    return pytest.param(workers, shards, fault, id=name, marks=[] if often else [pytest.mark.long])
+
+
+@pytest.mark.parametrize(("workers", "shards", "fault"), [_case(*case) for case in CASES])
 def test_the_step_is_replayed_to_the_bit(
     bench: Bench,
     undisturbed: dict[tuple[int, int], Gradients],
