@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, replace
 
 from raymerge.config import ClusterConfig
@@ -51,6 +52,11 @@ def environment_address() -> str | None:
     """RAY_ADDRESS, unless it is the dashboard's http address that ``ray job submit`` reads."""
     address = os.environ.get("RAY_ADDRESS") or None
     return None if address is None or address.startswith("http") else address
+
+
+def on_ray() -> bool:
+    """Whether this process is connected to Ray, which is not imported to find out."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def place(config: ClusterConfig, resources: Resources, slots: int | None) -> Placement:

@@ -8,7 +8,6 @@ Legend: K models, J rows of coefficients (K, or one), L layers.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -52,7 +51,7 @@ from raymerge.merging.registry import (
 )
 from raymerge.merging.ties import TiesStatistics
 from raymerge.messages import EvaluateRequest, LoadRequest, Loss, WorkerSpec
-from raymerge.placement import Resources, environment_address, place
+from raymerge.placement import Resources, environment_address, on_ray, place
 from raymerge.plan import Plan, local_resources, make_plan, require_one_group
 from raymerge.progress import progress_bar
 from raymerge.rundir import Recorder, RunFolder
@@ -409,7 +408,7 @@ def _uses_cluster(config: Config) -> bool:
     """An address is given, or the caller has connected to Ray already."""
     if config.cluster.address or environment_address():
         return True
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+    return on_ray()
 
 
 def group_or_new(

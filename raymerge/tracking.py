@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from raymerge.driver import Stepper, StepRecord
 from raymerge.errors import UserError
 from raymerge.evaluation import TaskScore
 from raymerge.messages import Incident
+from raymerge.placement import on_ray
 from raymerge.published import public_config
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Tracking:
 
     def _wanted(self, step: int) -> Iterator[tuple[str, Callable[[], Tracker]]]:
         given, output = self._config.tracking, self._output
-        if self._group is not None and _on_ray():
+        if self._group is not None and on_ray():
             from raymerge.distributed.metrics import RayMetrics
 
             yield "Ray's metrics", lambda: RayMetrics(output.name, self._steps)
@@ -150,10 +150,6 @@ class Tracking:
 def _line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
-
-
-def _on_ray() -> bool:
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def scalars(record: StepRecord, workers: int) -> dict[str, float]:

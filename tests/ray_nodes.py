@@ -139,6 +139,14 @@ def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def wait_for(found: Callable[[], object]) -> None:
+    """Until it is true; fails after two minutes."""
+    deadline = time.monotonic() + 120
+    while not found():
+        assert time.monotonic() < deadline, "nothing within 120 s"
+        time.sleep(0.02)
+
+
 @contextmanager
 def ray_nodes(count: int, cpus: int = 1, head_cpus: int | None = None) -> Iterator[Cluster]:
     """``count`` nodes of ``cpus`` logical CPUs each (head: ``head_cpus``), ended by their ids."""
@@ -161,7 +169,7 @@ def ray_nodes(count: int, cpus: int = 1, head_cpus: int | None = None) -> Iterat
         cluster._start(cpus if head_cpus is None else head_cpus, *head)
         for _ in range(count - 1):
             cluster.join(cpus)
-        _wait_for(dashboard)
+        _wait_for_dashboard(dashboard)
         yield cluster
     finally:
         for node in reversed(cluster.nodes):
@@ -215,7 +223,7 @@ def _told_until(process: subprocess.Popen[str], mark: str) -> str:
     return "".join(told)
 
 
-def _wait_for(port: int) -> None:
+def _wait_for_dashboard(port: int) -> None:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
         with socket.socket() as probe:

@@ -19,6 +19,20 @@ from raymerge.messages import Pulse
 
 W = TypeVar("W", bound=Hashable)
 
+ACTOR_OPTIONS: Mapping[str, Any] = {
+    "max_restarts": 0,
+    "max_task_retries": 0,
+    "max_concurrency": 1,
+    "enable_task_events": False,
+    "concurrency_groups": {"control": 2},
+}
+"""Of whoever is called here: one call at a time, and pings beside it.
+
+Ray's own restart would re-run ``__init__`` alone, outside the group's generation: it is off. So is
+its record of every call, of which the head keeps a hundred thousand: two a step and worker are soon
+hundreds of megabytes.
+"""
+
 _TICK_S = 1.0
 _GRACE_S = 0.5  # for what died with it to be known as well
 _FIRST_STEP_S, _SHORTEST_STEP_S, _STEP_MEDIANS = 600.0, 60.0, 5.0

@@ -93,6 +93,12 @@ def worst(losses: Collection[Loss]) -> Loss:
     return min(losses, key=lambda loss: _WORST_FIRST.index(loss.kind))
 
 
+def blame(losses: Mapping[int, Loss]) -> tuple[Loss, tuple[int, ...]]:
+    """Of losses by rank, the one that explains the others, and whom its kind befell."""
+    cause = worst(losses.values())
+    return cause, tuple(sorted(rank for rank, loss in losses.items() if loss.kind == cause.kind))
+
+
 @dataclass
 class Budget:
     """Counts failures by kind. Losing a whole node at once is one failure.

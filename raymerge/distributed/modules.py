@@ -10,19 +10,10 @@ import ray
 from ray.exceptions import RayError
 
 from raymerge.config import ClusterConfig
-from raymerge.distributed.calls import Call, StepLimits, gather, ping
-from raymerge.distributed.failures import Budget, Loss, loss_of, worst
+from raymerge.distributed.calls import ACTOR_OPTIONS, Call, StepLimits, gather, ping
+from raymerge.distributed.failures import Budget, Loss, blame, loss_of
 from raymerge.errors import RunError, WorkerLostError
 from raymerge.messages import Incident, StepRequest, StepResult
-
-_OPTIONS = {
-    "num_cpus": 1,
-    "max_restarts": 0,
-    "max_task_retries": 0,
-    "max_concurrency": 1,
-    "enable_task_events": False,
-    "concurrency_groups": {"control": 2},
-}
 
 
 class ModuleActors:
@@ -45,7 +36,7 @@ class ModuleActors:
         self._config = config or ClusterConfig()
         self._limits, self._budget = StepLimits(self._config), Budget.of(self._config)
         self._shares, self._task = shares, ray.put(task)
-        self._remote: Any = ray.remote(**_OPTIONS)(worker)
+        self._remote: Any = ray.remote(num_cpus=1, **ACTOR_OPTIONS)(worker)
         self._actors: dict[int, Any] = {}
         try:
             self._start(range(self.workers))
@@ -75,8 +66,8 @@ class ModuleActors:
 
     def _mend(self, losses: Mapping[int, Loss], what: str, began: float) -> None:
         """Make the lost ones again; those that are well need only be asked again."""
-        found_out, cause = time.monotonic(), worst(losses.values())
-        ranks = tuple(sorted(rank for rank, loss in losses.items() if loss.kind == cause.kind))
+        found_out = time.monotonic()
+        cause, ranks = blame(losses)
         refusal = self._budget.charge(cause.kind)
         if refusal is not None:
             raise WorkerLostError(f"worker {ranks[0]} {cause.reason} during {what} ({refusal})")

@@ -42,12 +42,12 @@ class Notices:
         A driver whose head is lost is soon ended by Ray, without a word.
         """
         silent_s = time.monotonic() - self._heard
-        if silent_s > self._look_s + _SILENT_S and not self._silent:
+        was_silent, self._silent = self._silent, silent_s > self._look_s + _SILENT_S
+        if self._silent and not was_silent:
             logger.warning(
                 "the cluster's head has not answered for %.0f s: every step is saved from now on. "
                 "If it stays away Ray ends this process; run again with --resume then", silent_s,
             )  # fmt: skip
-        self._silent = silent_s > self._look_s + _SILENT_S
         return self._silent or not self._now.isdisjoint(nodes)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from raymerge.distributed.calls import ACTOR_OPTIONS
 from raymerge.messages import WorkerSpec
 from raymerge.placement import Placement
 from raymerge.worker import MergeWorker
@@ -56,20 +57,11 @@ def found(places: Sequence[Place]) -> bool:
 
 
 def create(worker: type[MergeWorker], spec: WorkerSpec, placement: Placement, place: Place) -> Any:
-    """The plain class becomes an actor here, and only here.
-
-    Ray's own restart would re-run ``__init__`` alone, outside the group's generation: it is off. So
-    is its record of every call, of which the head keeps a hundred thousand: two a step and worker
-    are soon hundreds of megabytes.
-    """
+    """The plain class becomes an actor here, and only here."""
     options = {
         "num_cpus": placement.cpus_per_worker,
         "num_gpus": placement.gpus_per_worker,
-        "max_restarts": 0,
-        "max_task_retries": 0,
-        "max_concurrency": 1,
-        "enable_task_events": False,
-        "concurrency_groups": {"control": 2},
+        **ACTOR_OPTIONS,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(
             placement_group=place.reserved, placement_group_bundle_index=place.bundle
         ),

@@ -23,7 +23,7 @@ from ray.util.placement_group import remove_placement_group
 
 from raymerge.config import ClusterConfig
 from raymerge.distributed.calls import Call, Limits, gather, is_free
-from raymerge.distributed.failures import DISOBEYED, PREEMPTED, UNMET, Budget, Loss, loss_of, worst
+from raymerge.distributed.failures import DISOBEYED, PREEMPTED, UNMET, Budget, Loss, blame, loss_of
 from raymerge.distributed.notices import Notices
 from raymerge.distributed.places import (
     Place,
@@ -226,7 +226,7 @@ class Team:
             except UserError as error:  # it was sound when the run began
                 raise RunError(f"while a worker was replaced: {error}") from error
         now = time.monotonic()
-        cause, ranks = _blame(first)
+        cause, ranks = blame(first)
         self.incidents.append(
             Incident(what, cause.kind, ranks, cause.reason, found_out - began, now - found_out,
                      len(self.working))
@@ -241,7 +241,7 @@ class Team:
         return self._config.min_workers or self._placement.shards
 
     def _charge(self, toll: Toll, what: str) -> None:
-        cause, ranks = _blame(toll)
+        cause, ranks = blame(toll)
         refusal = self._budget.charge(cause.kind)
         if refusal is not None:
             raise WorkerLostError(
@@ -468,12 +468,6 @@ def _whole_groups_first(ready: Sequence[Member], shards: int) -> list[Member]:
     """Members of groups that lost nobody keep their shards, and with them their vectors."""
     sizes = Counter(member.place.group for member in ready)
     return sorted(ready, key=lambda member: sizes[member.place.group] < shards)
-
-
-def _blame(toll: Toll) -> tuple[Loss, tuple[int, ...]]:
-    """What explains the others, and whom it befell."""
-    cause = worst(toll.values())
-    return cause, tuple(sorted(rank for rank, loss in toll.items() if loss.kind == cause.kind))
 
 
 def _who(ranks: Sequence[int]) -> str:

@@ -6,9 +6,8 @@ import json
 import re
 import secrets
 import signal
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from commands import config_data, read_json, read_steps, write_config
 from dashboard import GRAFANA, metric_names
 from prometheus_client.parser import text_string_to_metric_families
-from ray_nodes import Cluster, finished, ray_nodes
+from ray_nodes import Cluster, finished, ray_nodes, wait_for
 from world import World
 
 from raymerge.session import merge
@@ -87,7 +86,7 @@ def test_a_stopped_run_is_resumed_by_the_same_command(
     job = cluster.run(*submit, "--no-wait", MY_TOKEN=secret).stdout.strip()
     assert re.fullmatch(r"raymerge-merged-\w{8}-1", job)
     followed = cluster.start(*submit)
-    _wait_for(lambda: list((output / "state").glob("step-*")))
+    wait_for(lambda: list((output / "state").glob("step-*")))
     followed.send_signal(signal.SIGINT)
     _, told = followed.communicate(timeout=60)
     assert followed.returncode == 130, told
@@ -117,17 +116,10 @@ def test_a_stopped_run_is_resumed_by_the_same_command(
     _require_lambdas(output, local, within=1e-5)
 
 
-def _wait_for(found: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
-    while not found():
-        assert time.monotonic() < deadline, "nothing within 120 s"
-        time.sleep(0.05)
-
-
 def _stop(cluster: Cluster, job: str) -> str:
     """End the job; what the cluster tells of it."""
     cluster.call("POST", f"/api/jobs/{job}/stop")
-    _wait_for(lambda: "STOPPED" in cluster.call("GET", f"/api/jobs/{job}"))
+    wait_for(lambda: "STOPPED" in cluster.call("GET", f"/api/jobs/{job}"))
     return cluster.call("GET", f"/api/jobs/{job}")
 
 
@@ -139,10 +131,10 @@ def test_what_the_dashboard_draws_is_scraped_from_a_run(
     config = write_config(tmp_path / "merge.yaml", _sharded(world, output))
     submit = ("raymerge", "submit", config, "-o", "optimizer.steps=100000", "--no-wait")
     job = cluster.run(*submit).stdout.strip()
-    _wait_for(lambda: list((output / "state").glob("step-*")))
+    wait_for(lambda: list((output / "state").glob("step-*")))
     cluster.nodes[1].workers("MergeWorker")[0].kill()
     expected = metric_names(read_json(GRAFANA)) - {"ray_raymerge_skipped_steps_total"}
-    _wait_for(lambda: expected <= _scraped(cluster).keys())
+    wait_for(lambda: expected <= _scraped(cluster).keys())
     found = _scraped(cluster)
     assert found["ray_raymerge_failures_total"] == [({"run": "merged", "kind": "worker"}, 1.0)]
     assert found["ray_raymerge_steps"] == [({"run": "merged"}, 100000.0)]

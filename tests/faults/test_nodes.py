@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from commands import config_data, read_steps, write_config
-from ray_nodes import Cluster, Node, finished, ray_nodes
+from ray_nodes import Cluster, Node, finished, ray_nodes, wait_for
 from world import World
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
@@ -83,13 +82,6 @@ class Run:
     @property
     def incidents(self) -> list[dict[str, Any]]:
         return list(json.loads((self.output / "results.json").read_text())["incidents"])
-
-
-def wait_for(found: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
-    while not found():
-        assert time.monotonic() < deadline, "nothing within 120 s"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
