@@ -44,10 +44,10 @@ def make_inputs(case: Path) -> Path:
     if path.exists():
         return path
     from raymerge.config import load_config
-    from raymerge.data.cache import decode_all
+    from raymerge.data.decoding import decode_all
     from raymerge.data.folder import unlabeled_images
-    from raymerge.messages import WorkerSpec
-    from raymerge.share import ServedModel
+    from raymerge.engine.messages import WorkerSpec
+    from raymerge.engine.worker.shard import ServedModel
 
     config = load_config(case / "merge.yaml")
     model = ServedModel(WorkerSpec(config.model, config.tasks, use_gpu=False))

@@ -53,9 +53,10 @@ def _wait(args: argparse.Namespace) -> None:
 
 def _raymerge(args: argparse.Namespace) -> None:
     from raymerge.config import load_config
-    from raymerge.driver import StepRecord, learn
+    from raymerge.engine.driver.loop import StepRecord, learn
     from raymerge.merging.optimizer import AdamState
-    from raymerge.session import Merging, open_group
+    from raymerge.runs.inputs import Merging
+    from raymerge.runs.workers import open_group
 
     config = load_config(
         args.case / "merge.yaml",

@@ -16,7 +16,7 @@ import torch
 from measure import machine, say
 
 from raymerge.config import load_config
-from raymerge.session import MergeResult, merge
+from raymerge.runs.merge import MergeResult, merge
 
 CASES = {
     "float32": [],

@@ -19,8 +19,9 @@ from case import make_case
 from measure import machine, median, say
 
 from raymerge.config import load_config
-from raymerge.messages import StepRequest
-from raymerge.session import Merging, open_group
+from raymerge.engine.messages import StepRequest
+from raymerge.runs.inputs import Merging
+from raymerge.runs.workers import open_group
 
 
 def main() -> None:

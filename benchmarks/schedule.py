@@ -16,7 +16,8 @@ from pathlib import Path
 from measure import machine, median, say
 
 from raymerge.config import load_config
-from raymerge.session import merge, open_group
+from raymerge.runs.merge import merge
+from raymerge.runs.workers import open_group
 
 SCHEDULES = ["500:1e-3:constant", "100:1e-2:cosine", "50:1e-2:cosine", "50:2e-2:cosine"]
 

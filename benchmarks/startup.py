@@ -21,8 +21,8 @@ STAGES = {
     "config": "import raymerge.config",
     "torch": "import torch",
     "open_clip (with torch)": "import open_clip",
-    "raymerge.session": "import raymerge.session",
-    "raymerge.worker": "import raymerge.worker",
+    "raymerge.runs.merge": "import raymerge.runs.merge",
+    "raymerge.engine.worker.worker": "import raymerge.engine.worker.worker",
 }
 
 

@@ -18,8 +18,8 @@ from measure import machine, median, say
 from raymerge.config import WandbConfig, parse_config
 from raymerge.distributed.cluster import connected
 from raymerge.distributed.metrics import RayMetrics
-from raymerge.driver import StepRecord
-from raymerge.tracking import TensorBoard, Tracker, Wandb
+from raymerge.engine.driver.loop import StepRecord
+from raymerge.runs.tracking import TensorBoard, Tracker, Wandb
 
 PHASES = ("merge", "gather", "compute", "reduce", "inner_products")
 

@@ -25,19 +25,19 @@ __all__ = [
 
 if TYPE_CHECKING:
     from raymerge.config import Config, load_config
-    from raymerge.modules import MergedModule, merge_module
-    from raymerge.plan import make_plan as plan
-    from raymerge.session import MergeResult, evaluate, merge
+    from raymerge.runs.merge import MergeResult, evaluate, merge
+    from raymerge.runs.merge_module import MergedModule, merge_module
+    from raymerge.runs.plan.make import make_plan as plan
 
 _HOMES = {
     "Config": ("raymerge.config", "Config"),
     "load_config": ("raymerge.config", "load_config"),
-    "plan": ("raymerge.plan", "make_plan"),
-    "MergedModule": ("raymerge.modules", "MergedModule"),
-    "merge_module": ("raymerge.modules", "merge_module"),
-    "MergeResult": ("raymerge.session", "MergeResult"),
-    "evaluate": ("raymerge.session", "evaluate"),
-    "merge": ("raymerge.session", "merge"),
+    "plan": ("raymerge.runs.plan.make", "make_plan"),
+    "MergedModule": ("raymerge.runs.merge_module", "MergedModule"),
+    "merge_module": ("raymerge.runs.merge_module", "merge_module"),
+    "MergeResult": ("raymerge.runs.merge", "MergeResult"),
+    "evaluate": ("raymerge.runs.merge", "evaluate"),
+    "merge": ("raymerge.runs.merge", "merge"),
 }
 
 

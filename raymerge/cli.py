@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from raymerge.errors import RaymergeError, UserError, printable
-from raymerge.urls import redacted
+from raymerge.files.urls import redacted
 
 if TYPE_CHECKING:
+    from raymerge.apps.peers.job import Job
     from raymerge.config import Config
-    from raymerge.evaluation import TaskScore
-    from raymerge.peers.job import Job
+    from raymerge.engine.scores import TaskScore
 
 _EPILOG = "Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."
 
@@ -270,8 +270,8 @@ def _config(args: argparse.Namespace) -> Config:
 
 def _config_or_job(args: argparse.Namespace) -> Config | Job:
     """The file's config; or the job of state dicts that a mergekit or fusion_bench file holds."""
+    from raymerge.apps.peers import open_foreign
     from raymerge.config import load_config
-    from raymerge.peers import open_foreign
 
     return open_foreign(args.config, args.overrides) or load_config(args.config, args.overrides)
 
@@ -300,8 +300,9 @@ def _plan(args: argparse.Namespace) -> int:
     config = _config_or_job(args)
     if not isinstance(config, Config):
         return _plan_job(config, args)
-    from raymerge.plan import check_headers, plan_text
-    from raymerge.session import known_resources
+    from raymerge.runs.plan.make import check_headers
+    from raymerge.runs.plan.plan import plan_text
+    from raymerge.runs.workers import known_resources
 
     plan, problems = check_headers(config, known_resources(config), probe=True)
     for problem in problems:
@@ -321,25 +322,25 @@ def _merge(args: argparse.Namespace) -> int:
         config = config.model_copy(update={"output": str(Path(args.output).absolute())})
     if args.push_to_hub is not None:
         _require_target(config, args.push_to_hub)
-    from raymerge.checkpoints.digests import hash_ahead
+    from raymerge.models.checkpoints.digests import hash_ahead
 
     hash_ahead([config.model.reference, *(str(task.checkpoint) for task in config.models)])
     from raymerge.merging.registry import describe
-    from raymerge.session import merge
+    from raymerge.runs.merge import merge
 
     result = merge(config, resume=args.resume, overwrite=args.overwrite, also=args.also)
     if result.scores:
         _print_scores(describe(config.method), result.scores)
     print(f"written to {result.output}")
     if args.push_to_hub is not None and result.output is not None:
-        from raymerge.hub import push
+        from raymerge.runs.publish import push
 
         print(f"published as {push(result.output, args.push_to_hub, private=args.private)}")
     return 0
 
 
 def _submit(args: argparse.Namespace) -> int:
-    from raymerge.submit import dashboard_address, prepare
+    from raymerge.apps.submit import dashboard_address, prepare
 
     address = dashboard_address(args.address)
     submission = prepare(args.config, args.overrides, root=args.root, output=args.output)
@@ -352,8 +353,8 @@ def _submit(args: argparse.Namespace) -> int:
 
 
 def _require_target(config: Config, repository: str) -> None:
-    from raymerge.hub import require_target
     from raymerge.merging.registry import method_of
+    from raymerge.runs.publish import require_target
 
     if not method_of(config.method).merges:
         raise UserError(f"--push-to-hub: method {config.method.name} writes no model to publish")
@@ -362,8 +363,8 @@ def _require_target(config: Config, repository: str) -> None:
 
 def _eval(args: argparse.Namespace) -> int:
     config = _config(args)
-    from raymerge.evaluation import results_json
-    from raymerge.session import evaluate
+    from raymerge.engine.scores import results_json
+    from raymerge.runs.merge import evaluate
 
     name = args.model or "pretrained"
     scores = evaluate(config, args.model)
@@ -378,7 +379,7 @@ def _experiment(args: argparse.Namespace) -> int:
     from raymerge.config.experiments import load_experiment
 
     config = load_experiment(args.config, args.overrides, args.output)
-    from raymerge.experiments.run import run_experiment
+    from raymerge.apps.experiments.run import run_experiment
 
     print(run_experiment(config, overwrite=args.overwrite))
     return 0
@@ -388,7 +389,7 @@ def _finetune(args: argparse.Namespace) -> int:
     config = _config(args)
     if args.output is not None:
         config = config.model_copy(update={"output": str(Path(args.output).absolute())})
-    from raymerge.finetune.run import finetune
+    from raymerge.apps.finetune.run import finetune
 
     result = finetune(config, resume=args.resume)
     for title, scores in (("experts", result.experts), ("joint", result.joint)):
@@ -399,7 +400,7 @@ def _finetune(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from raymerge.checkpoints.inspect import inspect_checkpoint, inspection_text
+    from raymerge.models.checkpoints.inspect import inspect_checkpoint, inspection_text
 
     inspection = inspect_checkpoint(args.checkpoint)
     print(json.dumps(inspection, indent=2) if args.json else inspection_text(inspection))
@@ -407,7 +408,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from raymerge.convert import convert
+    from raymerge.models.convert import convert
 
     destination = Path(args.destination)
     difference = convert(
@@ -422,8 +423,8 @@ def _convert(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from raymerge.suites import load_suite, unknown
-    from raymerge.suites.prepare import from_hub, prepare, prepared_text
+    from raymerge.config.suites import load_suite, unknown
+    from raymerge.data.prepare import from_hub, prepare, prepared_text
 
     name = f"vit-{args.suite}" if args.suite.isdigit() else args.suite
     suite = load_suite(name)
@@ -449,7 +450,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from raymerge.demo import run_demo
+    from raymerge.apps.demo import run_demo
 
     print(run_demo(Path(args.output), None if args.zoo is None else Path(args.zoo), args.seed))
     return 0

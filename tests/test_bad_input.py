@@ -63,7 +63,7 @@ DATA_METHODS = ("fisher", "regmean", "regmean_pp", "adamerging", "fw_hard", "fw_
 @pytest.fixture(autouse=True)
 def _this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests of the session may have a Ray open, which a merge would ask instead."""
-    monkeypatch.setattr("raymerge.session._uses_cluster", lambda config: False)
+    monkeypatch.setattr("raymerge.runs.workers._uses_cluster", lambda config: False)
 
 
 @dataclass
@@ -618,8 +618,8 @@ def test_truncated_checkpoint_at_any_length(attempt: Attempt, name: str) -> None
 
 
 def test_every_short_prefix_of_every_format_is_a_checkpoint_error(tmp_path: Path) -> None:
-    from raymerge.checkpoints.reader import open_checkpoint
     from raymerge.errors import CheckpointError
+    from raymerge.models.checkpoints.opening import open_checkpoint
 
     state = {"a": torch.randn(20, 20), "b": torch.randn(7)}
     for name, write in WRITERS.items():

@@ -198,7 +198,7 @@ def test_a_failed_run_is_one_line_and_exit_code_one(
     def fail(*args: object, **kwargs: object) -> None:
         raise RunError("worker 3 died; run again with --resume")
 
-    monkeypatch.setattr("raymerge.session.learn", fail)
+    monkeypatch.setattr("raymerge.runs.merge.learn", fail)
     ran = raymerge("merge", config)
     assert (ran.code, ran.out) == (1, "")
     assert ran.err == "raymerge: error: worker 3 died; run again with --resume\n"
@@ -222,7 +222,7 @@ def test_a_bug_is_one_line_unless_asked(
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr("raymerge.session.learn", fail)
+    monkeypatch.setattr("raymerge.runs.merge.learn", fail)
     ran = raymerge("merge", config)
     assert ran.code == 1
     assert ran.err.startswith(f"raymerge: error: {line}")
@@ -342,7 +342,7 @@ def test_a_closed_pipe_is_no_error(world: World) -> None:
     """``raymerge inspect … --json | head -1``, with more to say than a pipe holds."""
     whole = world.root / "pretrained"
     code = (
-        "import raymerge.checkpoints.inspect as i\n"
+        "import raymerge.models.checkpoints.inspect as i\n"
         "show = i.inspect_checkpoint\n"
         "i.inspect_checkpoint = lambda p: {**show(p), 'padding': ['x' * 100] * 10000}\n"
         "import sys; from raymerge.cli import main; sys.exit(main())\n"
@@ -435,8 +435,9 @@ def test_interrupt_and_terminate_keep_the_state_and_resume(
 # where the accident says, as the kernel would, with nothing run after.
 _ACCIDENTS = """
 import json, os, signal, sys
-import raymerge.cli, raymerge.driver, raymerge.rundir as rundir, raymerge.session as session
-import raymerge.state as state
+import raymerge.cli, raymerge.engine.driver.loop
+import raymerge.runs.folder as rundir, raymerge.runs.merge as session
+import raymerge.runs.state as state
 
 def kill(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -464,11 +465,11 @@ def in_export():
     session.write_merged = kill
 
 def in_weights():
-    import raymerge.export as export
+    import raymerge.models.write_merged as export
     export.SafetensorsWriter.write = kill
 
 def in_commit():
-    import raymerge.files as files
+    import raymerge.files.atomic as files
     files._commit = kill
 
 def in_results():

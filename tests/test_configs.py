@@ -14,9 +14,9 @@ from world import World
 from raymerge.config import METHOD_NAMES, Config, MethodConfig, load_config
 from raymerge.config.experiments import load_experiment
 from raymerge.config.methods import AdaMerging
+from raymerge.distributed.placement import Resources
 from raymerge.merging.registry import needed_images
-from raymerge.placement import Resources
-from raymerge.plan import make_plan
+from raymerge.runs.plan.make import make_plan
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))

@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 
-from raymerge.checkpoints.inspect import inspect_checkpoint, inspection_text
 from raymerge.errors import CheckpointError, NonFiniteError, printable
+from raymerge.models.checkpoints.inspect import inspect_checkpoint, inspection_text
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,8 @@ def test_local_work_never_imports_ray(world: World, tmp_path: Path) -> None:
     code = """
 import sys
 from raymerge.cli import main
-import raymerge.rundir
-raymerge.rundir.write_plots = lambda folder: None  # matplotlib takes a second
+import raymerge.runs.folder
+raymerge.runs.folder.write_plots = lambda folder: None  # matplotlib takes a second
 config, tested, out = sys.argv[1:]
 for method in ("average", "ties"):
     assert main(["merge", config, "--output", f"{out}/{method}", "-o", f"method={method}"]) == 0

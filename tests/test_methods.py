@@ -15,7 +15,7 @@ from world import World
 
 from raymerge.config import METHOD_NAMES, Config
 from raymerge.merging.registry import METHODS, describe
-from raymerge.session import MergeResult, evaluate, merge
+from raymerge.runs.merge import MergeResult, evaluate, merge
 
 WEIGHTS = "open_clip_model.safetensors"
 OPTIMIZER = {"steps": 3, "batch_size": 4, "lr": 0.02}
@@ -87,7 +87,7 @@ def _method(world: World, name: str) -> dict[str, Any]:
 def test_every_method_leaves_a_whole_folder(
     world: World, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raymerge.session._uses_cluster", lambda config: False)
+    monkeypatch.setattr("raymerge.runs.workers._uses_cluster", lambda config: False)
     config, out = _config(world, tmp_path / "out", _method(world, name)), tmp_path / "out"
     result = merge(config)
     method = METHODS[name]
@@ -141,7 +141,7 @@ def test_every_method_that_merges_has_its_card_here() -> None:
 def test_the_card_of_other_objectives(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raymerge.session._uses_cluster", lambda config: False)
+    monkeypatch.setattr("raymerge.runs.workers._uses_cluster", lambda config: False)
     words = {
         "kl": "without labels, each task from its own model: 3 steps",
         "cross_entropy": "learned from labels: 3 steps of Adam (lr 0.02, constant, sharpness-aware "
@@ -185,8 +185,8 @@ def test_two_workers_do_what_one_process_does(
     world: World, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replicated; sharded where the method wants it or its vectors are whole matrices."""
-    monkeypatch.setattr("raymerge.rundir.write_plots", lambda folder: None)
-    monkeypatch.setattr("raymerge.rundir.write_report", lambda folder: None)
+    monkeypatch.setattr("raymerge.runs.folder.write_plots", lambda folder: None)
+    monkeypatch.setattr("raymerge.runs.folder.write_report", lambda folder: None)
     method = USES_IMAGES[kind]
     shards = 2 if kind in ("tsv", "iso", "dare") or "cosine" in kind else 1
     optimizer = {**OPTIMIZER, "sharpness": 0.07 if kind == "kl" else 0.0}

@@ -15,11 +15,11 @@ from world import World
 
 from raymerge.cli import main
 from raymerge.config import load_config
-from raymerge.submit import Submission
+from raymerge.distributed.submission import Submission
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# Run elsewhere: make demo and make test are CI and tests/test_demo.py.
+# Run elsewhere: make demo and make test are CI and tests/apps/test_demo.py.
 ELSEWHERE = ("make ", "pip install", "raymerge demo")
 
 

@@ -12,11 +12,11 @@ import yaml
 from pydantic import ValidationError
 
 from raymerge.config.schema import Config
-from raymerge.config.suites import with_suites
+from raymerge.config.suites.expand import with_suites
 from raymerge.config.wording import explain, short
 from raymerge.errors import ConfigError, RemoteError
-from raymerge.files import exists
-from raymerge.urls import is_remote, redacted, redacted_values
+from raymerge.files.atomic import exists
+from raymerge.files.urls import is_remote, redacted, redacted_values
 
 _DEEPEST = 100
 _ROOT_OPTION = re.compile(r"([?&]root=)([^&]+)")  # of torchvision:NAME:SPLIT?root=DIR
@@ -249,7 +249,7 @@ def absolute(path: str, root: Path) -> str:
 def _local(reference: str, where: str) -> Path:
     if not is_remote(reference):
         return Path(reference)
-    from raymerge.remote import fetch
+    from raymerge.files.remote import fetch
 
     try:
         return fetch(reference)

@@ -18,7 +18,7 @@ from raymerge.config.methods import (
     MethodConfig,
     Reference,
 )
-from raymerge.urls import is_remote, redacted
+from raymerge.files.urls import is_remote, redacted
 
 VectorDtype = Literal["float32", "bfloat16"]
 VectorLocation = Literal["device", "host", "disk", "files"]

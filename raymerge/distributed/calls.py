@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 
 from raymerge.config import ClusterConfig
 from raymerge.distributed.failures import Loss, loss_of
-from raymerge.messages import Pulse
+from raymerge.engine.messages import Pulse
 
 W = TypeVar("W", bound=Hashable)
 

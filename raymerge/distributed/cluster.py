@@ -14,8 +14,8 @@ from typing import Any
 
 import ray
 
+from raymerge.distributed.placement import Resources, environment_address
 from raymerge.errors import RunError
-from raymerge.placement import Resources, environment_address
 
 _OBJECT_STORE_BYTES = 200_000_000  # only coefficients and scores travel, a few megabytes at most
 

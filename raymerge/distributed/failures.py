@@ -20,8 +20,8 @@ from ray.exceptions import (
 )
 
 from raymerge.config import ClusterConfig
+from raymerge.engine.messages import IncidentKind
 from raymerge.errors import PeerLostError, RaymergeError, RunError
-from raymerge.messages import IncidentKind
 
 _WORST_FIRST: tuple[IncidentKind, ...] = ("worker", "start", "preemption", "interruption")
 _KEYS: Mapping[IncidentKind, str] = {

@@ -21,8 +21,8 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from raymerge.distributed.submission import ADDRESS_VARIABLES, KnownJob, Submission, choose
 from raymerge.errors import RunError
-from raymerge.submit import ADDRESS_VARIABLES, KnownJob, Submission, choose
 
 CONFIG_NAME = "config.yaml"
 # --resume in an unused folder starts afresh, so that one command serves the first job and the next.

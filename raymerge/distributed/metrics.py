@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from raymerge.driver import StepRecord
-from raymerge.evaluation import TaskScore
-from raymerge.messages import Incident
+from raymerge.engine.driver.loop import StepRecord
+from raymerge.engine.messages import Incident
+from raymerge.engine.scores import TaskScore
 
 _STEP_BOUNDS_S = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 

@@ -24,8 +24,8 @@ from ray.util.placement_group import remove_placement_group
 from raymerge.config import ClusterConfig
 from raymerge.distributed.calls import Call, Limits, gather, is_free
 from raymerge.distributed.failures import DISOBEYED, PREEMPTED, UNMET, Budget, Loss, blame, loss_of
-from raymerge.distributed.notices import Notices
-from raymerge.distributed.places import (
+from raymerge.distributed.placement import Placement, regrouped
+from raymerge.distributed.placement_groups import (
     Place,
     Whereabouts,
     ask_whereabouts,
@@ -33,10 +33,10 @@ from raymerge.distributed.places import (
     found,
     reserve,
 )
+from raymerge.distributed.preemption import Notices
+from raymerge.engine.messages import Incident, IncidentKind, LoadReport, Rendezvous, WorkerSpec
+from raymerge.engine.worker.worker import MergeWorker
 from raymerge.errors import RunError, UserError, WorkerLostError
-from raymerge.messages import Incident, IncidentKind, LoadReport, Rendezvous, WorkerSpec
-from raymerge.placement import Placement, regrouped
-from raymerge.worker import MergeWorker
 
 logger = logging.getLogger(__name__)
 

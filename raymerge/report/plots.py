@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raymerge.files import write_atomically
+from raymerge.files.atomic import write_atomically
 from raymerge.report.curves import Series, found_series, lambda_series, scan_series
 from raymerge.report.data import Comparison, Experiment, Lambdas, Run, load
 from raymerge.report.names import NOT_MERGED, layer_groups, method_title

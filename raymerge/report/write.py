@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raymerge.files import write_text
+from raymerge.files.atomic import write_text
 from raymerge.report.comparison_page import comparison_page
 from raymerge.report.data import Comparison, Experiment, Run, load
 from raymerge.report.experiment_page import experiment_page

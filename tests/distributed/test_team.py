@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from raymerge.config import ClusterConfig, ModelConfig
+from raymerge.distributed.actor_group import ActorGroup
 from raymerge.distributed.calls import Limits, StepLimits
 from raymerge.distributed.failures import UNMET, Loss
-from raymerge.distributed.group import ActorGroup
-from raymerge.distributed.places import Place, Whereabouts
+from raymerge.distributed.placement import Placement
+from raymerge.distributed.placement_groups import Place, Whereabouts
 from raymerge.distributed.team import LostError, Member, Team
-from raymerge.messages import LoadReport, StatisticsRequest, WorkerSpec
-from raymerge.placement import Placement
+from raymerge.engine.messages import LoadReport, StatisticsRequest, WorkerSpec
 
 LIMITS = Limits(1.0, 1.0, "none")
 REPORT = LoadReport(0, "cpu", (), 0, 0, 0, 0.0)
@@ -126,7 +126,7 @@ def test_with_fewer_workers_a_step_may_take_as_long_as_the_first() -> None:
 def test_a_worker_of_another_number_of_shards_is_asked_for_the_earlier_blocks_again(
     team: Team,
 ) -> None:
-    from raymerge.distributed.group import _Asked
+    from raymerge.distributed.actor_group import _Asked
 
     team._form()
     group = object.__new__(ActorGroup)

@@ -1,4 +1,3 @@
-# ruff: noqa: E402 (the paths and the environment come before what reads them)
 """One long run watched from beside it: `python tests/faults/endurance.py --steps 10000`.
 
 Counted every second, of the driver, of the workers and of Ray's own processes: memory, open files,
@@ -22,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
 os.environ.update(
     HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", TQDM_DISABLE="1"
@@ -31,7 +30,7 @@ os.environ.update(
 import psutil
 from world import make_world
 
-from raymerge.session import merge
+from raymerge.runs.merge import merge
 
 Sample = dict[str, float]
 MIB = 2**20

@@ -36,19 +36,19 @@ MUTANTS = (
         "driver.py",
         (("ordered = sorted(results, key=lambda result: result.rank)", "ordered = list(results)"),
          ("if answers != [(rank, request.step)", "if sorted(answers) != [(rank, request.step)")),
-        "tests/test_driver.py::test_the_sum_does_not_depend_on_the_order_of_arrival",
+        "tests/engine/driver/test_loop.py::test_the_sum_does_not_depend_on_the_order_of_arrival",
     ),
     Mutant(
         "the driver takes an answer of an old generation",
         "distributed/group.py",
         (("if result.generation != generation:", "if False:"),),
-        "tests/distributed/test_group.py::test_an_answer_of_an_abandoned_generation_is_refused",
+        "tests/distributed/test_actor_group.py::test_an_answer_of_an_abandoned_generation_is_refused",
     ),
     Mutant(
         "a worker serves a request of an old generation",
         "worker.py",
         (("if request.generation < self._generation:", "if False:"),),
-        "tests/test_share.py::test_a_request_of_an_abandoned_generation_is_refused",
+        "tests/engine/worker/test_shard.py::test_a_request_of_an_abandoned_generation_is_refused",
     ),
     Mutant(
         "a state is written in place",
@@ -59,38 +59,38 @@ MUTANTS = (
          ("temporary.replace(target)\n", "pass\n"),
          ("        finally:\n            shutil.rmtree(temporary, ignore_errors=True)",
           "        finally:\n            pass")),
-        "tests/test_state.py::test_killed_a_hundred_times_while_it_writes_a_whole_state_is_there",
+        "tests/runs/test_state.py::test_killed_a_hundred_times_while_it_writes_a_whole_state_is_there",
     ),
     Mutant(
         "a state is read without its checksum",
         "state.py",
         (('if hashlib.sha256(payload).hexdigest() != manifest["sha256"][_TENSORS]:', "if False:"),),
-        "tests/test_state.py::test_no_flipped_bit_is_ever_taken_for_a_state",
+        "tests/runs/test_state.py::test_no_flipped_bit_is_ever_taken_for_a_state",
     ),
     Mutant(
         "two drivers may write one run",
         "state.py",
         (("if newest > self._attempt:", "if False:"),),
-        "tests/test_state.py::test_an_older_attempt_cannot_save",
+        "tests/runs/test_state.py::test_an_older_attempt_cannot_save",
     ),
     Mutant(
         "a state is a step ahead of its line in metrics.jsonl",
         "rundir.py",
         (("        try:\n            self._metrics.write(",
           "        self._state = state\n        try:\n            self._metrics.write("),),
-        "tests/test_rundir.py",
+        "tests/runs/test_folder.py",
     ),
     Mutant(
         "a step that is NaN is taken",
         "driver.py",
         (("    require_finite(total, request, watch.tasks, group)\n", ""),),
-        "tests/test_driver.py::test_a_step_that_is_not_finite_names_the_task_and_changes_nothing",
+        "tests/engine/driver/test_loop.py::test_a_step_that_is_not_finite_names_the_task_and_changes_nothing",
     ),
     Mutant(
         "skipped steps count in Adam's bias correction",
         "merging/optimizer.py",
         (('return self.step - int(self.memory.get("skipped", 0))', "return self.step"),),
-        "tests/test_driver.py::test_a_skipped_step_leaves_no_trace",
+        "tests/engine/driver/test_loop.py::test_a_skipped_step_leaves_no_trace",
     ),
     Mutant(
         "failures cost nothing",
@@ -103,14 +103,14 @@ MUTANTS = (
         "collectives.py",
         (("            else:\n                _disconnect()",
           "            else:\n                pass"),),
-        "tests/test_collectives.py",
+        "tests/engine/worker/test_collectives.py",
     ),
     Mutant(
         "a worker that answers no ping is taken to be free",
         "distributed/calls.py",
         (("return pulse is not None and not pulse.waits_for_peers\n",
           "return pulse is None or not pulse.waits_for_peers\n"),),
-        "tests/distributed/test_group.py -k says_nothing",
+        "tests/distributed/test_actor_group.py -k says_nothing",
     ),
     Mutant(
         "a successor does not load",
@@ -125,7 +125,7 @@ MUTANTS = (
         (("        silent_s = time.monotonic() - self._heard\n",
           "        self._now = frozenset(self._ask())\n"
           "        silent_s = time.monotonic() - self._heard\n"),),
-        "tests/distributed/test_notices.py",
+        "tests/distributed/test_preemption.py",
     ),
 )  # fmt: skip
 

@@ -1,4 +1,3 @@
-# ruff: noqa: E402 (the paths and the environment come before what reads them)
 """Hundreds of seeded faults in whole runs of learning: `python tests/faults/soak.py --faults 200`.
 
 Every campaign learns λ on the tests' tiny world, with faults at random (worker, phase, step).
@@ -23,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
 os.environ.update(HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
 
@@ -36,13 +35,13 @@ from injection import STEP_PHASES, Fault, Kind, faulty, struck
 from world import World, make_world
 
 from raymerge.config import ClusterConfig
-from raymerge.distributed.group import ActorGroup
-from raymerge.driver import StepRecord, learn
+from raymerge.distributed.actor_group import ActorGroup
+from raymerge.distributed.placement import Placement
+from raymerge.engine.driver.loop import StepRecord, learn
+from raymerge.engine.driver.monitor import Watch
+from raymerge.engine.messages import Incident
 from raymerge.errors import RaymergeError
 from raymerge.merging.optimizer import Adam, AdamState
-from raymerge.messages import Incident
-from raymerge.placement import Placement
-from raymerge.watch import Watch
 
 SHAPES = ((2, 1), (2, 2), (4, 2))
 KINDS: dict[Kind, int] = {"kill": 4, "exit": 2, "freeze": 1, "break": 3}

@@ -19,11 +19,11 @@ from injection import STEP_PHASES, Fault, faulty, struck
 from world import World
 
 from raymerge.config import ClusterConfig
-from raymerge.distributed.group import ActorGroup
-from raymerge.distributed.places import Place
+from raymerge.distributed.actor_group import ActorGroup
+from raymerge.distributed.placement import Placement
+from raymerge.distributed.placement_groups import Place
+from raymerge.engine.messages import EvaluateRequest, StepRequest
 from raymerge.errors import WorkerLostError
-from raymerge.messages import EvaluateRequest, StepRequest
-from raymerge.placement import Placement
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("local_ray")]
 

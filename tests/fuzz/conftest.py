@@ -7,7 +7,6 @@ few, and the same ones.
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ from fuzzing import COUNTS, Ground, little_memory
 from hypothesis import HealthCheck, settings
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "data"))  # of writers of data sets
 
 _QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("ci", max_examples=40, derandomize=True, **_QUIET)

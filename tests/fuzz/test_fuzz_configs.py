@@ -10,10 +10,10 @@ from fuzzing import DEEP, ODD, Ground, changed, mutants
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raymerge.apps.peers import open_foreign
 from raymerge.config import dump_config, load_config
 from raymerge.config.experiments import load_experiment
-from raymerge.peers import open_foreign
-from raymerge.state import fingerprint
+from raymerge.runs.state import fingerprint
 
 CONFIG = {
     "model": {"arch": "ViT-B-32", "pretrained": "openai"},

@@ -16,7 +16,7 @@ from PIL import Image
 from stored_sets import write_npz, write_parquet, write_tar
 from test_fuzz_images import PREPROCESS
 
-from raymerge.data.cache import check_image, decode
+from raymerge.data.decoding import check_image, decode
 from raymerge.data.sources import labelled_images, unlabeled_images
 
 CLASSES = ("x", "y")

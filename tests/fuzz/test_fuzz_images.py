@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from raymerge.data.cache import check_image, decode
+from raymerge.data.decoding import check_image, decode
+from raymerge.data.preprocess import Preprocess
 from raymerge.errors import DataError
-from raymerge.models import Preprocess
 
 CFG = PreprocessCfg(size=32)
 PREPROCESS = Preprocess((32, 32), CFG.mean, CFG.std, image_transform_v2(CFG, is_train=False))

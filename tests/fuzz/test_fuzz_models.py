@@ -17,12 +17,14 @@ from releases import CONTAINERS, ClassificationHead, write_release
 from safetensors.torch import save as packed
 from world import MODEL_CFG, World
 
-from raymerge.architecture import open_pretrained, resolve_model
-from raymerge.checkpoints.inspect import inspect_checkpoint
-from raymerge.checkpoints.visual import VisualCheckpoint, open_visual
 from raymerge.config import ModelConfig, TaskConfig
-from raymerge.heads import saved_head
-from raymerge.models import build_skeleton, make_preprocess
+from raymerge.data.preprocess import make_preprocess
+from raymerge.models.checkpoints.inspect import inspect_checkpoint
+from raymerge.models.checkpoints.visual_tower import VisualCheckpoint, open_visual
+from raymerge.models.heads import saved_head
+from raymerge.models.pretrained import open_pretrained
+from raymerge.models.resolve import resolve_model
+from raymerge.models.skeleton import build_skeleton
 
 FEW = settings(max_examples=max(10, settings().max_examples // 10))
 """Building a model takes longer than reading a file."""

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from raymerge.finetune.state import TrainingStates
-from raymerge.lambdas import read_lambdas
+from raymerge.apps.finetune.state import TrainingStates
 from raymerge.report import write_report
-from raymerge.state import StateStore
+from raymerge.runs.lambdas import read_lambdas
+from raymerge.runs.state import StateStore
 
 TASKS, LAYERS = ("a", "b"), ("x", "y", "z")
 LAMBDAS = {"tasks": list(TASKS), "layers": list(LAYERS), "values": [[0.1, 0.2, 0.3]] * 2}

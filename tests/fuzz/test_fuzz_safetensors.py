@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from raymerge.checkpoints.inspect import inspect_checkpoint
-from raymerge.checkpoints.locate import files_of
-from raymerge.checkpoints.reader import open_checkpoint, read_tensor
+from raymerge.models.checkpoints.checkpoint import read_tensor
+from raymerge.models.checkpoints.inspect import inspect_checkpoint
+from raymerge.models.checkpoints.locate import files_of
+from raymerge.models.checkpoints.opening import open_checkpoint
 
 STATE = {
     "visual.class_embedding": torch.arange(4.0),

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from raymerge.data import folder
 from raymerge.data.images import ImageList, Source, StoredImages
-from raymerge.data.sources.fetched import local_reference
 from raymerge.data.sources.labels import class_indices
 from raymerge.data.sources.reference import DataReference, parse_reference
+from raymerge.data.sources.urls import local_reference
 from raymerge.errors import DataError
 
 _MOST_IMAGES = 1 << 27
@@ -107,7 +107,7 @@ def _open(reference: DataReference) -> Source | None:
 
         return open_hub(reference)
     if reference.scheme == "torchvision":
-        from raymerge.data.sources.vision import open_vision
+        from raymerge.data.sources.torchvision_sets import open_vision
 
         return open_vision(reference)
     path = Path(reference.place)

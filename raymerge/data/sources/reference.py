@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from raymerge.errors import DataError
-from raymerge.files import exists
+from raymerge.files.atomic import exists
 
 COMMON = ("limit", "match")
 """Options that every data set has: how many images, and how labels are matched."""

@@ -1,0 +1,128 @@
+"""``raymerge demo``: build the zoo, merge it with every method, print one table, draw it.
+
+Every merge goes through the same ``session.merge`` as a user's own; the workers (Ray actors, one
+per core) are opened once and serve all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from raymerge.apps.experiments.bench import Bench, Changes, say
+from raymerge.apps.experiments.lambda_scan import means, scan
+from raymerge.apps.experiments.methods import METHODS, known_methods
+from raymerge.apps.zoo import ZooPaths, ZooRecipe, build_zoo
+from raymerge.config import Config, load_config
+from raymerge.distributed.placement import environment_address
+from raymerge.engine.driver.groups import WorkerGroup
+from raymerge.engine.scores import results_json
+from raymerge.errors import UserError
+from raymerge.files.atomic import cache_folder, write_json
+from raymerge.report import comparison_table, write_plots, write_report
+from raymerge.runs.plan.make import local_resources
+
+SCALINGS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+def run_demo(
+    output: Path,
+    zoo: Path | None = None,
+    seed: int = 0,
+    *,
+    recipe: ZooRecipe | None = None,
+    steps: int | None = None,
+) -> str:
+    """Write the comparison below ``output`` and return its table as text.
+
+    ``recipe`` and ``steps`` are for a smaller world and shorter merges, as tests want them.
+
+    Raises :class:`UserError` before any work if ``output`` holds something that no demo wrote.
+    """
+    from raymerge.distributed.cluster import connected
+
+    output = output.absolute()
+    _check_output(output)
+    began = perf_counter()
+    workers = _workers()
+    with connected(None, local_resources().cpus):
+        paths = _zoo(zoo, seed, recipe or ZooRecipe())
+        built = perf_counter()
+        base = load_config(paths.config, [f"seed={seed}"])
+        base = base.model_copy(update={"cluster": base.cluster.model_copy(update=workers)})
+        bench = Bench(base, output)
+        with bench.workers() as group:
+            comparison = _compare(bench, group, _methods(base, steps))
+    comparison["timings"] = {"seconds": {"zoo": built - began, "merges": perf_counter() - built}}
+    write_json(output / "comparison.json", comparison)
+    write_plots(output)
+    report = write_report(output)
+    say(f"{perf_counter() - began:.0f} s in all; report: {report}")
+    return comparison_table(comparison["methods"], comparison["uniform_scan"])
+
+
+def _methods(base: Config, steps: int | None) -> dict[str, Changes]:
+    """The experiment's rows; ``steps``: of all that learn."""
+    methods = known_methods(base)
+    if steps is None:
+        return methods
+    return {
+        name: {**changes, "optimizer": {**changes.get("optimizer", {}), "steps": steps}}
+        for name, changes in methods.items()
+    }
+
+
+def _compare(bench: Bench, group: WorkerGroup, methods: Mapping[str, Changes]) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for name, changes in methods.items():
+        result = bench.merge(name, changes, group)
+        rows[name] = results_json(result.config.method.name, result.scores)
+        rows[name]["timings"] = {"seconds": dict(result.seconds)}
+    return {"methods": rows, "uniform_scan": _uniform_scan(bench, group), "notes": list(_NOTES)}
+
+
+_NOTES = (
+    "The zoo is raymerge's own: a small CLIP model made from nothing, eight tasks of drawn images; "
+    "its numbers are not those of the paper's checkpoints.",
+    "The best uniform λ is chosen with the test labels, which no merging method may see.",
+    "Methods that learn, and Fisher merging and RegMean, see 300 unlabeled images per task, "
+    "disjoint from the test images.",
+    "AdaMerging rows use the preset `fast`: 50 steps, learning rate 2e-2 falling along a cosine; "
+    "adamerging_500 is the paper's 500 steps at a constant 1e-3.",
+)
+
+
+def _uniform_scan(bench: Bench, group: WorkerGroup) -> dict[str, list[float]]:
+    """Task arithmetic's mean top-1 against its one λ, which needs labels to be chosen (Fig 1)."""
+    config = bench.config(METHODS["task_arithmetic"], "task_arithmetic")
+    top1 = means(scan(config, group, SCALINGS, bench.output))
+    return {"scalings": list(SCALINGS), "top1": top1}
+
+
+def _check_output(output: Path) -> None:
+    """A folder is taken if it is new, empty, or an earlier demo's."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output}: is a file; name a folder")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not (output / "comparison.json").exists() and not (output / "runs").is_dir():
+        raise UserError(f"output {output}: is in use and no demo wrote it; name another folder")
+
+
+def _zoo(root: Path | None, seed: int, recipe: ZooRecipe) -> ZooPaths:
+    """The zoo, built now or taken from the cache; its independent parts are Ray tasks."""
+    from raymerge.distributed.tasks import run_tasks
+
+    root = root or cache_folder() / f"zoo-{recipe.fingerprint(seed)}"
+    say(f"zoo in {root}")
+    return build_zoo(root, seed=seed, run_tasks=run_tasks, recipe=recipe)
+
+
+def _workers() -> dict[str, Any]:
+    """One worker per GPU of the cluster; without GPUs one per core, up to eight."""
+    resources = local_resources()
+    if environment_address() or resources.gpus:
+        return {"workers": "auto"}
+    return {"workers": min(8, resources.cpus), "cpus_per_worker": 1}

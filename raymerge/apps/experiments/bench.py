@@ -1,0 +1,132 @@
+"""What every experiment stands on: a base config, workers, and merges that go through the session.
+
+An experiment is a function of a :class:`Bench` that returns :class:`~.findings.Findings`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import compress
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from raymerge.config import AdaMerging, Config, TaskConfig, parse_config
+from raymerge.engine.driver.groups import WorkerGroup
+from raymerge.engine.scores import TaskScore
+from raymerge.errors import UserError
+from raymerge.merging.registry import describe
+from raymerge.runs.folder import RunFolder
+from raymerge.runs.merge import MergeResult, merge
+from raymerge.runs.state import StateStore, fingerprint
+from raymerge.runs.workers import open_group
+
+logger = logging.getLogger(__name__)
+
+Changes = Mapping[str, Any]
+
+FAST: Changes = {"preset": "fast"}
+
+_RUN = re.compile(r"(?!\.)[\w.+-]+(/(?!\.)[\w.+-]+)*")
+
+
+@dataclass
+class Bench:
+    """``base``: the config that every merge changes; ``output``: below it each run has a folder.
+
+    ``methods``: what the user asked for instead of an experiment's own. ``reseed``: the base with
+    another seed, which is another world where the base is an embedded one.
+    """
+
+    base: Config
+    output: Path
+    methods: Mapping[str, Changes] | None = None
+    reseed: Callable[[int], Config] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def tasks(self, names: Sequence[str] | None) -> tuple[TaskConfig, ...]:
+        """The base's tasks of these names; all for None. Raises :class:`UserError`."""
+        if names is None:
+            return self.base.tasks
+        known = {task.name: task for task in self.base.tasks}
+        for name in names:
+            if name not in known:
+                raise UserError(
+                    f"experiment: task {name!r} is not in the base config; it has "
+                    f"{', '.join(known)}"
+                )
+        return tuple(known[name] for name in names)
+
+    def config(
+        self, changes: Changes, run: str, tasks: Sequence[TaskConfig] | None = None
+    ) -> Config:
+        """The base with ``changes`` (as in YAML), for ``tasks``, writing to ``runs/run``.
+
+        A preset decides what the base's optimizer would else override.
+        """
+        if not _RUN.fullmatch(run):
+            raise UserError(f"experiment: methods: {run!r} is no name for a row and its folder")
+        given = self.base if tasks is None else self.base.model_copy(update={"tasks": tuple(tasks)})
+        decided = {"optimizer"} if "preset" in changes else set()
+        data = given.model_dump(mode="json", exclude_none=True, exclude=decided)
+        data = {**data, **changes, "output": str(self.output / "runs" / run)}
+        return parse_config(data, root=self.output, source=f"experiment: methods: {run}")
+
+    @contextmanager
+    def workers(self, tasks: Sequence[TaskConfig] | None = None) -> Iterator[WorkerGroup]:
+        """Workers for these tasks, to be shared by the merges of them."""
+        given = self.base if tasks is None else self.base.model_copy(update={"tasks": tuple(tasks)})
+        with open_group(given, None) as group:
+            yield group
+
+    def merge(
+        self,
+        name: str,
+        changes: Changes,
+        group: WorkerGroup,
+        tasks: Sequence[TaskConfig] | None = None,
+    ) -> MergeResult:
+        """One merge; says on stderr how well it does and how long it took."""
+        began = perf_counter()
+        config = self.config(changes, name, tasks)
+        result = merge(config, overwrite=_exists(config), group=group)
+        self.seconds[name] = perf_counter() - began
+        top1 = "" if result.top1 is None else f": {result.top1:.1%}"
+        say(f"{name}: {describe(config.method)}{top1} ({self.seconds[name]:.0f} s)")
+        return result
+
+
+def collapsed(result: MergeResult) -> tuple[str, ...]:
+    """The tasks whose predictions the guard saw collapse; none where no λ was learned."""
+    config, names = result.config, result.config.task_names
+    if result.output is None or not isinstance(config.method, AdaMerging):
+        return ()
+    store = StateStore(
+        RunFolder(result.output).state,
+        fingerprint(config),
+        config.model_names,
+        result.layers,
+        config.state.keep,
+    )
+    state = store.newest()
+    flags_M = None if state is None else state.memory.get("collapsed")
+    return () if flags_M is None else tuple(compress(names, flags_M.tolist()))
+
+
+def _exists(config: Config) -> bool:
+    return config.output is not None and (Path(config.output) / "config.yaml").exists()
+
+
+def mean_top1(scores: Mapping[str, TaskScore], tasks: Sequence[str] | None = None) -> float | None:
+    """Unweighted, over ``tasks`` (default all) that have a score."""
+    rows = [row.top1 for name, row in scores.items() if tasks is None or name in tasks]
+    return sum(rows) / len(rows) if rows else None
+
+
+def say(text: str) -> None:
+    print(f"raymerge: {text}", file=sys.stderr)

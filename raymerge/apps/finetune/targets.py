@@ -1,0 +1,168 @@
+"""What is trained: one expert a task, the joint reference, or both; and what decides its bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from raymerge.apps.finetune.images import steps_per_epoch
+from raymerge.config import Config, FinetuneConfig
+from raymerge.data.images import ImageList
+from raymerge.data.sources import labelled_images
+from raymerge.data.sources.urls import local_reference
+from raymerge.errors import DataError, UserError
+from raymerge.models.checkpoints.digests import sha256
+from raymerge.models.checkpoints.locate import locate
+
+FINGERPRINT = "raymerge_fingerprint"
+"""Metadata of a finished target's file."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One encoder to train. ``place``: ``experts/<task>`` or ``joint``, below the output folder."""
+
+    place: str
+    tasks: tuple[int, ...]
+    steps: int
+    fingerprint: str
+    output: Path
+
+    @property
+    def name(self) -> str:
+        return self.place.rpartition("/")[2]
+
+    @property
+    def is_joint(self) -> bool:
+        return self.place == "joint"
+
+    @property
+    def weights(self) -> Path:
+        return self.output / f"{self.place}.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.output / f"{self.place}.metrics.jsonl"
+
+    @property
+    def state(self) -> Path:
+        return self.output / "state" / self.place
+
+    def is_finished(self) -> bool:
+        """Raises :class:`UserError` if its file is of another config, or is no such file."""
+        if not self.weights.exists():
+            return False
+        try:
+            with safe_open(self.weights, "pt") as file:
+                given = (file.metadata() or {}).get(FINGERPRINT)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.weights}: cannot be read ({error}); remove it") from error
+        if given != self.fingerprint:
+            raise UserError(
+                f"{self.weights}: was trained with another config or on other images; resume with "
+                "those that it was trained with, or give another output folder"
+            )
+        return True
+
+
+def recipe_of(config: Config) -> FinetuneConfig:
+    return config.finetune or FinetuneConfig()
+
+
+def training_images(config: Config) -> dict[int, ImageList]:
+    """By task index, for the tasks that have any. Raises :class:`DataError` where none has, or a
+    task has neither training nor test images."""
+    listed = {}
+    for k, task in enumerate(config.tasks):
+        if task.train is not None:
+            listed[k] = labelled_images(task.train, task.classnames, f"tasks[{k}].train")
+        elif task.test is None:
+            raise DataError(
+                f"tasks[{k}] ({task.name}): no train folder; name its labelled images in "
+                f"tasks[{k}].train, one folder per class"
+            )
+    if not listed:
+        raise DataError(
+            "no task has a train folder; name labelled images in tasks[].train, one folder per "
+            "class"
+        )
+    return listed
+
+
+def make_targets(config: Config, listed: Mapping[int, ImageList], output: Path) -> list[Target]:
+    """In the order of the tasks, the joint reference last. Raises :class:`UserError`."""
+    recipe = recipe_of(config)
+    steps = {k: _expert_steps(config, k, len(images)) for k, images in listed.items()}
+    targets = []
+    if recipe.targets != "joint":
+        for k in listed:
+            place = f"experts/{config.tasks[k].name}"
+            targets.append(_target(config, listed, place, (k,), steps[k], output))
+    if recipe.targets != "experts":
+        longest = recipe.joint_steps or max(filter(None, steps.values()), default=None)
+        targets.append(_target(config, listed, "joint", tuple(listed), longest, output))
+    return targets
+
+
+def _expert_steps(config: Config, task: int, images: int) -> int | None:
+    recipe = recipe_of(config)
+    return recipe.steps_for(config.tasks[task].name, steps_per_epoch(images, recipe.batch_size))
+
+
+def _target(
+    config: Config,
+    listed: Mapping[int, ImageList],
+    place: str,
+    tasks: tuple[int, ...],
+    steps: int | None,
+    output: Path,
+) -> Target:
+    name, warmup = place.rpartition("/")[2], recipe_of(config).warmup_steps
+    if steps is None:
+        raise UserError(f"finetune.steps: neither {name} nor default is given; add one of them")
+    if warmup >= steps:
+        raise UserError(
+            f"finetune.warmup_steps: {warmup}, but {place} takes {steps} steps in all, so its rate "
+            "would never reach finetune.lr; lower it, or train for longer"
+        )
+    images = [listed[k] for k in tasks]
+    return Target(place, tasks, steps, _fingerprint(config, tasks, images, steps), output)
+
+
+def _fingerprint(
+    config: Config, tasks: Sequence[int], images: Sequence[ImageList], steps: int
+) -> str:
+    """SHA-256 of what decides the weights: not the cluster, nor where files lie, nor what else is
+    trained."""
+    recipe = recipe_of(config).model_dump(mode="json")
+    for key in ("targets", "epochs", "steps", "joint_steps", "state_every_steps"):
+        del recipe[key]
+    data = {
+        "model": config.model.model_dump(mode="json"),
+        "recipe": {**recipe, "steps": steps},
+        "precision": config.precision,
+        "seed": config.seed,
+        "tasks": [
+            _task(config, k, listed) for k, listed in zip(tasks, images, strict=True)
+        ],
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _task(config: Config, task: int, images: ImageList) -> dict[str, Any]:
+    given = config.tasks[task]
+    names = images.keys(local_reference(str(given.train)))
+    head = {} if given.head is None else {"head": sha256(locate(given.head))}
+    return {
+        **head,
+        "name": given.name,
+        "classnames": given.classnames,
+        "templates": given.templates,
+        "images": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+    }

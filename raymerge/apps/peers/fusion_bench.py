@@ -1,0 +1,411 @@
+"""fusion_bench's model pools and methods: state dicts merged as it does, or a config of raymerge's.
+
+Written from its documented configs and formulas; no code of it is used. K models.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raymerge.apps.peers.job import Job
+from raymerge.apps.peers.methods import (
+    Coefficients,
+    Linear,
+    Method,
+    Tasks,
+    WholeTies,
+    same_everywhere,
+)
+from raymerge.apps.peers.state_dicts import Inputs, dtype_named, find, open_state_dict
+from raymerge.config import Config
+from raymerge.config.loading import absolute, parse_config
+from raymerge.config.suites import DATA_SETS
+from raymerge.config.wording import short
+from raymerge.errors import ConfigError
+from raymerge.files.atomic import exists
+
+_PRETRAINED = "_pretrained_"
+
+_CLASSES = {
+    "SimpleAverageAlgorithm": "simple_average",
+    "WeightedAverageAlgorithm": "weighted_average",
+    "LinearInterpolationAlgorithm": "linear_interpolation",
+    "TaskArithmeticAlgorithm": "task_arithmetic",
+    "TiesMergingAlgorithm": "ties_merging",
+    "CLIPLayerWiseAdaMergingAlgorithm": "clip_layer_wise_adamerging",
+    "CLIPTaskWiseAdaMergingAlgorithm": "clip_task_wise_adamerging",
+}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "simple_average": {},
+    "weighted_average": {"weights": None, "normalize": True},
+    "linear_interpolation": {"t": 0.5},
+    "task_arithmetic": {"scaling_factor": 0.3},
+    "ties_merging": {
+        "scaling_factor": 0.3,
+        "threshold": 20,
+        "merge_func": "sum",
+        "remove_keys": [],
+    },
+}
+_ADAMERGING: dict[str, Any] = {
+    "init_values": 0.3, "lr": 1e-3, "clamp_weights": False, "batch_size": 16, "max_steps": 1000,
+    "optimizer": "adam", "weights": None,
+}  # fmt: skip
+# What changes how fusion_bench runs, not what it computes.
+_IGNORED = (
+    "_target_", "_recursive_", "_version_", "name", "show_pbar", "inplace", "verbose",
+    "tie_weights", "strict", "devices", "num_workers", "fast_dev_run", "save_merging_weights",
+    "cache_dir",
+)  # fmt: skip
+_CONFIG_KEYS = tuple(Config.model_fields)
+_ARCHITECTURES = {
+    "clip-vit-base-patch32": "ViT-B-32-quickgelu",
+    "clip-vit-base-patch16": "ViT-B-16-quickgelu",
+    "clip-vit-large-patch14": "ViT-L-14-quickgelu",
+    "ViT-B-32": "ViT-B-32-quickgelu",
+    "ViT-B-16": "ViT-B-16-quickgelu",
+    "ViT-L-14": "ViT-L-14-quickgelu",
+}
+_DATA_SETS = {
+    "stanford-cars": "cars",
+    "oxford_flowers102": "flowers102",
+    "oxford-iiit-pet": "oxford_pets",
+}
+_PATHS = ("pretrained_model_name_or_path", "state_dict_path", "pickle_path", "path")
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """The models of a pool by name, in order: what each is read from."""
+
+    models: Mapping[str, str]
+    pretrained: str | None
+    kind: str
+    architecture: str | None
+    dtype: object
+
+
+def read_fusion_bench(data: Mapping[str, Any], path: Path, text: str | None) -> Job | Config:
+    """A pool (or a whole program's config) that is already parsed.
+
+    AdaMerging becomes a :class:`Config`: it learns from images. Raises
+    :class:`~raymerge.errors.UserError` for what raymerge cannot express.
+    """
+    source = f"config {path}"
+    try:
+        data = _resolved(data, data, (), source)
+    except RecursionError:
+        raise ConfigError(f"{source}: a value refers to itself through ${{…}}") from None
+    pool = _pool(data, source)
+    name, options = _method(data.get("method"), source)
+    if name.endswith("adamerging"):
+        return _adamerging(data, pool, name, options, path)
+    inputs = _open(pool, name, path.parent, source)
+    method, said = _static(name, options, pool, inputs, source)
+    count = len(pool.models)
+    onto = f" onto {pool.pretrained}" if inputs.base is not None else ""
+    told = [
+        f"fusion_bench pool {path}: {name} of {count} model{'s' if count > 1 else ''}{onto}: {said}"
+    ]
+    told += [f"  {model}: {reference}" for model, reference in pool.models.items()]
+    if inputs.left_out:
+        told.append(f"  {len(inputs.left_out)} of the base's tensors are in no model and left out")
+    output = data.get("output")
+    return Job(
+        tool="fusion_bench",
+        title=f"{count} models merged by {name}",
+        told=tuple(told),
+        inputs=inputs,
+        method=method,
+        config_name="fusion_bench_config.yaml",
+        text=text or yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True),
+        output=absolute(output, path.parent.absolute()) if isinstance(output, str) else None,
+        tags=("fusion_bench", name),
+    )
+
+
+# --- the pool ------------------------------------------------------------------------------------
+
+
+def _pool(data: Mapping[str, Any], source: str) -> _Pool:
+    pool, where = data, source
+    if "modelpool" in data:
+        pool, where = data["modelpool"], f"{source}: modelpool"
+        if not isinstance(pool, Mapping):
+            raise ConfigError(f"{where}: expected models; found {short(pool)}")
+    given = pool.get("models")
+    if given is None and "defaults" in pool:
+        raise ConfigError(
+            f"{where}: defaults: Hydra puts this file together from others; give the result "
+            "(fusion_bench … --cfg job --resolve)"
+        )
+    if isinstance(given, list):
+        given = {str(m.get("name")): m for m in given if isinstance(m, Mapping)}
+    if not isinstance(given, Mapping) or not given:
+        raise ConfigError(f"{where}: models: expected names and paths; found {short(given)}")
+    paths = {str(k): _reference(v, f"{where}: models.{k}") for k, v in given.items()}
+    models = {k: v for k, v in paths.items() if not (k.startswith("_") and k.endswith("_"))}
+    if not models:
+        raise ConfigError(f"{where}: models: holds {', '.join(paths)} alone; nothing to merge")
+    dtypes = {_dtype(v) for v in given.values()} | {_dtype(pool.get("model_kwargs"))}
+    dtypes.discard(None)
+    if len(dtypes) > 1:
+        raise ConfigError(f"{where}: torch_dtype: the models differ; give one for all")
+    kind = str(pool.get("_target_") or pool.get("type") or "").rpartition(".")[2]
+    return _Pool(
+        models, paths.get(_PRETRAINED), kind,
+        _architecture(given.get(_PRETRAINED)), next(iter(dtypes), None),
+    )  # fmt: skip
+
+
+def _reference(given: object, where: str) -> str:
+    if isinstance(given, str) and given:
+        return given
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where}: expected a path; found {short(given)}")
+    for key in given:
+        if "peft" in str(key) or "lora" in str(given[key]).lower():
+            raise ConfigError(f"{where}: {key}: adapters cannot be merged; give the whole model")
+    for key in _PATHS:
+        if isinstance(given.get(key), str):
+            return str(given[key])
+    raise ConfigError(f"{where}: names no file; give one of {', '.join(_PATHS)}")
+
+
+def _dtype(given: object) -> object:
+    if not isinstance(given, Mapping):
+        return None
+    dtype = given.get("torch_dtype") or given.get("dtype")
+    return None if dtype == "auto" else dtype
+
+
+def _architecture(given: object) -> str | None:
+    text = given if isinstance(given, str) else ""
+    if isinstance(given, Mapping):
+        text = " ".join(str(value) for value in given.values())
+    return next((arch for known, arch in _ARCHITECTURES.items() if known in text), None)
+
+
+def _open(pool: _Pool, method: str, root: Path, source: str) -> Inputs:
+    needs_base = method in ("task_arithmetic", "ties_merging")
+    if needs_base and pool.pretrained is None:
+        raise ConfigError(f"{source}: models.{_PRETRAINED}: missing; {method} needs it")
+    models = [open_state_dict(find(reference, root)) for reference in pool.models.values()]
+    base = open_state_dict(find(str(pool.pretrained), root)) if needs_base else None
+    # Its pool of CLIPs loads their vision models; the files may hold whole ones.
+    vision = pool.kind == "CLIPVisionModelPool" and any(
+        key.startswith("vision_model.") for model in models for key in model.specs
+    )
+    return Inputs(
+        models, base, out="base", only="vision_model." if vision else "",
+        dtype=dtype_named(pool.dtype, f"{source}: torch_dtype"),
+    )  # fmt: skip
+
+
+# --- the method ----------------------------------------------------------------------------------
+
+
+def _method(given: object, source: str) -> tuple[str, dict[str, Any]]:
+    """Its name, and its options with defaults. Raises :class:`ConfigError`."""
+    known = (*_OPTIONS, "clip_layer_wise_adamerging", "clip_task_wise_adamerging")
+    if given is None:
+        raise ConfigError(
+            f"{source}: method: missing; a pool alone says what to merge and not how: add "
+            "-o method=simple_average (or another of " + ", ".join(known) + ")"
+        )
+    options = dict(given) if isinstance(given, Mapping) else {"name": given}
+    target = str(options.get("_target_") or "").rpartition(".")[2]
+    name = _CLASSES.get(target, target) or str(options.get("name"))
+    if name not in known:
+        guess = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {guess[0]}?" if guess else ""
+        raise ConfigError(
+            f"{source}: method: {name!r} is not among those of fusion_bench that raymerge "
+            f"knows{hint} (known: {', '.join(known)})"
+        )
+    defaults = _ADAMERGING if name.endswith("adamerging") else _OPTIONS[name]
+    for key in options:
+        if key not in defaults and key not in _IGNORED:
+            guess = difflib.get_close_matches(str(key), defaults, 1)
+            hint = f"; did you mean {guess[0]}?" if guess else ""
+            raise ConfigError(f"{source}: method.{key}: unknown option of {name}{hint}")
+    own = {key: value for key, value in options.items() if key in defaults and value is not None}
+    return name, {**defaults, **own}
+
+
+def _static(
+    name: str, options: Mapping[str, Any], pool: _Pool, inputs: Inputs, source: str
+) -> tuple[Method, str]:
+    names, count = [entry.name for entry in inputs.entries], len(pool.models)
+
+    def number(key: str) -> float:
+        return _number(options[key], f"{source}: method.{key}")
+
+    if name == "simple_average":
+        mean = Coefficients((1.0,) * count, normalize=True)
+        return Linear(same_everywhere(names, mean)), f"weight 1/{count} each"
+    if name == "linear_interpolation":
+        if count != 2:
+            raise ConfigError(f"{source}: method: {name} is of 2 models; the pool has {count}")
+        t = number("t")
+        return Linear(same_everywhere(names, Coefficients((1 - t, t)))), f"t {t:g}"
+    if name == "weighted_average":
+        weights = _weights(options["weights"], count, source)
+        normalize = bool(options["normalize"])
+        if normalize and not sum(weights):
+            raise ConfigError(f"{source}: method.weights: sum to 0; set normalize: false")
+        said = f"weights {', '.join(f'{w:g}' for w in weights)}, normalize {str(normalize).lower()}"
+        return Linear(same_everywhere(names, Coefficients(weights, normalize=normalize))), said
+    scaling = number("scaling_factor")
+    if name == "task_arithmetic":
+        own = Coefficients((1.0,) * count, scaling=scaling)
+        return Tasks(same_everywhere(names, own)), f"scaling_factor {scaling:g}"
+    threshold, merge = number("threshold"), options["merge_func"]
+    density = threshold / 100 if threshold > 1 else threshold
+    if not 0 < density <= 1:
+        raise ConfigError(f"{source}: method.threshold: {threshold:g} is not above 0 and up to 100")
+    if merge not in ("sum", "mean", "max"):
+        raise ConfigError(f"{source}: method.merge_func: {short(merge)} is not sum, mean or max")
+    if options["remove_keys"]:
+        raise ConfigError(f"{source}: method.remove_keys: cannot be expressed here; remove it")
+    said = f"scaling_factor {scaling:g}, threshold {threshold:g}, merge_func {merge}"
+    return WholeTies(density, scaling, merge), said
+
+
+def _number(value: object, where: str) -> float:
+    try:
+        if not isinstance(value, bool):
+            return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(f"{where}: {short(value)} is not a number")
+
+
+def _weights(given: object, count: int, source: str) -> tuple[float, ...]:
+    where = f"{source}: method.weights"
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != count:
+        raise ConfigError(f"{where}: expected {count} numbers, one a model; found {short(given)}")
+    return tuple(_number(value, where) for value in given)
+
+
+# --- AdaMerging: a config of raymerge's ----------------------------------------------------------
+
+
+def _adamerging(
+    data: Mapping[str, Any], pool: _Pool, name: str, options: Mapping[str, Any], path: Path
+) -> Config:
+    """The pool's models with the tasks' images, which the same file gives as raymerge's keys."""
+    source, root = f"config {path}", path.parent
+    if options["weights"] is not None or options["optimizer"] != "adam":
+        key = "weights" if options["weights"] is not None else "optimizer"
+        raise ConfigError(
+            f"{source}: method.{key}: {short(options[key])} cannot be expressed here; remove it"
+        )
+    own = {key: value for key, value in data.items() if key in _CONFIG_KEYS and key != "method"}
+    own["tasks"] = _tasks(own.get("tasks"), pool, root, source)
+    own["model"] = _model(own.get("model"), pool, root, source)
+    own["method"] = {
+        "name": "adamerging",
+        "granularity": "tensor" if "layer_wise" in name else "task",
+        "init": options["init_values"],
+        "clamp": "forward" if options["clamp_weights"] else "none",
+    }
+    own["optimizer"] = {
+        "lr": _number(options["lr"], f"{source}: method.lr"),
+        "steps": options["max_steps"],
+        "batch_size": options["batch_size"],
+        **(own.get("optimizer") or {}),
+    }
+    own = {key: value for key, value in own.items() if value is not None}
+    return parse_config(own, root=root.absolute(), source=source)
+
+
+def _tasks(given: object, pool: _Pool, root: Path, source: str) -> list[dict[str, Any]]:
+    listed = given if isinstance(given, list) else []
+    tasks = {str(t.get("name")): dict(t) for t in listed if isinstance(t, Mapping)}
+    for name in pool.models:  # the class names of a data set that raymerge knows
+        known = _DATA_SETS.get(name, name.replace("-", "_"))
+        if known in DATA_SETS and "classnames" not in tasks.setdefault(name, {"name": name}):
+            tasks[name].setdefault("dataset", known)
+    without = [name for name in pool.models if not tasks.get(name, {}).get("adapt")]
+    if without:
+        raise ConfigError(
+            f"{source}: adamerging learns from images, and a pool names none that raymerge can "
+            "read: add tasks: [{name, adapt}, …] (test, to score; classnames, where raymerge does "
+            "not know them) for " + ", ".join(without)
+        )
+    for name, reference in pool.models.items():
+        tasks[name].setdefault("checkpoint", _checkpoint(reference, root))
+    return list(tasks.values())
+
+
+def _model(given: object, pool: _Pool, root: Path, source: str) -> object:
+    if isinstance(given, str) and ":" in given:
+        return given
+    model = dict(given) if isinstance(given, Mapping) else {"arch": given or pool.architecture}
+    if not model.get("arch"):
+        raise ConfigError(
+            f"{source}: model: missing; add the architecture, e.g. ViT-B-32-quickgelu"
+        )
+    if "pretrained" not in model and ":" not in str(model["arch"]):
+        if pool.pretrained is None:
+            raise ConfigError(f"{source}: models.{_PRETRAINED}: missing; adamerging needs it")
+        hub = pool.pretrained.startswith("openai/clip-") and not exists(root / pool.pretrained)
+        model["pretrained"] = "openai" if hub else _checkpoint(pool.pretrained, root)
+    return model
+
+
+def _checkpoint(reference: str, root: Path) -> str:
+    """As raymerge's configs name it: a path, or a model of the hub."""
+    given = Path(reference).expanduser()
+    for path in (given, root / given):
+        if exists(path):
+            return str(path.absolute())
+    return f"hf-hub:{reference}" if re.fullmatch(r"[\w-]+/[\w.-]+", reference) else reference
+
+
+# --- ${…} ----------------------------------------------------------------------------------------
+
+_INTERPOLATION = re.compile(r"\$\{([^${}]+)\}")
+
+
+def _resolved(node: Any, root: Mapping[str, Any], at: tuple[str, ...], source: str) -> Any:
+    """``node`` with every ``${key}`` and ``${..key}`` of OmegaConf replaced, where models or the
+    method need it."""
+    if isinstance(node, Mapping):
+        return {k: _resolved(v, root, (*at, str(k)), source) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_resolved(v, root, (*at, str(i)), source) for i, v in enumerate(node)]
+    if not isinstance(node, str) or "${" not in node:
+        return node
+    needed = at[0] in ("models", "method") or at[:2] == ("modelpool", "models")
+
+    def value(match: re.Match[str]) -> str:
+        found = _lookup(match[1], root, at)
+        if found is None or isinstance(found, Mapping | list):
+            if not needed or at[-1] in _IGNORED:
+                return ""
+            raise ConfigError(
+                f"{source}: {'.'.join(at)}: {match[0]} is not in this file; write its value"
+            )
+        return str(_resolved(found, root, at, source))
+
+    return _INTERPOLATION.sub(value, node)
+
+
+def _lookup(key: str, root: Mapping[str, Any], at: tuple[str, ...]) -> Any:
+    """One dot: the mapping around the value; each further dot, the one around that."""
+    name = key.lstrip(".")
+    dots = len(key) - len(name)
+    path = [*(at[: len(at) - dots] if dots else ()), *name.split(".")]
+    node: Any = root
+    for part in path:
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node

@@ -1,0 +1,422 @@
+"""mergekit's YAML, as ``mergekit-pytorch CONFIG OUT`` understands it, over raw state dicts.
+
+Written from its documentation and its behaviour; no code of it is used. K models.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from raymerge.apps.peers.job import Job
+from raymerge.apps.peers.methods import Coefficients, Linear, Method, Tasks
+from raymerge.apps.peers.state_dicts import Inputs, dtype_named, find, open_state_dict
+from raymerge.config.loading import absolute
+from raymerge.config.wording import short
+from raymerge.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a ``merge_method`` is, and its parameters that have a default."""
+
+    title: str
+    defaults: Mapping[str, Any]
+    keep: Literal["all", "largest", "random"] = "all"
+    elect: bool = False
+
+    @property
+    def needs_base(self) -> bool:
+        return "lambda" in self.defaults
+
+
+def _tasks(normalize: bool, rescale: bool) -> dict[str, Any]:
+    return {
+        "density": 1.0, "normalize": normalize, "rescale": rescale, "lambda": 1.0,
+        "int8_mask": False,
+    }  # fmt: skip
+
+
+KINDS: dict[str, _Kind] = {
+    "linear": _Kind("Linear", {"normalize": True}),
+    "task_arithmetic": _Kind("Task arithmetic", _tasks(normalize=False, rescale=False)),
+    "ties": _Kind("TIES", _tasks(normalize=True, rescale=False), "largest", elect=True),
+    "dare_linear": _Kind("DARE", _tasks(normalize=False, rescale=True), "random"),
+    "dare_ties": _Kind("DARE with TIES", _tasks(normalize=False, rescale=True), "random", True),
+}
+_KEYS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype")
+_OURS = ("output", "seed")
+_TOKENIZER = "vocabularies are not rearranged; remove it: the base's tokenizer files are copied"
+_NOT_HERE = {
+    "slices": "layers cannot be restacked; give models: a list of whole ones",
+    "modules": "give models: a list of whole ones",
+    "tokenizer_source": _TOKENIZER,
+    "tokenizer": _TOKENIZER,
+    "chat_template": "remove it, and put the template into the output folder",
+}
+_BOOLEANS = ("normalize", "rescale", "int8_mask")
+_PER_MODEL = ("weight", "density")
+
+
+def read_mergekit(data: Mapping[str, Any], path: Path, text: str | None) -> Job:
+    """A config that is already parsed. ``text``: the file, None if overrides have changed it.
+
+    Raises :class:`~raymerge.errors.UserError` for what raymerge cannot express, and for models that
+    do not fit each other.
+    """
+    config = _Config.parse(data, f"config {path}")
+    inputs = config.open(path.parent)
+    names = [entry.name for entry in inputs.entries]
+    depth = _depths(names)
+    own = {name: config.coefficients(name, depth[name]) for name in names}
+    return Job(
+        tool="mergekit",
+        title=config.title,
+        told=_told(config, inputs, own, path),
+        inputs=inputs,
+        method=config.method(own),
+        config_name="mergekit_config.yml",
+        text=text or yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True),
+        output=config.output(path.parent.absolute()),
+        tags=("mergekit", str(data["merge_method"])),
+    )
+
+
+@dataclass(frozen=True)
+class _Config:
+    """The file, its keys checked; ``settings`` are unresolved parameters, own ones then general."""
+
+    source: str
+    name: str
+    kind: _Kind
+    models: tuple[str, ...]
+    base: str | None
+    own: Mapping[str, Mapping[str, Any]]
+    general: Mapping[str, Any]
+    data: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], source: str) -> _Config:
+        kind = _kind(data["merge_method"], source)
+        _require_known(data, (*_KEYS, *_OURS), source, _NOT_HERE)
+        models = _models(data.get("models"), source)
+        base = data.get("base_model")
+        if base is not None and not isinstance(base, str):
+            raise ConfigError(f"{source}: base_model: {short(base)} is not a path")
+        if base is None and kind.needs_base:
+            raise ConfigError(f"{source}: base_model: missing; {data['merge_method']} needs it")
+        general = _parameters(data.get("parameters"), kind, f"{source}: parameters")
+        own = {
+            name: _parameters(given, kind, f"{source}: models[{i}].parameters", own=True)
+            for i, (name, given) in enumerate(models)
+        }
+        names = tuple(name for name, _ in models)
+        return cls(source, str(data["merge_method"]), kind, names, base, own, general, data)
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The K models, in order: the base is one of them only where it is weighted."""
+        if self.kind.needs_base:
+            return tuple(name for name in self.models if name != self.base)
+        return self.models
+
+    @property
+    def weighted(self) -> tuple[str, ...]:
+        """Whose weights are asked for: linear counts a base that is not listed as a model, too."""
+        extra = self.base is not None and self.base not in self.models and not self.kind.needs_base
+        return (*self.merged, *([str(self.base)] if extra else []))
+
+    @property
+    def title(self) -> str:
+        count = len(self.weighted)
+        return f"{count} model{'' if count == 1 else 's'} merged by {self.kind.title}"
+
+    def output(self, root: Path) -> str | None:
+        given = self.data.get("output")
+        if given is not None and not isinstance(given, str):
+            raise ConfigError(f"{self.source}: output: {short(given)} is not a path")
+        return None if given is None else absolute(given, root)
+
+    def open(self, root: Path) -> Inputs:
+        """The state dicts; the base has a row of its own unless it is a model as the others."""
+        opened = {
+            name: open_state_dict(find(name, root))
+            for name in dict.fromkeys([*self.models, *([self.base] if self.base else [])])
+        }
+        if not self.merged:
+            raise ConfigError(f"{self.source}: models: lists the base alone; nothing is merged")
+        alone = self.base is not None and (self.kind.needs_base or self.base not in self.models)
+        return Inputs(
+            [opened[name] for name in self.merged],
+            opened[str(self.base)] if alone else None,
+            dtype=dtype_named(self.data.get("dtype"), f"{self.source}: dtype"),
+            out=dtype_named(self.data.get("out_dtype"), f"{self.source}: out_dtype"),
+            base_named=self.base in self.models,
+        )
+
+    def coefficients(self, tensor: str, t: float) -> Coefficients:
+        """What ``tensor``, at depth ``t``, is merged with. Raises :class:`ConfigError`."""
+
+        def value(key: str, model: str | None = None) -> Any:
+            scopes = [self.own.get(model, {})] if model is not None else []
+            for scope in (*scopes, self.general):
+                found = _evaluate(scope.get(key), key, tensor, t)
+                if found is not None:
+                    return found
+            if key in self.kind.defaults:
+                return self.kind.defaults[key]
+            what = "" if model == self.base else f" for {model}"
+            if model == self.base:
+                what = f" for the base {model}, which linear counts as a model"
+            raise ConfigError(f"{self.source}: parameters.{key}: missing{what} (tensor {tensor})")
+
+        weights = tuple(float(value("weight", model)) for model in self.weighted)
+        if not self.kind.needs_base:
+            if value("normalize") and not sum(weights):
+                raise ConfigError(
+                    f"{self.source}: parameters.weight: the weights of {tensor} sum to 0, by which "
+                    "normalize divides; set normalize: false"
+                )
+            return Coefficients(weights, normalize=bool(value("normalize")))
+        densities = tuple(float(value("density", model)) for model in self.weighted)
+        for density in densities:
+            if not 0 <= density <= 1:
+                raise ConfigError(f"{self.source}: parameters.density: {density} is not in [0, 1]")
+        return Coefficients(
+            weights, densities, bool(value("normalize")), float(value("lambda")),
+            bool(value("rescale")),
+        )  # fmt: skip
+
+    def method(self, own: Mapping[str, Coefficients]) -> Method:
+        if not self.kind.needs_base:
+            return Linear(own)
+        seed = self.data.get("seed", 0)
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ConfigError(f"{self.source}: seed: {short(seed)} is not a whole number")
+        return Tasks(own, self.kind.keep, self.kind.elect, self.merged, seed)
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+
+def _kind(name: object, source: str) -> _Kind:
+    kind = KINDS.get(str(name))
+    if kind is None:
+        guess = difflib.get_close_matches(str(name), KINDS, 1)
+        hint = f"; did you mean {guess[0]}?" if guess else ""
+        raise ConfigError(
+            f"{source}: merge_method: {short(name)} is not among those of mergekit that raymerge "
+            f"knows{hint} (known: {', '.join(KINDS)})"
+        )
+    return kind
+
+
+def _require_known(
+    given: Mapping[str, Any], known: Sequence[str], where: str, not_here: Mapping[str, str] = {}
+) -> None:
+    for key in given:
+        if given[key] is None:
+            continue
+        if key in not_here:
+            raise ConfigError(f"{where}: {key}: cannot be expressed here: {not_here[key]}")
+        if key not in known:
+            guess = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean {guess[0]}?" if guess else f" (known here: {', '.join(known)})"
+            raise ConfigError(f"{where}: {key}: unknown key{hint}")
+
+
+def _models(given: object, source: str) -> list[tuple[str, object]]:
+    if not isinstance(given, list) or not given:
+        raise ConfigError(f"{source}: models: expected a list of models; found {short(given)}")
+    models: list[tuple[str, object]] = []
+    for i, item in enumerate(given):
+        where = f"{source}: models[{i}]"
+        if not isinstance(item, Mapping):
+            raise ConfigError(f"{where}: expected model and parameters; found {short(item)}")
+        _require_known(item, ("model", "parameters"), where)
+        name = item.get("model")
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"{where}.model: {short(name)} is not a path")
+        if name in (known for known, _ in models):
+            raise ConfigError(f"{where}.model: {name} is listed twice; add its weights instead")
+        models.append((name, item.get("parameters")))
+    return models
+
+
+def _parameters(given: object, kind: _Kind, where: str, own: bool = False) -> Mapping[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where}: expected names and values; found {short(given)}")
+    known = ["weight", *kind.defaults]
+    _require_known(given, known, where)
+    for key, setting in given.items():
+        if own and key not in _PER_MODEL:
+            raise ConfigError(f"{where}.{key}: is of the whole merge; move it to parameters")
+        _check_setting(setting, key, f"{where}.{key}")
+    return given
+
+
+def _check_setting(setting: object, key: str, where: str) -> None:
+    """A value, a list of values over the layers, or values with a filter each."""
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if isinstance(setting, list) and any(isinstance(item, Mapping) for item in setting):
+        for i, item in enumerate(setting):
+            if not isinstance(item, Mapping) or "value" not in item:
+                raise ConfigError(f"{where}[{i}]: expected value and filter; found {short(item)}")
+            _require_known(item, ("value", "filter"), f"{where}[{i}]")
+            if not isinstance(item.get("filter"), str | None):
+                raise ConfigError(f"{where}[{i}].filter: {short(item['filter'])} is not a text")
+            _check_setting(item["value"], key, f"{where}[{i}].value")
+        return
+    for value in setting if isinstance(setting, list) else [setting]:
+        if value is not None and _plain(value, key) is None:
+            kind = "true or false" if key in _BOOLEANS else "a number"
+            raise ConfigError(f"{where}: {short(value)} is not {kind}")
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def _plain(value: object, key: str) -> Any:
+    """A number or a truth value, None if it is neither: YAML reads 1e-3 as a text."""
+    if key in _BOOLEANS:
+        if isinstance(value, str):
+            return {"true": True, "false": False}.get(value.lower())
+        return bool(value) if isinstance(value, bool | int) and value in (0, 1) else None
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _evaluate(setting: object, key: str, tensor: str, t: float) -> Any:
+    """The value for a tensor at depth ``t`` in [0, 1]; None if no filter fits."""
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if not isinstance(setting, list):
+        return None if setting is None else _plain(setting, key)
+    if any(isinstance(item, Mapping) for item in setting):
+        for item in setting:
+            wanted = item.get("filter")
+            if wanted in (None, "*") or wanted in tensor:
+                return _evaluate(item["value"], key, tensor, t)
+        return None
+    return _interpolated([_plain(item, key) for item in setting], key, t) if setting else None
+
+
+def _interpolated(values: Sequence[Any], key: str, t: float) -> Any:
+    if key in _BOOLEANS:
+        return values[int(t * (len(values) - 1))]
+    place = t * (len(values) - 1)
+    low = int(place)
+    high = min(low + 1, len(values) - 1)
+    return (1 - (place - low)) * values[low] + (place - low) * values[high]
+
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def _depths(tensors: Sequence[str]) -> dict[str, float]:
+    """Where each tensor's layer stands between the first, 0, and the last, 1; 0 outside of layers.
+
+    A layer is the first number in a name; what stands before it names the stack.
+    """
+    found = {name: _LAYER.search(name) for name in tensors}
+    last: dict[str, int] = {}
+    for name, match in found.items():
+        if match is not None:
+            stack = name[: match.start(1)]
+            last[stack] = max(last.get(stack, 0), int(match[1]))
+
+    def depth(name: str, match: re.Match[str] | None) -> float:
+        if match is None:
+            return 0.0
+        end = last[name[: match.start(1)]]
+        return int(match[1]) / end if end else 1.0
+
+    return {name: depth(name, match) for name, match in found.items()}
+
+
+# --- what is said --------------------------------------------------------------------------------
+
+
+def _told(
+    config: _Config, inputs: Inputs, own: Mapping[str, Coefficients], path: Path
+) -> tuple[str, ...]:
+    count = len(config.weighted)
+    base = f" onto base {config.base}" if config.kind.needs_base else ""
+    options = _options(config, own)
+    lines = [
+        f"mergekit config {path}: {config.name} of {count} model{'' if count == 1 else 's'}{base}: "
+        + ", ".join(options)
+    ]
+    each = [_of_model(config, own, k) for k in range(count)]
+    if len(set(each)) == 1:
+        lines[0] += f"; each {each[0]}"
+    else:
+        lines += [f"  {model}: {said}" for model, said in zip(config.weighted, each, strict=True)]
+    if _has_list(config.data):
+        lines.append("  a list is spread over the layers (mergekit-pytorch takes its first value)")
+    if config.kind.keep == "random":
+        lines.append("  random numbers are raymerge's own: mergekit's masks differ")
+    if inputs.left_out:
+        lines.append(
+            f"  {len(inputs.left_out)} of the base's tensors are in no model and are left out "
+            f"({inputs.left_out[0]}{', …' if len(inputs.left_out) > 1 else ''})"
+        )
+    return tuple(lines)
+
+
+def _options(config: _Config, own: Mapping[str, Coefficients]) -> list[str]:
+    told = [f"normalize {_range(c.normalize for c in own.values())}"]
+    if config.kind.needs_base:
+        told.append(f"lambda {_range(c.scaling for c in own.values())}")
+    if config.kind.keep != "all" and any(c.rescale for c in own.values()):
+        told.append(f"rescale {_range(c.rescale for c in own.values())}")
+    for key in ("dtype", "out_dtype"):
+        if config.data.get(key) is not None:
+            told.append(f"{key} {config.data[key]}")
+    return told
+
+
+def _of_model(config: _Config, own: Mapping[str, Coefficients], k: int) -> str:
+    said = f"weight {_range(c.weights[k] for c in own.values())}"
+    if config.kind.keep != "all":
+        said += f", density {_range(c.densities[k] for c in own.values())}"
+    return said
+
+
+def _range(values: Any) -> str:
+    distinct = sorted(set(values))
+    text: Callable[[Any], str] = lambda v: str(v).lower() if isinstance(v, bool) else f"{v:g}"  # noqa: E731
+    if len(distinct) == 1:
+        return text(distinct[0])
+    return f"{text(distinct[0])} to {text(distinct[-1])} by tensor"
+
+
+def _has_list(node: Any) -> bool:
+    """Whether a parameter is spread over the layers."""
+    parameters = [node.get("parameters")] + [model.get("parameters") for model in node["models"]]
+
+    def spread(setting: Any) -> bool:
+        if isinstance(setting, Mapping):
+            return spread(setting.get("value"))
+        if not isinstance(setting, list):
+            return False
+        if any(isinstance(item, Mapping) for item in setting):
+            return any(spread(item) for item in setting)
+        return len(setting) > 1
+
+    return any(spread(s) for given in parameters if given for s in given.values())

@@ -1,0 +1,272 @@
+"""State dicts of any model family, opened together: which tensors they share, in which dtype.
+
+Legend: K models, R rows (K, and the base last if there is one), n columns of one tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from raymerge.errors import CheckpointError, UserError
+from raymerge.files.atomic import exists
+from raymerge.files.urls import is_remote
+from raymerge.merging.layout import CELL
+from raymerge.models.checkpoints.checkpoint import SAFETENSORS_DTYPES, Checkpoint, read_tensor
+from raymerge.models.checkpoints.huggingface import ShardedCheckpoint
+from raymerge.models.checkpoints.locate import one_line
+from raymerge.models.checkpoints.opening import open_stored
+from raymerge.models.checkpoints.visual_tower import all_finite, require_finite
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer*", "model*.safetensors")
+_BLOCK_BYTES = 4 << 20  # of all rows: stays in a core's cache
+_LEAST_COLUMNS = 8 * CELL
+_AT_ONCE = 1 << 22  # entries of a tensor that are held as a whole
+_SAMPLED = 1 << 18
+
+
+def find(reference: str, root: Path) -> str:
+    """The file or folder that a reference means: a URL, a path from here (as the tools do), else
+    from ``root``, else a model of the hub. Raises :class:`CheckpointError`."""
+    if is_remote(reference):
+        return reference
+    given = Path(reference.removeprefix("local-dir:").removeprefix("hf-hub:")).expanduser()
+    for path in (given, root / given):
+        if exists(path):
+            return str(path.absolute())
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(given)) and given.suffix not in (
+        ".safetensors", ".pt", ".pth", ".bin", ".ckpt",
+    ):  # fmt: skip
+        return str(_downloaded(str(given)))
+    raise CheckpointError(f"checkpoint {reference}: no such file or folder, here or in {root}")
+
+
+def _downloaded(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=list(_HUB_FILES)))
+        if not any(folder.glob("model*.safetensors")):
+            snapshot_download(repository, allow_patterns=["pytorch_model*"])
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {repository}: no such file or folder, and it cannot be fetched from the "
+            f"hub ({one_line(error)})"
+        ) from error
+    return folder
+
+
+def open_state_dict(reference: str) -> Checkpoint:
+    """A file, or a folder as transformers writes it: whole, or in shards with an index."""
+    for name in _WEIGHTS if Path(reference).is_dir() else ():
+        for file in (Path(reference, f"{name}.index.json"), Path(reference, name)):
+            if file.is_file():
+                return open_stored(file)
+    return open_stored(reference)
+
+
+def files_of(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """The files that hold its numbers."""
+    return checkpoint.files if isinstance(checkpoint, ShardedCheckpoint) else (checkpoint.path,)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One floating-point tensor of the merge: computed in ``dtype``, written as ``out``."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    out: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns ``start:stop`` of a tensor, flattened."""
+
+    entry: Entry
+    start: int
+    stop: int
+
+
+class Inputs:
+    """K models and perhaps a base, known to fit each other in names, shapes and buffers.
+
+    The names are those of the models: what the base alone has is left out, as in mergekit, unless
+    ``base_named``. ``only``: a prefix of the names that count. ``dtype``: read as this, else in
+    the widest of the stored ones; ``out``: written as this, ``base`` for the base's (or the first
+    model's) own, else as computed. Raises :class:`CheckpointError`.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Checkpoint],
+        base: Checkpoint | None,
+        *,
+        dtype: torch.dtype | None = None,
+        out: torch.dtype | str | None = None,
+        only: str = "",
+        base_named: bool = False,
+    ) -> None:
+        self.models, self.base = tuple(models), base
+        self.rows = (*self.models, *([] if base is None else [base]))
+        naming = self.rows if base_named else self.models
+        names = sorted({key for row in naming for key in row.specs if key.startswith(only)})
+        self._require_same(names)
+        self.buffers = [name for name in names if not self._floating(name)]
+        self._require_equal_buffers()
+        self.entries = [
+            self._entry(name, dtype, out) for name in names if name not in set(self.buffers)
+        ]
+        if not self.entries:
+            raise CheckpointError(
+                f"checkpoint {self.rows[0].path}: holds no floating-point tensor to merge"
+            )
+        known = set(names)
+        self.left_out = [] if base is None else sorted(k for k in base.specs if k not in known)
+
+    def _require_same(self, names: Sequence[str]) -> None:
+        for row in self.rows:
+            missing = [name for name in names if name not in row.specs]
+            if missing:
+                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                other = next(r for r in self.rows if missing[0] in r.specs)
+                raise CheckpointError(
+                    f"checkpoint {row.path}: {missing[0]}{more} missing, though in {other.path}; "
+                    "models of one merge have the same tensors"
+                )
+        first = self.rows[-1]
+        for row in self.rows:
+            for name in names:
+                if row.specs[name].shape != first.specs[name].shape:
+                    raise CheckpointError(
+                        f"checkpoint {row.path}: {name} has shape {list(row.specs[name].shape)}, "
+                        f"but {list(first.specs[name].shape)} in {first.path}"
+                    )
+
+    def _floating(self, name: str) -> bool:
+        return all(row.specs[name].dtype.is_floating_point for row in self.rows)
+
+    def _require_equal_buffers(self) -> None:
+        for name in self.buffers:
+            first = read_tensor(self.rows[0], name)
+            for row in self.rows[1:]:
+                if row.specs[name].dtype != first.dtype or not torch.equal(
+                    read_tensor(row, name), first
+                ):
+                    raise CheckpointError(
+                        f"checkpoint {row.path}: {name} is not floating point and differs from "
+                        f"that of {self.rows[0].path}; it cannot be merged"
+                    )
+
+    def _entry(self, name: str, dtype: torch.dtype | None, out: torch.dtype | str | None) -> Entry:
+        stored = [row.specs[name].dtype for row in self.rows]
+        work = dtype or stored[0]
+        for other in stored if dtype is None else ():
+            if other != work and 1 in (other.itemsize, work.itemsize):
+                raise CheckpointError(f"{name} is {other} in one model and {work} in another")
+            work = torch.promote_types(work, other)
+        if work.itemsize < 2 or work not in SAFETENSORS_DTYPES.values():
+            raise CheckpointError(
+                f"checkpoint {self.rows[0].path}: {name} is {_plain(work)}, which cannot be "
+                "computed with; set dtype: float32"
+            )
+        if out == "base":
+            out = self.rows[-1 if self.base is not None else 0].specs[name].dtype
+        written = out if isinstance(out, torch.dtype) else work
+        return Entry(name, self.rows[0].specs[name].shape, work, written)
+
+    # --- reading ---------------------------------------------------------------------------
+
+    def read(self, part: Part) -> Tensor:
+        """The rows (R, n) of a part. Raises :class:`CheckpointError` for NaN and Inf."""
+        out_Rn = torch.empty(len(self.rows), part.stop - part.start, dtype=part.entry.dtype)
+        for row, out_n in zip(self.rows, out_Rn, strict=True):
+            row.fill(part.entry.name, part.start, out_n)
+        if not all_finite(out_Rn):
+            self._require_finite(part, out_Rn)
+        return out_Rn
+
+    def vector(self, model: int, part: Part) -> Tensor:
+        """The task vector (n,) of one model: θ − θ₀."""
+        assert self.base is not None
+        pair_2n = torch.empty(2, part.stop - part.start, dtype=part.entry.dtype)
+        for row, out_n in zip((self.base, self.models[model]), pair_2n, strict=True):
+            row.fill(part.entry.name, part.start, out_n)
+        if not all_finite(pair_2n):
+            self.read(part)
+        return pair_2n[1] - pair_2n[0]
+
+    def _require_finite(self, part: Part, values_Rn: Tensor) -> None:
+        name = part.entry.name
+        for row, values_n in zip(self.rows, values_Rn, strict=True):
+            stored_n = torch.empty(len(values_n), dtype=row.specs[name].dtype)
+            row.fill(name, part.start, stored_n)
+            require_finite(stored_n, row, name)
+            if not all_finite(values_n):
+                raise CheckpointError(
+                    f"checkpoint {row.path}: {name} overflows {_plain(part.entry.dtype)}; "
+                    "set another dtype"
+                )
+
+    def parts(self) -> Iterator[Part]:
+        """Every column once; small enough that all rows of a part stay in a core's cache."""
+        columns = max(_LEAST_COLUMNS, _BLOCK_BYTES // (4 * max(4, len(self.rows))) // CELL * CELL)
+        for entry in self.entries:
+            yield from _cut(entry, columns)
+
+    def vectors(self, model: int, entries: Sequence[Entry]) -> Callable[[], Iterator[Tensor]]:
+        """The task vector of one model over whole tensors, in parts, as often as it is asked for;
+        a small one is read once."""
+        if sum(entry.numel for entry in entries) <= _AT_ONCE:
+            held = [self.vector(model, Part(e, 0, e.numel)) for e in entries]
+            return lambda: iter(held)
+        parts = [part for entry in entries for part in _cut(entry, _BLOCK_BYTES // 4)]
+        return lambda: (self.vector(model, part) for part in parts)
+
+    def sample(self, model: int, entries: Sequence[Entry]) -> Tensor | None:
+        """Entries of that vector taken evenly; None where it is held as a whole."""
+        total = sum(entry.numel for entry in entries)
+        if total <= _AT_ONCE:
+            return None
+        every = total // _SAMPLED + 1
+        cells = [part for entry in entries for part in _cut(entry, CELL)][::every]
+        return torch.cat([self.vector(model, part).float() for part in cells])
+
+
+def _cut(entry: Entry, columns: int) -> Iterator[Part]:
+    for start in range(0, entry.numel, columns):
+        yield Part(entry, start, min(start + columns, entry.numel))
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+
+def dtype_named(value: object, key: str) -> torch.dtype | None:
+    """``float32``, ``torch.bfloat16``, …; None for None. Raises :class:`UserError`."""
+    if value is None:
+        return None
+    dtype = _DTYPES.get(str(value).removeprefix("torch."))
+    if dtype is None:
+        raise UserError(f"{key}: {value!r} is unknown (known: {', '.join(_DTYPES)})")
+    return dtype

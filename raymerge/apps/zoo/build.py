@@ -1,0 +1,242 @@
+"""Build the demo world on disk: pretrained model, experts, images, class names and a config.
+
+Every part is written under a temporary name and renamed when it is whole, so an interrupted build
+goes on where it stopped, and the marker file, written last, lets a finished one return at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+from raymerge.apps.zoo.experts import train_expert
+from raymerge.apps.zoo.images import FAMILIES, Split, draw_images
+from raymerge.apps.zoo.joint import train_joint
+from raymerge.apps.zoo.pretrain import pretrain, save_model
+from raymerge.apps.zoo.recipe import TEMPLATE, ZooRecipe
+from raymerge.errors import UserError
+
+T = TypeVar("T")
+
+_MARKER = "zoo.fingerprint"
+_STARTED = ".zoo.started"
+_EXPERT_WEIGHT = 30
+"""Steps of the progress bar for one expert: about as long as so many pretraining steps."""
+
+
+class RunTasks(Protocol):
+    """Calls a picklable function once per argument tuple, anywhere, in any order.
+
+    Yields each result when it is there; errors propagate.
+    """
+
+    def __call__(
+        self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], /
+    ) -> Iterator[T]: ...
+
+
+@dataclass(frozen=True)
+class ZooPaths:
+    """Where the parts of a built world lie."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "zoo.yaml"
+
+    @property
+    def pretrained(self) -> Path:
+        return self.root / "pretrained"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(FAMILIES)
+
+    @property
+    def joint(self) -> Path:
+        return self.root / "joint.safetensors"
+
+    def expert(self, task: str) -> Path:
+        return self.root / "experts" / f"{task}.safetensors"
+
+    def images(self, task: str, split: Split) -> Path:
+        return self.root / "data" / task / split
+
+    def classnames(self, task: str) -> Path:
+        return self.root / "classnames" / f"{task}.txt"
+
+
+def build_zoo(
+    root: Path,
+    *,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: bool = True,
+    run_tasks: RunTasks | None = None,
+    recipe: ZooRecipe | None = None,
+    joint: bool = True,
+) -> ZooPaths:
+    """Build the world under ``root``, with its ``joint`` reference or without, or return at once if
+    it is there.
+
+    ``run_tasks`` runs the independent pieces (image folders, experts); by default ``workers``
+    processes do, or this one if that is None or 1. The files do not depend on which.
+    A folder that holds a world of another seed or recipe is rebuilt from nothing.
+    """
+    recipe = recipe or ZooRecipe()
+    paths = ZooPaths(Path(root).absolute())
+    fingerprint = recipe.fingerprint(seed)
+    if _read(paths.root / _MARKER) != fingerprint:
+        _start(paths, fingerprint)
+        run = run_tasks or (in_processes(workers) if workers and workers > 1 else in_turn)
+        _build(paths, recipe, seed, run, progress)
+        _write(paths.root / _MARKER, fingerprint)
+    if joint:
+        train_joint(paths.root, seed, recipe)
+    return paths
+
+
+def _build(paths: ZooPaths, recipe: ZooRecipe, seed: int, run: RunTasks, progress: bool) -> None:
+    total = recipe.pretrain.steps + len(paths.tasks) * (1 + _EXPERT_WEIGHT)
+    with tqdm(
+        total=total, desc="zoo: images", unit="step", file=sys.stderr, disable=not progress
+    ) as bar:
+        _write_texts(paths)
+        for _ in run(write_images, [(paths.root, task, seed, recipe) for task in paths.tasks]):
+            bar.update(1)
+        bar.set_description("zoo: pretraining")
+        _pretrain(paths, recipe, seed, bar)
+        bar.set_description("zoo: experts")
+        for _ in run(train_expert, [(paths.root, task, seed, recipe) for task in paths.tasks]):
+            bar.update(_EXPERT_WEIGHT)
+
+
+def _start(paths: ZooPaths, fingerprint: str) -> None:
+    """Make the folders; parts that another recipe or seed left are removed first.
+
+    A folder that holds anything else is refused, so that nobody's own ``data`` is deleted.
+    """
+    started = _read(paths.root / _STARTED)
+    if started is None and paths.root.exists() and any(paths.root.iterdir()):
+        raise UserError(f"{paths.root}: not empty and not a zoo; name a new or an empty folder")
+    if started != fingerprint:
+        (paths.root / _MARKER).unlink(missing_ok=True)
+        paths.joint.unlink(missing_ok=True)
+        for part in ("pretrained", "experts", "data", "classnames"):
+            shutil.rmtree(paths.root / part, ignore_errors=True)
+    paths.root.mkdir(parents=True, exist_ok=True)
+    _write(paths.root / _STARTED, fingerprint)
+    for part in ("experts", "data", "classnames"):
+        (paths.root / part).mkdir(exist_ok=True)
+
+
+# --- parts -------------------------------------------------------------------------------------
+
+
+def write_images(root: Path, task: str, seed: int, recipe: ZooRecipe) -> Path:
+    """Write ``data/<task>/``: a flat ``adapt`` folder, and ``test`` with a folder per class."""
+    target = root / "data" / task
+
+    def fill(folder: Path) -> None:
+        names = FAMILIES[task].classnames
+        for name in names:
+            (folder / "test" / name).mkdir(parents=True)
+        (folder / "adapt").mkdir()
+        for index, image in enumerate(draw_images(seed, task, "adapt", recipe.adapt_images)[0]):
+            Image.fromarray(image).save(folder / "adapt" / f"{index:04d}.png")
+        tests = zip(*draw_images(seed, task, "test", recipe.test_images), strict=True)
+        for index, (image, label) in enumerate(tests):
+            Image.fromarray(image).save(folder / "test" / names[label] / f"{index:04d}.png")
+
+    _whole(target, fill)
+    return target
+
+
+def _pretrain(paths: ZooPaths, recipe: ZooRecipe, seed: int, bar: tqdm[Any]) -> None:
+    def advance(steps: int) -> None:
+        bar.update(steps)
+
+    def fill(folder: Path) -> None:
+        save_model(pretrain(recipe, seed, advance), recipe.model, folder)
+
+    if not paths.pretrained.exists():
+        _whole(paths.pretrained, fill)
+    else:
+        bar.update(recipe.pretrain.steps)
+
+
+def _write_texts(paths: ZooPaths) -> None:
+    for task in paths.tasks:
+        _write(paths.classnames(task), "\n".join(FAMILIES[task].classnames) + "\n")
+    _write(paths.config, yaml.safe_dump(_config(paths.tasks), sort_keys=False))
+
+
+def _config(tasks: Sequence[str]) -> dict[str, Any]:
+    """The raymerge config, with paths relative to the world's root."""
+    return {
+        "model": "local-dir:pretrained",
+        "tasks": [
+            {
+                "name": task,
+                "checkpoint": f"experts/{task}.safetensors",
+                "classnames": f"classnames/{task}.txt",
+                "templates": [TEMPLATE],
+                "adapt": f"data/{task}/adapt",
+                "test": f"data/{task}/test",
+            }
+            for task in tasks
+        ],
+        "method": {"name": "adamerging"},
+        "optimizer": {"steps": 500, "batch_size": 16, "lr": 0.001},
+        "seed": 0,
+    }
+
+
+# --- files and processes -----------------------------------------------------------------------
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text().strip() if path.exists() else None
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _whole(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fill ``folder`` under a temporary name, then rename; nothing to do if it exists."""
+    if folder.exists():
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fill(partial)
+    partial.rename(folder)
+
+
+def in_turn(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], /) -> Iterator[T]:
+    return (function(*each) for each in arguments)
+
+
+def in_processes(workers: int) -> RunTasks:
+    def run(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], /) -> Iterator[T]:
+        count = min(workers, len(arguments), os.cpu_count() or 1)
+        with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+            for future in [pool.submit(function, *each) for each in arguments]:
+                yield future.result()
+
+    return run

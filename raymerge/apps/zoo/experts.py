@@ -1,0 +1,132 @@
+"""Experts: the visual tower fine-tuned on one task's shifted images, its zero-shot head frozen.
+
+Legend: B batch, N images, C classes, D features.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import CLIP
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from raymerge.apps.finetune.loop import Schedule, train
+from raymerge.apps.zoo.images import FAMILIES, Split, draw_images
+from raymerge.apps.zoo.pretrain import (
+    Tokenizer,
+    build_tokenizer,
+    normalise,
+    to_tensor,
+    torch_threads,
+)
+from raymerge.apps.zoo.recipe import TEMPLATE, ExpertRecipe, ZooRecipe
+
+_EARLY = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer.resblocks.0.")
+
+
+@torch.no_grad()
+def zero_shot_head(model: CLIP, tokenizer: Tokenizer, task: str) -> Tensor:
+    """(D, C): the text features of the task's class names, times the logit scale."""
+    texts = [TEMPLATE.format(name) for name in FAMILIES[task].classnames]
+    text_CD = model.encode_text(tokenizer(texts), normalize=True)
+    head_DC: Tensor = model.logit_scale.exp() * text_CD.t()
+    return head_DC
+
+
+def finetune(recipe: ZooRecipe, seed: int, task: str, model: CLIP) -> dict[str, Tensor]:
+    """Train ``model``'s visual tower in place; its state dict, keys as in the whole model."""
+    expert = recipe.expert_for(task)
+    head_DC = zero_shot_head(model, build_tokenizer(recipe.model), task)
+    images, labels = draw_images(seed, task, "train", expert.images)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(task.encode()) + seed)
+        rehearsal, target_ND = rehearse(model, seed, expert)
+        shown, target_B = to_tensor(images), torch.from_numpy(labels)
+        loss = expert_loss(head_DC, shown, target_B, rehearsal, target_ND)
+        train_tower(model, expert, loss)
+    return {f"visual.{k}": v.contiguous() for k, v in model.visual.state_dict().items()}
+
+
+@torch.no_grad()
+def rehearse(model: CLIP, seed: int, recipe: ExpertRecipe) -> tuple[Tensor, Tensor]:
+    """Pretraining images of all tasks, uint8 (N, 3, H, W), and their features (N, D)."""
+    styles: tuple[Split, ...] = ("plain", "shifted")
+    drawn = [
+        to_tensor(draw_images(seed, task, style, recipe.rehearsal_images)[0])
+        for task in FAMILIES
+        for style in styles
+    ]
+    features = [model.encode_image(normalise(images), normalize=True) for images in drawn]
+    return torch.cat(drawn), torch.cat(features)
+
+
+def expert_loss(
+    head_DC: Tensor, images: Tensor, labels: Tensor, rehearsal: Tensor, target_ND: Tensor
+) -> Callable[[CLIP, ExpertRecipe], Tensor]:
+    """The loss of one random batch: cross-entropy, plus the drift of the rehearsal features."""
+
+    def loss(model: CLIP, recipe: ExpertRecipe) -> Tensor:
+        own = torch.randint(len(images), (recipe.batch,))
+        old = torch.randint(len(rehearsal), (recipe.rehearsal_batch,))
+        pixels = normalise(torch.cat([images[own], rehearsal[old]]))
+        features_BD = model.encode_image(pixels, normalize=True)
+        own_BD, old_BD = features_BD.split([len(own), len(old)])
+        task_loss = nn.functional.cross_entropy(own_BD @ head_DC, labels[own])
+        drift: Tensor = (old_BD - target_ND[old]).square().sum(-1).mean()
+        return task_loss + recipe.rehearsal_weight * drift
+
+    return loss
+
+
+def expert_optimizer(model: CLIP, recipe: ExpertRecipe) -> torch.optim.Optimizer:
+    """Weight decay on matrices only; the early layers have a rate of their own."""
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [parameter],
+            "lr": recipe.lr * (recipe.early_lr_factor if name.startswith(_EARLY) else 1.0),
+            "weight_decay": recipe.weight_decay if parameter.ndim > 1 else 0.0,
+        }
+        for name, parameter in model.visual.named_parameters()
+    ]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=0.0)
+
+
+def train_tower(
+    model: CLIP, recipe: ExpertRecipe, loss: Callable[[CLIP, ExpertRecipe], Tensor]
+) -> None:
+    schedule = Schedule(recipe.steps, recipe.steps // 20)
+    parameters = list(model.visual.parameters())
+    train(
+        parameters,
+        expert_optimizer(model, recipe),
+        schedule,
+        lambda step: loss(model, recipe).backward(),
+    )
+
+
+def train_expert(root: Path, task: str, seed: int, recipe: ZooRecipe) -> Path:
+    """Fine-tune on ``task`` and write ``root/experts/<task>.safetensors``; one thread, picklable.
+
+    Returns at once if the file is there. One thread, so that the result does not depend on how
+    many experts are trained side by side.
+    """
+    path = root / "experts" / f"{task}.safetensors"
+    if path.exists():
+        return path
+    with torch_threads(1):
+        model = open_clip.create_model(f"local-dir:{root / 'pretrained'}")
+        model.eval().requires_grad_(False)
+        model.visual.requires_grad_(True)
+        state = finetune(recipe, seed, task, model)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(save(state, metadata={"format": "pt"}))
+    partial.replace(path)
+    return path

@@ -1,0 +1,147 @@
+"""Decoding: files → uint8 tensors at the model's resolution, on all cores, once.
+
+Legend: N images, H × W the model's resolution.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from raymerge.data.images import DECODE_ERRORS, FORMATS, ImageList, Item, StoredImage, open_image
+from raymerge.errors import DataError
+
+if TYPE_CHECKING:
+    from raymerge.data.preprocess import Preprocess
+
+_TAIL_BYTES = 1024
+_JPEG_END = b"\xff\xd9"
+
+
+def decode(item: Item, preprocess: Preprocess) -> Tensor:
+    """(3, H, W) uint8. Raises :class:`DataError` naming the image."""
+    try:
+        with open_image(item) as image:
+            return preprocess.to_pixels(image)
+    except DECODE_ERRORS as error:
+        raise damaged(item, error) from error
+
+
+def check_image(item: Item) -> DataError | None:
+    """What is wrong with this image, if anything, without decoding a sound one.
+
+    A PNG has checksums and a JPEG an end marker; anything else is decoded to be sure.
+    """
+    try:
+        if isinstance(item, Path):
+            _check_file(lambda: item, lambda: _tail(item))
+        else:
+            _check_stored(item)
+    except DECODE_ERRORS as error:
+        return damaged(item, error)
+    except DataError as error:
+        return error
+    return None
+
+
+def _check_stored(item: StoredImage) -> None:
+    content = item.encoded()
+    if content is None:
+        item.open().load()
+    else:
+        _check_file(lambda: BytesIO(content), lambda: content[-_TAIL_BYTES:])
+
+
+def _check_file(file: Callable[[], Path | BytesIO], tail: Callable[[], bytes]) -> None:
+    with Image.open(file(), formats=FORMATS) as image:
+        kind = image.format
+        image.verify()
+    if kind != "PNG" and not (kind == "JPEG" and _JPEG_END in tail()):
+        with Image.open(file(), formats=FORMATS) as image:
+            image.load()
+
+
+def damaged(item: Item, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return DataError(f"image {item}: does not decode ({reason}); replace or remove it")
+
+
+def _tail(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        return file.read()
+
+
+def decode_all(
+    items: Sequence[Item],
+    preprocess: Preprocess,
+    progress: Callable[[int], None] | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """(N, 3, H, W) uint8, in the order of ``items``; ``threads``: default one per core."""
+    height, width = preprocess.size
+    out_N3HW = torch.empty(len(items), 3, height, width, dtype=torch.uint8)
+
+    def work(i: int) -> None:
+        out_N3HW[i] = decode(items[i], preprocess)
+
+    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        for _ in pool.map(work, range(len(items))):
+            if progress is not None:
+                progress(1)
+    return out_N3HW
+
+
+def decode_batches(
+    items: Sequence[Item], preprocess: Preprocess, batch: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(first index, uint8 images) per batch; the next batch decodes while one is used."""
+    with ThreadPoolExecutor(1) as ahead:
+        job = ahead.submit(decode_all, items[:batch], preprocess)
+        for start in range(0, len(items), batch):
+            pixels_B3HW = job.result()
+            following = items[start + batch : start + 2 * batch]
+            if following:
+                job = ahead.submit(decode_all, following, preprocess)
+            yield start, pixels_B3HW
+
+
+class PinnedImages:
+    """The images of one task that a worker's slots will ever need, decoded once, kept in memory."""
+
+    def __init__(
+        self,
+        images: ImageList,
+        needed: NDArray[np.int64],
+        preprocess: Preprocess,
+        progress: Callable[[int], None] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self._needed = np.unique(needed)
+        items = [images.items[i] for i in self._needed]
+        self._pixels_N3HW = decode_all(items, preprocess, progress, threads)
+
+    def holds(self, indices: NDArray[np.int64]) -> bool:
+        """Whether every one of these images is pinned."""
+        return bool(np.isin(indices, self._needed).all())
+
+    def take(self, indices: NDArray[np.int64]) -> Tensor:
+        """(len(indices), 3, H, W) uint8, by index in the task's image list."""
+        return self._pixels_N3HW[torch.from_numpy(np.searchsorted(self._needed, indices))]
+
+    def __len__(self) -> int:
+        return len(self._pixels_N3HW)
+
+    @property
+    def nbytes(self) -> int:
+        return self._pixels_N3HW.numel()

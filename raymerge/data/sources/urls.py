@@ -1,0 +1,44 @@
+"""Data at URLs: brought into the cache, then read as any local folder or file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from raymerge.data.sources.shards import expand
+from raymerge.errors import DataError, RemoteError
+from raymerge.files.urls import is_remote
+
+
+def local_reference(reference: str) -> str:
+    """The same reference with the local copy in place of a URL; others as they are.
+
+    ``?`` begins the options, as for paths, but for http(s), whose query is part of the URL.
+    Raises :class:`DataError`.
+    """
+    if not is_remote(reference):
+        return reference
+    place, mark, options = reference.partition("?")
+    if reference.lower().startswith("http"):
+        place, mark, options = reference, "", ""
+    try:
+        return f"{_local(place)}{mark}{options}"
+    except RemoteError as error:
+        raise DataError(str(error)) from None
+
+
+def _local(url: str) -> str:
+    from raymerge.files import remote
+
+    folder, _, name = url.rstrip("/").rpartition("/")
+    if "{" in name:
+        wanted = [str(path) for path in expand(name)]
+
+        def shards(names: Sequence[str]) -> list[str]:
+            for shard in wanted:
+                if shard not in names:
+                    raise DataError(f"{url}: {shard}: no such file")
+            return wanted
+
+        return str(PurePosixPath(remote.fetch_folder(folder, shards)) / name)
+    return str(remote.fetch_folder(url) if remote.is_folder(url) else remote.fetch(url))

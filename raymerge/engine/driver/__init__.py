@@ -1,0 +1,1 @@
+"""The driver: the loops that learn λ by asking a group of workers."""

@@ -1,0 +1,135 @@
+"""What a worker holds, and what fits where: pure decisions, tested without big memory.
+
+Estimates are compared with measured peaks by ``benchmarks/memory.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from raymerge.config import VectorDtype, VectorLocation, VectorsConfig
+from raymerge.engine.messages import VectorStorage
+
+_ACTIVATION_BYTES = 1 << 29
+"""Of one pass on a CPU: passes of half a gigabyte run as fast as larger ones, and leave the memory
+to the task vectors."""
+_USABLE = 0.92
+"""Of a machine's memory: the rest is the system's."""
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def machine_bytes() -> int:
+    """This machine's memory, or this container's limit if that is less."""
+    total = int(psutil.virtual_memory().total)
+    for name in _CGROUP_LIMITS:
+        try:
+            limit = Path(name).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            total = min(total, int(limit))
+    return total
+
+
+def micro_batch(
+    wanted: int | Literal["auto", "all"], bytes_per_image: int, gpu: bool
+) -> int | None:
+    """Most images in one pass; None: all of them."""
+    if wanted == "all" or (wanted == "auto" and gpu):
+        return None
+    if wanted == "auto":
+        return max(1, _ACTIVATION_BYTES // max(1, bytes_per_image))
+    return wanted
+
+
+def pass_images(images: int, most: int | None) -> int:
+    """Images of one pass when ``images`` are split evenly into as few as hold ``most`` at most."""
+    if most is None or images <= most:
+        return images
+    return -(-images // -(-images // most))
+
+
+def choose_storage(
+    wanted: VectorsConfig, float32_bytes: int, device_room: int | None, host_room: int | None
+) -> VectorStorage:
+    """The first of device, host and disk with room for a worker's vectors, in float32 if it has.
+
+    ``float32_bytes``: one worker's vectors. ``device_room``, ``host_room``: bytes that are left
+    for them; None where that is not known, and then there is room.
+    """
+    dtypes: list[VectorDtype] = (
+        ["float32", "bfloat16"] if wanted.dtype == "auto" else [wanted.dtype]
+    )
+    locations: list[VectorLocation] = (
+        ["device", "host", "disk"] if wanted.location == "auto" else [wanted.location]
+    )
+    room = {"device": device_room, "host": host_room, "disk": None, "files": None}
+    for location in locations:
+        for dtype in dtypes:
+            if _fits(vector_bytes(dtype, float32_bytes), room[location]):
+                return VectorStorage(dtype, location, wanted.folder)
+    return VectorStorage(dtypes[-1], locations[-1], wanted.folder)
+
+
+def vector_bytes(dtype: VectorDtype, float32_bytes: int) -> int:
+    """What vectors take that would take ``float32_bytes`` in float32."""
+    return float32_bytes if dtype == "float32" else float32_bytes // 2
+
+
+def _fits(need: int, room: int | None) -> bool:
+    return room is None or need <= room
+
+
+@dataclass(frozen=True)
+class WorkerNeeds:
+    """Bytes of one worker of a learned merge, but for its task vectors."""
+
+    process: int
+    """Python with its libraries, before any model."""
+    weights: int
+    """θ and ∂ℒ/∂θ, flat, of the whole tower."""
+    pretrained: int
+    """θ₀ of its shard."""
+    images: int
+    """Pinned, uint8."""
+    coefficients: int
+    """λ and ∂ℒ/∂λ of every cell, as the merge and the inner products spread them."""
+    activations: int
+    """Of one pass; or what writing the merged model takes afterwards, if that is more."""
+
+    @property
+    def on_device(self) -> int:
+        return self.weights + self.pretrained + self.coefficients + self.activations
+
+
+def storage_for(
+    wanted: VectorsConfig,
+    needs: WorkerNeeds,
+    float32_bytes: int,
+    workers_here: int,
+    memory_bytes: int | None,
+    gpu_bytes: int | None,
+) -> VectorStorage:
+    """Where a worker's vectors go when ``workers_here`` workers share this machine's memory."""
+    on_host = needs.process + needs.images + (0 if gpu_bytes else needs.on_device)
+    host = None if memory_bytes is None else int(_USABLE * memory_bytes) // workers_here - on_host
+    device = host if gpu_bytes is None else int(_USABLE * gpu_bytes) - needs.on_device
+    return choose_storage(wanted, float32_bytes, device, host)
+
+
+def worker_bytes(needs: WorkerNeeds, storage: VectorStorage, float32_bytes: int) -> dict[str, int]:
+    """What a worker holds, by name; a mapped file is not held."""
+    vectors = vector_bytes(storage.dtype, float32_bytes)
+    return {
+        "process": needs.process,
+        "weights and gradient": needs.weights,
+        "pretrained": needs.pretrained,
+        "task vectors": 0 if storage.location in ("disk", "files") else vectors,
+        "images": needs.images,
+        "coefficients": needs.coefficients,
+        "activations": needs.activations,
+    }

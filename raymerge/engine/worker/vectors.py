@@ -1,0 +1,202 @@
+"""A worker's columns of θ₀ and V: pinned, or read anew from the files in every step.
+
+Pinned vectors are in float32 or bfloat16, on the device, in RAM, or in a mapped file.
+
+Legend: K models, L layers, C cells of a shard, n = CELL columns of each, N = C·CELL columns.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from raymerge.engine.messages import VectorStorage
+from raymerge.errors import RunError
+from raymerge.files.atomic import claim
+from raymerge.merging.basis import Basis
+from raymerge.merging.layout import CELL, LayerMap, Piece, Shard
+from raymerge.merging.merge import cell_products, combine, inner_products, merge_into
+from raymerge.models.checkpoints.task_vectors import store, stream_rows
+from raymerge.models.checkpoints.visual_tower import VisualCheckpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Vectors(Protocol):
+    """θ = θ₀ + Σ λ V and ⟨∂ℒ/∂θ, V⟩ on one shard; construction reads what is to be pinned."""
+
+    nbytes: int
+    """Of V, wherever it is."""
+
+    def merge(self, lambdas_KL: Tensor, theta_N: Tensor) -> None:
+        """Write θ into ``theta_N`` (padding at the end is left)."""
+        ...
+
+    def inner_products(self, gradient_N: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """⟨∂ℒ/∂θ, V_k⟩ per cell: (C, K); of models not in ``rows`` it may be 0."""
+        ...
+
+    def base_products(self, other_N: Tensor) -> Tensor:
+        """⟨θ₀, other⟩ per cell: (C, 1)."""
+        ...
+
+
+def read_vectors(
+    storage: VectorStorage,
+    base: VisualCheckpoint,
+    experts: Sequence[VisualCheckpoint],
+    basis: Basis | None,
+    shard: Shard,
+    layers: LayerMap,
+    device: torch.device,
+) -> Vectors:
+    if storage.location == "files":
+        return StreamedVectors(base, experts, basis, shard, layers)
+    return PinnedVectors(storage, base, experts, basis, shard, layers, device)
+
+
+class PinnedVectors:
+    """Read once; a step reads them twice, at the speed of the memory they are in."""
+
+    def __init__(
+        self,
+        storage: VectorStorage,
+        base: VisualCheckpoint,
+        experts: Sequence[VisualCheckpoint],
+        basis: Basis | None,
+        shard: Shard,
+        layers: LayerMap,
+        device: torch.device,
+    ) -> None:
+        self.vectors_CKn = allocate(storage, shard.cells, len(experts), device)
+        self.nbytes = self.vectors_CKn.numel() * self.vectors_CKn.element_size()
+        self._layer_of_cell = layers.of_cells(shard)
+        base_N = torch.zeros(shard.columns)
+
+        def keep(piece: Piece, base_n: Tensor, rows_Kn: Tensor) -> None:
+            first = piece.start - shard.start
+            base_N[first : first + len(base_n)] = base_n
+            store(self.vectors_CKn[first // CELL :], rows_Kn)
+
+        for _ in stream_rows(keep, base, experts, basis, shard):
+            pass
+        self._base_N = base_N.to(device)
+
+    def merge(self, lambdas_KL: Tensor, theta_N: Tensor) -> None:
+        lambdas_KC = lambdas_KL.to(theta_N)[:, self._layer_of_cell]
+        merge_into(theta_N, self._base_N, self.vectors_CKn, lambdas_KC)
+
+    def inner_products(self, gradient_N: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        return inner_products(gradient_N, self.vectors_CKn)
+
+    def base_products(self, other_N: Tensor) -> Tensor:
+        return cell_products(self._base_N, other_N)
+
+
+class StreamedVectors:
+    """Nothing is pinned: a step reads the checkpoints twice, so memory does not grow with K.
+
+    The merge reads only those with a coefficient.
+    """
+
+    def __init__(
+        self,
+        base: VisualCheckpoint,
+        experts: Sequence[VisualCheckpoint],
+        basis: Basis | None,
+        shard: Shard,
+        layers: LayerMap,
+    ) -> None:
+        self.nbytes = 0
+        self._base, self._experts, self._basis = base, experts, basis
+        self._shard, self._layers = shard, layers
+
+    def merge(self, lambdas_KL: Tensor, theta_N: Tensor) -> None:
+        used = list(range(len(self._experts)))
+        if self._basis is None:
+            used = lambdas_KL.any(1).nonzero().flatten().tolist()
+        lambdas_KT = self._layers.expand(lambdas_KL.float())[used]
+
+        def write(piece: Piece, base_n: Tensor, rows_Kn: Tensor) -> None:
+            first = piece.start - self._shard.start
+            theta_n = combine(base_n, rows_Kn, lambdas_KT[:, piece.tensor])
+            theta_N[first : first + len(theta_n)].copy_(theta_n)
+
+        self._stream(write, [self._experts[k] for k in used])
+
+    def inner_products(self, gradient_N: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        out_CK = torch.zeros(self._shard.cells, len(self._experts))
+        wanted = list(range(len(self._experts)))
+        if rows is not None and self._basis is None:
+            wanted = list(rows)
+
+        def multiply(piece: Piece, base_n: Tensor, rows_Kn: Tensor) -> None:
+            here, products_CK = self._products(piece, gradient_N, rows_Kn)
+            out_CK[here, wanted] = products_CK
+
+        self._stream(multiply, [self._experts[k] for k in wanted])
+        return out_CK
+
+    def base_products(self, other_N: Tensor) -> Tensor:
+        out_C1 = torch.zeros(self._shard.cells, 1)
+
+        def multiply(piece: Piece, base_n: Tensor, rows_Kn: Tensor) -> None:
+            here, products_C1 = self._products(piece, other_N, base_n.unsqueeze(0))
+            out_C1[here] = products_C1
+
+        self._stream(multiply, [])
+        return out_C1
+
+    def _stream(
+        self,
+        function: Callable[[Piece, Tensor, Tensor], None],
+        experts: Sequence[VisualCheckpoint],
+    ) -> None:
+        basis = self._basis if experts else None
+        for _ in stream_rows(function, self._base, experts, basis, self._shard):
+            pass
+
+    def _products(self, piece: Piece, other_N: Tensor, rows_Kn: Tensor) -> tuple[slice, Tensor]:
+        """Which cells of the shard the piece covers, and ⟨row, other⟩ of each (C, K)."""
+        first = piece.start - self._shard.start
+        here = slice(first // CELL, -(-(first + rows_Kn.shape[1]) // CELL))
+        rows_CKn = rows_Kn.new_zeros(here.stop - here.start, len(rows_Kn), CELL)
+        store(rows_CKn, rows_Kn)
+        return here, inner_products(other_N[here.start * CELL : here.stop * CELL].cpu(), rows_CKn)
+
+
+def allocate(storage: VectorStorage, cells: int, tasks: int, device: torch.device) -> Tensor:
+    """(C, K, CELL) zeros. Raises :class:`RunError` when the disk has no room for them."""
+    shape, dtype = (cells, tasks, CELL), DTYPES[storage.dtype]
+    if storage.location == "disk":
+        return _mapped(storage.folder, cells * tasks * CELL, dtype).view(shape)
+    if storage.location == "host" and device.type == "cuda":
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _mapped(folder: str | None, count: int, dtype: torch.dtype) -> Tensor:
+    """A shared mapping of a file that has no name any more, so that it ends with this process."""
+    try:
+        handle, name = tempfile.mkstemp(prefix="raymerge-vectors-", dir=folder)
+    except OSError as error:
+        raise RunError(f"vectors.folder {folder}: cannot be written: {error.strerror}") from error
+    try:
+        # Claimed now: a mapping that finds the disk full later ends the process without a word.
+        claim(handle, count * dtype.itemsize)
+        return torch.from_file(name, shared=True, size=count, dtype=dtype)
+    except OSError as error:
+        raise RunError(
+            f"vectors.folder {folder or tempfile.gettempdir()}: no room for "
+            f"{count * dtype.itemsize / 1e9:.1f} GB of task vectors ({error.strerror}); name "
+            "another folder"
+        ) from error
+    finally:
+        os.close(handle)
+        Path(name).unlink()

@@ -1,0 +1,225 @@
+"""MergeWorker: the plain class behind every actor, and behind the in-process run.
+
+It is tested without Ray, and made an actor only where it is placed. One worker alone skips the
+collectives, so that replicated, sharded and in-process work are one code path.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from raymerge.data.decoding import PinnedImages
+from raymerge.engine.messages import (
+    ChunkScore,
+    EvaluateRequest,
+    LoadReport,
+    LoadRequest,
+    Pulse,
+    Rendezvous,
+    Statistics,
+    StatisticsRequest,
+    StepRequest,
+    StepResult,
+    WorkerSpec,
+)
+from raymerge.engine.worker.collectives import Collective
+from raymerge.engine.worker.evaluation import Evaluator, deal_chunks, test_images
+from raymerge.engine.worker.shard import ServedModel, Share, choose_device
+from raymerge.engine.worker.statistics import ExpertStatistics
+from raymerge.errors import RunError
+from raymerge.files.progress import Progress
+from raymerge.models.encoder import FlatEncoder
+
+
+class MergeWorker:
+    """One worker of a merge. The driver calls its methods one at a time.
+
+    ``join`` first (only with S > 1); then ``load`` before ``step``; ``evaluate`` at any time.
+    ``ping`` and ``abort`` answer while ``step`` is blocked. A failed ``step`` or ``evaluate`` may
+    be called again; after a failed ``load``, and after ``assign``, call ``load`` again.
+
+    ``begin`` is called wherever a phase begins: join, load, evaluate, statistics, and of a step
+    merge, gather, compute, reduce, inner_products; between calls the worker is idle.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self.collective = Collective()
+        self._clock = _Clock()
+        self._generation = 0
+        self._model: ServedModel | None = None
+        self._share: Share | None = None
+        self._images: dict[int, PinnedImages] = {}
+        self._evaluator: Evaluator | None = None
+        self._statistics: ExpertStatistics | None = None
+
+    def ping(self) -> Pulse:
+        """What this worker is at, at once, even while a step runs."""
+        return Pulse(self._clock.phase, self._clock.lasted())
+
+    def abort(self, generation: int) -> None:
+        """``generation`` begins: free a ``step`` of an older one that waits for a lost peer."""
+        self._generation = generation
+        self.collective.abort()
+
+    def assign(self, spec: WorkerSpec) -> None:
+        """Take another place among the workers; what is held and still fits is kept."""
+        before, self.spec = self.spec, spec
+        self._evaluator = None
+        if (before.shard, before.shards) != (spec.shard, spec.shards):
+            self._share = None
+        if before.shards != spec.shards:  # the length of θ, padded to whole shards
+            self._model = self._statistics = None
+            self.collective.leave()
+
+    def begin(self, phase: str, step: int | None = None) -> None:
+        """The phase before has ended and this one begins, of ``step`` (counted from 0)."""
+        self._clock.begin(phase)
+
+    def open_store(self, host: str) -> int:
+        """Shard 0 of a group: start the rendezvous store on a free port; returns the port."""
+        return self.collective.open_store(host, self.spec.shards)
+
+    def join(self, rendezvous: Rendezvous) -> None:
+        """Meet the other shards of the group; all of them must call this."""
+        spec = self.spec
+        with self._during("join"):
+            self.collective.join(rendezvous, spec.shard, spec.shards, choose_device(spec))
+
+    def load(self, request: LoadRequest, progress: Progress | None = None) -> LoadReport:
+        """Pin the shard of θ₀ and V, the heads, and the images of this worker's slots.
+
+        Raises :class:`~raymerge.errors.UserError` for a damaged checkpoint or image.
+        """
+        with self._during("load"):
+            return self._load(request, progress)
+
+    def _load(self, request: LoadRequest, progress: Progress | None) -> LoadReport:
+        started = time.perf_counter()
+        vectors = None
+        if self._share is not None and request.same_vectors(self._share.request):
+            vectors = self._share.vectors
+        self._share = None  # free the old vectors before the new ones are read
+        self._share = Share(self.spec, request, self._ready(), self._images, progress, vectors)
+        return LoadReport(
+            rank=self.spec.rank,
+            device=str(self._share.device),
+            tasks=tuple(self.spec.task_names[part.task] for part in self._share.slots),
+            vector_bytes=self._share.vectors.nbytes,
+            images=sum(len(images) for images in self._images.values()),
+            image_bytes=sum(images.nbytes for images in self._images.values()),
+            seconds=time.perf_counter() - started,
+        )
+
+    def step(self, request: StepRequest) -> StepResult:
+        """∂ℒ/∂λ of this worker's slots at ``request.lambdas``; keeps no state between steps.
+
+        Raises :class:`~raymerge.errors.RunError` for a request of a generation that is over: it
+        was on its way when the group was built anew, and nobody waits for it.
+        """
+        if request.generation < self._generation:
+            raise RunError(
+                f"step {request.step + 1}: of generation {request.generation}, and this is "
+                f"{self._generation}"
+            )
+        if self._share is None or self._model is None:
+            raise RuntimeError("step() before load()")
+        with self._during("merge", request.step):
+            return self._step(request, self._share, self._model.encoder)
+
+    def _step(self, request: StepRequest, share: Share, encoder: FlatEncoder) -> StepResult:
+        theta_N = self.collective.mine(encoder.theta_P)
+        share.merge(request.lambdas, theta_N)
+        self.begin("gather", request.step)
+        self.collective.all_gather(encoder.theta_P)
+        self.begin("compute", request.step)
+        sums = share.backward(request)
+        self.begin("reduce", request.step)
+        gradient_N = self.collective.reduce_scatter(encoder.gradient_P)
+        self.begin("inner_products", request.step)
+        gradient_KL = share.inner_products(gradient_N, request.rows)
+        details = share.details(gradient_N, theta_N) if request.details else {}
+        return StepResult(
+            step=request.step,
+            rank=self.spec.rank,
+            generation=request.generation,
+            gradient=gradient_KL,
+            loss=sums.loss,
+            entropy=sums.entropy,
+            probabilities=sums.probabilities,
+            details=details,
+            seconds=self._clock.stop(),
+        )
+
+    def evaluate(
+        self, request: EvaluateRequest, progress: Progress | None = None
+    ) -> list[ChunkScore]:
+        """This worker's chunks of the tasks' test images, scored on the given checkpoints."""
+        with self._during("evaluate"):
+            model = self._ready()
+            if self._evaluator is None:
+                images = test_images(self.spec.tasks)
+                sizes = {task: len(listed) for task, listed in images.items()}
+                dealt = deal_chunks(sizes, self.spec.workers)[self.spec.rank]
+                self._evaluator = Evaluator(model.encoder, model.pretrained, dealt, images)
+            names = self.spec.task_names
+            return self._evaluator.scores(request, names, model.head, progress)
+
+    def statistics(self, request: StatisticsRequest) -> Statistics:
+        """What one task's expert makes of its images.
+
+        For RegMean++ the calls of a task come block by block, and the worker keeps where its images
+        have got to; the others keep nothing.
+        """
+        with self._during("statistics"):
+            if self._statistics is None:
+                self._statistics = ExpertStatistics(self.spec, self._ready())
+            return self._statistics.gather(request)
+
+    def _ready(self) -> ServedModel:
+        if self._model is None:
+            self._model = ServedModel(self.spec)
+        return self._model
+
+    @contextmanager
+    def _during(self, phase: str, step: int | None = None) -> Iterator[None]:
+        """The whole of a call, which begins with ``phase``."""
+        # An actor's methods need not run on the thread of its __init__, and torch keeps the OpenMP
+        # team size per thread: set it at every entry.
+        if self.spec.threads is not None:
+            torch.set_num_threads(self.spec.threads)
+        self.begin(phase, step)
+        try:
+            yield
+        finally:
+            self._clock.stop()
+
+
+class _Clock:
+    """Seconds per phase; GPU work is waited for, so that a phase is charged for its own work."""
+
+    def __init__(self) -> None:
+        self.phase = "idle"
+        self._laps: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def begin(self, phase: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self._laps[self.phase] = self._laps.get(self.phase, 0.0) + now - self._since
+        self.phase, self._since = phase, now
+
+    def lasted(self) -> float:
+        return time.perf_counter() - self._since
+
+    def stop(self) -> dict[str, float]:
+        """The seconds since the last stop, by phase; the clock is idle then."""
+        self.begin("idle")
+        laps, self._laps = self._laps, {}
+        laps.pop("idle", None)
+        return laps

@@ -1,0 +1,96 @@
+"""What stores and their clients raise, as one line that says what to do, and no credential."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+from raymerge.errors import RaymergeError, RemoteError
+from raymerge.files.atomic import cache_folder
+from raymerge.files.urls import public, redacted
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+
+
+@contextmanager
+def told(url: str) -> Iterator[None]:
+    """Whatever a store raises, as one line without credentials (and so without its cause)."""
+    try:
+        yield
+    except RaymergeError:
+        raise
+    except Exception as error:
+        raise RemoteError(f"{public(url)}: {_reason(error, url)}") from None
+
+
+_REFUSALS = {"NoCredentialsError", "GatedRepoError", "PermissionError", "CredentialRetrievalError"}
+_SILENCE = {"ClientConnectorError", "EndpointConnectionError", "ConnectError", "ConnectTimeout"}
+"""What clients raise, by class name: none of them is imported here."""
+
+
+def _reason(error: Exception, url: str) -> str:
+    scheme = urlsplit(url).scheme.lower()
+    status, kinds = http_status(error), {type(cause).__name__ for cause in _causes(error)}
+    if isinstance(error, ImportError):
+        extra = _EXTRAS.get(scheme)
+        install = f"pip install 'raymerge[{extra}]'" if extra else short(error, url)
+        return f"{scheme}:// needs a package that is missing; {install}"
+    if isinstance(error, ValueError) and "rotocol" in str(error):
+        return f"{scheme}:// is no known scheme; use hf://, s3://, gs:// or https://"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no room in the cache folder {cache_folder()}; set RAYMERGE_CACHE to another disk"
+    if status in (401, 403) or _REFUSALS & kinds:
+        return f"no access; {_login(scheme)}"
+    if _SILENCE & kinds:
+        return "the server cannot be reached; check the network and the address"
+    if isinstance(error, FileNotFoundError) or status == 404:
+        private = f", or no access: {_login(scheme)}" if scheme == "hf" else ""
+        return f"no such file or folder{private}"
+    return f"cannot be fetched ({short(error, url)}); run again to go on with it"
+
+
+def _login(scheme: str) -> str:
+    where = {
+        "hf": "set HF_TOKEN, or run `hf auth login`",
+        "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+        "s3a": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+        "gs": "set GOOGLE_APPLICATION_CREDENTIALS",
+        "gcs": "set GOOGLE_APPLICATION_CREDENTIALS",
+    }
+    return where.get(scheme, "check the credentials on this machine")
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    found: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in found:
+        found.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return found
+
+
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status behind an error, if there is one."""
+    for cause in _causes(error):
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):  # botocore's
+            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        else:
+            found = getattr(response, "status_code", None) or getattr(cause, "status", None)
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def short(error: BaseException, url: str) -> str:
+    """What an error says, without what the URL keeps secret."""
+    text = " ".join(str(error).split())
+    parts = urlsplit(url)
+    login = parts.netloc.rpartition("@")[0]
+    for secret in (parts.query, login, login.partition(":")[2]):
+        if secret and secret not in public(url):
+            text = text.replace(secret, "…")
+    text = redacted(text)
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__

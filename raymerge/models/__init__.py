@@ -1,0 +1,1 @@
+"""Models: which one a config names, its weights, its encoder over a flat vector, and its heads."""

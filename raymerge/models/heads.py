@@ -1,0 +1,98 @@
+"""Heads, one classifier per task: from class names and templates (CLIP, §3.1.4), or saved.
+
+Legend: C classes, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from raymerge.config import TaskConfig
+from raymerge.errors import CheckpointError
+from raymerge.models.checkpoints.checkpoint import Checkpoint, read_tensor
+from raymerge.models.checkpoints.opening import open_checkpoint
+from raymerge.models.checkpoints.visual_tower import require_finite
+
+if TYPE_CHECKING:
+    from raymerge.models.skeleton import OpenClipModel
+
+_TEXTS_PER_PASS = 256
+
+
+@torch.no_grad()
+def zero_shot_head(
+    model: OpenClipModel,
+    tokenizer: Callable[[list[str]], Tensor],
+    classnames: Sequence[str],
+    templates: Sequence[str],
+) -> Tensor:
+    """(D, C) float32: w_c = e^s · normalise(mean_t normalise(text(t(c)))), zero bias.
+
+    The logit scale e^s is baked in, so that logits = normalised image features @ head.
+    """
+    texts = [template.format(name) for name in classnames for template in templates]
+    device = next(model.parameters()).device
+    features = [
+        nn.functional.normalize(model.encode_text(tokenizer(batch).to(device)).float(), dim=-1)
+        for batch in (texts[i : i + _TEXTS_PER_PASS] for i in range(0, len(texts), _TEXTS_PER_PASS))
+    ]
+    mean_CD = torch.cat(features).unflatten(0, (len(classnames), len(templates))).mean(1)
+    scale: Tensor = model.logit_scale.exp()
+    return (nn.functional.normalize(mean_CD, dim=-1).t() * scale).float().contiguous()
+
+
+def saved_head(task: TaskConfig, where: str, features: int) -> Tensor:
+    """(D, C) float32, from a ``weight`` (C, D) that has the logit scale in it.
+
+    The file: a ``ClassificationHead`` as task_vectors and AdaMerging release it, or a state dict.
+    ``features``: D of the model. Raises :class:`CheckpointError` for what does not fit the task.
+    """
+    try:
+        checkpoint = open_checkpoint(str(task.head))
+        _require_fit(checkpoint, len(task.classnames), features)
+        weight_CD = read_tensor(checkpoint, "weight", torch.float32)
+        require_finite(weight_CD, checkpoint, "weight")
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}.head ({task.name}): {error}") from error
+    return weight_CD.t().contiguous()
+
+
+def _require_fit(checkpoint: Checkpoint, classes: int, features: int) -> None:
+    path, specs = checkpoint.path, checkpoint.specs
+    odd = sorted(specs.keys() - {"weight", "bias"})
+    if "weight" not in specs or odd:
+        holds = ", ".join((odd or sorted(specs))[:3])
+        raise CheckpointError(
+            f"checkpoint {path}: is no head: it holds {holds}; expected weight ({classes} classes "
+            f"x {features} features)"
+        )
+    shape, dtype = specs["weight"].shape, specs["weight"].dtype
+    if shape != (classes, features):
+        turned = "; save it transposed" if shape == (features, classes) else ""
+        raise CheckpointError(
+            f"checkpoint {path}: weight has shape {list(shape)}, but the task has {classes} "
+            f"classnames and the model {features} features{turned}"
+        )
+    if not dtype.is_floating_point:
+        raise CheckpointError(f"checkpoint {path}: weight is {dtype}, not floating point")
+    if "bias" in specs and specs["bias"].shape != (classes,):
+        raise CheckpointError(
+            f"checkpoint {path}: bias has shape {list(specs['bias'].shape)}, but the task has "
+            f"{classes} classnames"
+        )
+    if "bias" in specs and bool(read_tensor(checkpoint, "bias").any()):
+        raise CheckpointError(
+            f"checkpoint {path}: has a bias that is not zero, and heads here have none; save the "
+            "head without it"
+        )
+    attributes = getattr(checkpoint, "attributes", {})
+    for key in ("normalize", "normalize_input"):
+        if attributes.get(key) is False:
+            raise CheckpointError(
+                f"checkpoint {path}: was made for features that are not normalised ({key}=False), "
+                "and they are here; save a head for normalised features"
+            )

@@ -1,0 +1,328 @@
+"""The output folder: who may write it, what stands in it, what is recorded as a run goes.
+
+Legend: K tasks, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from raymerge.config import Config, dump_config, load_config
+from raymerge.engine.driver.loop import StepRecord
+from raymerge.engine.messages import Incident
+from raymerge.engine.scores import TaskScore, results_json
+from raymerge.errors import RunError, UserError
+from raymerge.files.atomic import write_atomically, write_json, write_text
+from raymerge.files.urls import is_remote, public, redacted
+from raymerge.merging.optimizer import AdamState
+from raymerge.merging.registry import describe, merged_checkpoints, method_of
+from raymerge.models.checkpoints.digests import remember, sha256
+from raymerge.models.checkpoints.locate import files_of, locate
+from raymerge.models.convert import HF_FILES, HF_FOLDER, STATE_DICT_FILE
+from raymerge.models.resolve import CONFIG_FILE, WEIGHTS_FILE, ResolvedModel
+from raymerge.report import write_plots, write_report
+from raymerge.runs.model_card import model_card
+from raymerge.runs.plan.plan import Plan
+from raymerge.runs.state import StateStore, fingerprint
+from raymerge.runs.tracking import remove_tracks
+
+_JOB_COPY = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` uploads
+
+_OWN_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    "lambdas.json",
+    "results.json",
+    "metrics.jsonl",
+    "config.yaml",
+    "environment.json",
+    "README.md",
+    "report.html",
+    STATE_DICT_FILE,
+    "lambda_heatmap.png",
+    "lambda_curves.png",
+)
+
+
+class RunFolder:
+    """One run's output folder and the names in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._prepared = False
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / WEIGHTS_FILE
+
+    @property
+    def nearest(self) -> Path:
+        """This folder, or the nearest above it that exists: what is made there can be moved in."""
+        return next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+        """Raise :class:`UserError` unless this run may write here. Writes nothing.
+
+        An unused folder will do. ``overwrite`` must find a run in a used one, and ``resume`` a run
+        whose λ were decided by the same config.
+        """
+        try:
+            self._check(config, resume=resume, overwrite=overwrite)
+        except OSError as error:  # no permission on the way, or too long a name
+            raise UserError(f"output {self.path}: {error.strerror}; choose another") from error
+
+    def _check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output {self.path}: is a file; name a folder")
+        if _JOB_COPY in self.path.parts:
+            raise UserError(
+                f"output {self.path}: lies in the job's uploaded copy, which Ray deletes; give an "
+                "absolute path that every node can reach"
+            )
+        if not self._in_use():
+            return
+        if not resume and not overwrite:
+            raise UserError(
+                f"output {self.path}: is in use; give another folder, or --resume to continue that "
+                "run, or --overwrite to replace it"
+            )
+        if not (self.path / "config.yaml").exists():
+            raise UserError(
+                f"output {self.path}: --{'resume continues' if resume else 'overwrite replaces'} "
+                "runs of raymerge only, and this folder has no config.yaml; give another folder"
+            )
+        if resume:
+            self._require_same_run(config)
+
+    def _in_use(self) -> bool:
+        """Hidden files do not count: a killed run may have left a temporary one."""
+        return self.path.exists() and any(p.name[:1] != "." for p in self.path.iterdir())
+
+    def _require_same_run(self, config: Config) -> None:
+        if fingerprint(load_config(self.path / "config.yaml")) != fingerprint(config):
+            raise UserError(
+                f"output {self.path}: --resume continues the run of its config.yaml, and this "
+                "config differs from it; resume with that one, or give another folder"
+            )
+
+    def prepare(self, config: Config, *, resume: bool, keep: Path | None = None) -> None:
+        """Make the folder and write the config; a run that is replaced loses its own files only.
+
+        ``keep``: a temporary file of this run.
+        """
+        if self._prepared:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output {self.path}: cannot be made: {error.strerror}") from error
+        if not resume:
+            self._remove_own_files()
+        for left in self.path.glob(".*.tmp"):  # by a run that was killed while it wrote
+            if left != keep:
+                left.unlink(missing_ok=True)
+        write_text(self.path / "config.yaml", dump_config(config))
+        self._prepared = True
+
+    def _remove_own_files(self) -> None:
+        """All but the config, which is replaced at once: by it the folder is known as a run."""
+        for name in _OWN_FILES:
+            if name != "config.yaml":
+                (self.path / name).unlink(missing_ok=True)
+        for name in HF_FILES:
+            (self.path / HF_FOLDER / name).unlink(missing_ok=True)
+        remove_tracks(self.path)
+        for state in self.state.glob("step-*"):  # the attempts stay: they fence off old drivers
+            shutil.rmtree(state, ignore_errors=True)
+
+    def write_model_config(self, resolved: ResolvedModel) -> None:
+        """With it the folder loads as open_clip's ``local-dir:``."""
+        write_text(self.path / CONFIG_FILE, resolved.config_json)
+
+    def write_lambdas(
+        self, tasks: Sequence[str], layers: Sequence[str], lambdas_KL: Tensor
+    ) -> None:
+        values = {"tasks": list(tasks), "layers": list(layers), "values": lambdas_KL.tolist()}
+        write_json(self.path / "lambdas.json", values)
+
+    def _lambdas(self, config: Config) -> dict[str, list[float]]:
+        """The coefficients that were written, by model."""
+        if not method_of(config.method).rows:
+            return {}
+        found = json.loads((self.path / "lambdas.json").read_text(encoding="utf-8"))
+        return dict(zip(found["tasks"], found["values"], strict=True))
+
+    def write_results(
+        self,
+        config: Config,
+        plan: Plan,
+        scores: Mapping[str, TaskScore],
+        seconds: Mapping[str, float],
+        incidents: Sequence[Incident],
+    ) -> None:
+        """Results, provenance, the model card and the report."""
+        results = results_json(config.method.name, scores)
+        results["description"] = describe(config.method)
+        results["timings"] = {"seconds": dict(seconds)}
+        results["incidents"] = [
+            {**asdict(incident), "reason": redacted(incident.reason)} for incident in incidents
+        ]
+        write_json(self.path / "results.json", results)
+        environment = _environment(config, plan)
+        write_json(self.path / "environment.json", environment)
+        if plan.output_bytes:
+            card = model_card(config, plan, scores, environment["hashes"], self._lambdas(config))
+            write_text(self.path / "README.md", card)
+        write_plots(self.path)
+        write_report(self.path)
+
+
+class Recorder:
+    """Keeps what a step leaves: a line of metrics, now and then a state, a moving bar.
+
+    ``urgent``: whether to save after this step whatever its number. ``also``: who else is told.
+
+    On leaving, by whatever way, the newest state is saved, so an interrupted run loses no step.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        store: StateStore,
+        every: int,
+        start: AdamState,
+        steps: int,
+        urgent: Callable[[], bool] = lambda: False,
+        also: Callable[[StepRecord], None] = lambda record: None,
+    ) -> None:
+        self._store, self._every, self._urgent, self._also = store, every, urgent, also
+        self._state, self._saved = start, start.step
+        _keep_lines(folder.metrics, start.step)
+        self._metrics = folder.metrics.open("a", encoding="utf-8")
+        self._bar = tqdm(
+            total=steps,
+            initial=start.step,
+            desc="merging",
+            unit="step",
+            file=sys.stderr,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        )
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def observe(self, record: StepRecord, state: AdamState) -> None:
+        try:
+            self._metrics.write(json.dumps(asdict(record)) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise RunError(f"metrics.jsonl: cannot be written: {error.strerror}") from error
+        self._state = state  # after its line: an interrupt in between repeats a step, loses none
+        if state.step % self._every == 0 or self._urgent():
+            self._save()
+        self._also(record)
+        if record.entropy:  # none is left once every task has been restored
+            mean = sum(record.entropy.values()) / len(record.entropy)
+            self._bar.set_postfix(entropy=f"{mean:.4f}", refresh=False)
+        self._bar.update()
+
+    def _save(self) -> None:
+        if self._state.step > self._saved:
+            self._store.save(self._state)
+            self._saved = self._state.step
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+        with suppress(OSError):  # a line that could not be written has failed the run already
+            self._metrics.close()
+        try:
+            self._save()
+        except RunError:
+            if error is None:
+                raise
+
+
+def _keep_lines(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that will be run again after a resume (and a torn last line)."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(metrics, lambda path: _write_lines(path, kept))
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _environment(config: Config, plan: Plan) -> dict[str, Any]:
+    heads = [task.head for task in config.tasks if task.head is not None]
+    references = [config.model.reference, *merged_checkpoints(config), *heads]
+    located = [plan.resolved.weights, *map(locate, references[1:])]
+    named = {
+        _shown(reference, file): file
+        for reference, path in zip(references, located, strict=True)
+        for file in files_of(path)
+    }
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        hashes = list(pool.map(sha256, named.values()))
+    remember()
+    return {
+        "raymerge": _version("raymerge"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "open_clip": _version("open_clip_torch"),
+        "ray": _version("ray"),
+        "platform": platform.platform(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "hashes": dict(zip(named, hashes, strict=True)),
+    }
+
+
+def _shown(reference: str, file: Path) -> str:
+    """A local file's path, or the URL that it came from."""
+    if not is_remote(reference):
+        return str(file)
+    url = public(reference)
+    return url if url.endswith(file.name) else f"{url.rstrip('/')}/{file.name}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

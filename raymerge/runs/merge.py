@@ -1,0 +1,275 @@
+"""One run, start to end: check → workers → learn λ → export → evaluate → report.
+
+``merge`` and ``evaluate`` are the Python API; the commands are thin layers over them.
+
+Legend: K models, J rows of coefficients (K, or one), L layers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from torch import Tensor
+
+from raymerge.config import (
+    Config,
+    FwHard,
+    FwSoft,
+    Individual,
+    TrackingConfig,
+    ZeroShot,
+)
+from raymerge.engine.driver.groups import WorkerGroup
+from raymerge.engine.driver.loop import learn
+from raymerge.engine.messages import EvaluateRequest
+from raymerge.engine.scores import TaskScore, summarise
+from raymerge.errors import RunError, UserError
+from raymerge.files.atomic import staged
+from raymerge.files.progress import progress_bar
+from raymerge.files.urls import is_remote
+from raymerge.merging.optimizer import AdamState
+from raymerge.merging.registry import (
+    steps_of,
+)
+from raymerge.models.checkpoints.locate import locate
+from raymerge.models.checkpoints.visual_tower import open_visual
+from raymerge.models.convert import Also, require_also, write_also
+from raymerge.models.pretrained import open_pretrained
+from raymerge.runs.folder import Recorder, RunFolder
+from raymerge.runs.inputs import Merging
+from raymerge.runs.plan.checks import require_one_group
+from raymerge.runs.plan.make import make_plan
+from raymerge.runs.state import StateStore, fingerprint
+from raymerge.runs.tracking import Tracking
+from raymerge.runs.workers import group_or_new, known_resources, open_group
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge gave. ``lambdas``: (K, L) float64, None where nothing was merged."""
+
+    config: Config
+    layers: tuple[str, ...]
+    lambdas: Tensor | None
+    scores: Mapping[str, TaskScore]
+    seconds: Mapping[str, float]
+    output: Path | None
+
+    @property
+    def top1(self) -> float | None:
+        """Unweighted mean top-1 over the tasks with test images, in [0, 1]."""
+        rows = self.scores.values()
+        return sum(row.top1 for row in rows) / len(rows) if rows else None
+
+
+def merge(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    group: WorkerGroup | None = None,
+    also: Sequence[Also] = (),
+) -> MergeResult:
+    """Merge as the config says and write the output folder.
+
+    ``also``: further formats of the merged model: a folder ``hf``, a file ``state_dict.pt``.
+    ``group``: workers already open for the same model and tasks (``open_group``), to be reused.
+    Raises :class:`UserError` before anything is written when the input is wrong, and
+    :class:`~raymerge.errors.RunError` later; then the output folder holds a state for ``resume``.
+    """
+    if config.output is None:
+        raise UserError("output: missing; name a folder in the config or with --output")
+    folder = RunFolder(Path(config.output))
+    folder.check(config, resume=resume, overwrite=overwrite)
+    plan = make_plan(config, known_resources(config))
+    require_also(plan.resolved, also)
+    merging = Merging(config, plan)
+    if also and not merging.merges:
+        raise UserError(f"--also {also[0]}: method {config.method.name} writes no model")
+    needs_workers = merging.needs_images or any(task.test for task in config.tasks)
+    workers = group_or_new(group, config, merging.slots) if needs_workers else nullcontext(None)
+    with workers as group, Tracking(config, folder.path, group, steps_of(config)) as tracking:
+        return _run(merging, folder, group, tracking, resume=resume, also=also)
+
+
+def _run(
+    merging: Merging,
+    folder: RunFolder,
+    group: WorkerGroup | None,
+    tracking: Tracking,
+    *,
+    resume: bool,
+    also: Sequence[Also] = (),
+) -> MergeResult:
+    config, clock = merging.config, _Clock()
+    if group is not None:
+        require_one_group(config, group.workers)
+    merging.require_finite()
+    lambdas_JL = merging.start()
+    if merging.needs_images:
+        assert group is not None
+        if merging.method.kind == "statistics":
+            merging.gather(group)
+            clock.lap("statistics")
+        else:
+            _load(merging, group)
+            clock.lap("load")
+            lambdas_JL = _learn(merging, folder, group, tracking, lambdas_JL, resume=resume)
+            clock.lap("steps")
+    if merging.merges:
+        # Every file is read before anything is replaced.
+        with staged(folder.weights, folder.nearest) as (temporary, commit):
+            merging.write(temporary, lambdas_JL)
+            folder.prepare(config, resume=resume, keep=temporary)
+            commit()
+        folder.write_model_config(merging.resolved)
+        write_also(folder.path, also)
+        if merging.method.rows:
+            folder.write_lambdas(config.model_names, merging.layers.names, lambdas_JL)
+        clock.lap("export")
+    folder.prepare(config, resume=resume)
+    scores: dict[str, TaskScore] = {}
+    if group is not None and any(task.test for task in config.tasks):
+        scores = _score_written(config, group, str(folder.path) if merging.merges else None)
+        clock.lap("evaluate")
+    incidents = () if group is None else group.incidents
+    folder.write_results(config, merging.plan, scores, clock.laps, incidents)
+    tracking.finish(scores)
+    return MergeResult(
+        config=config,
+        layers=merging.layers.names,
+        lambdas=lambdas_JL if merging.merges and merging.method.rows else None,
+        scores=scores,
+        seconds=clock.laps,
+        output=folder.path,
+    )
+
+
+def _score_written(config: Config, group: WorkerGroup, model: str | None) -> dict[str, TaskScore]:
+    """As ``score``; what is wrong with an image now was found after the model was written."""
+    try:
+        return score(config, group, model)
+    except UserError as error:
+        raise RunError(
+            f"{error}; this was found after the merge: mend it, then run `raymerge eval`"
+        ) from error
+
+
+def _load(merging: Merging, group: WorkerGroup) -> None:
+    with progress_bar("loading", unit="img") as progress:
+        reports = group.load(merging.load_request(), progress)
+    for report in reports:
+        logger.info("worker %d on %s: %s", report.rank, report.device, ", ".join(report.tasks))
+
+
+def _learn(
+    merging: Merging,
+    folder: RunFolder,
+    group: WorkerGroup,
+    tracking: Tracking,
+    start_KL: Tensor,
+    *,
+    resume: bool,
+) -> Tensor:
+    """The adaptive loop with state, metrics and a progress bar; the effective λ (K, L)."""
+    config, optimizer, watch = merging.config, merging.optimizer(), merging.watch()
+    store = StateStore(
+        folder.state,
+        fingerprint(config),
+        config.model_names,
+        merging.layers.names,
+        config.state.keep,
+    )
+    state = (store.newest() if resume else None) or AdamState.start(start_KL)
+    steps, key = steps_of(config), merging.steps_key
+    if state.step > steps:
+        raise UserError(
+            f"{key}: {steps}, but the run in {folder.path} has taken {state.step}; "
+            "resume with at least that many"
+        )
+    if resume:
+        how = f"after step {state.step}" if state.step else "at step 0, for it has no saved state"
+        logger.warning("%s: the run goes on %s", folder.path, how)
+    folder.prepare(config, resume=resume)
+    store.claim()
+    tracking.start(state.step)
+    every = config.state.every_steps
+    urgent, also = lambda: group.leaving, tracking.observe
+    with Recorder(folder, store, every, state, steps, urgent, also) as recorder:
+        if isinstance(config.method, FwHard):
+            from raymerge.engine.driver.frank_wolfe import hard
+
+            return hard(group, config.method, state, watch, recorder.observe).lambdas
+        if isinstance(config.method, FwSoft):
+            from raymerge.engine.driver.frank_wolfe import soft
+
+            loads = (merging.load_request(), merging.inner_load_request())
+            return soft(
+                group, config.method, state, watch, recorder.observe, loads, optimizer,
+                config.optimizer.steps,
+            ).lambdas  # fmt: skip
+        state = learn(group, optimizer, state, steps, watch, recorder.observe)
+    return optimizer.effective(state.lambdas)
+
+
+def evaluate(config: Config, model: str | None = None) -> dict[str, TaskScore]:
+    """Score a checkpoint (default: the pretrained model) on the config's test images.
+
+    ``model``: an output folder, any checkpoint that raymerge opens, or ``individual`` for every
+    task on its own expert. Raises :class:`UserError` where the input is wrong.
+    """
+    if all(task.test is None for task in config.tasks):
+        raise UserError("no task has a test folder; name one in tasks[].test to evaluate")
+    own = model == "individual"
+    tasks = tuple(task.model_copy(update={"adapt": None}) for task in config.tasks)
+    method = Individual(name="individual") if own else ZeroShot(name="zero_shot")
+    untold = {"output": None, "tracking": TrackingConfig()}
+    config = config.model_copy(update={"tasks": tasks, "method": method, **untold})
+    plan = make_plan(config, known_resources(config), experts=own)
+    if model is not None and not own:
+        pretrained, _ = open_pretrained(plan.resolved)
+        open_visual(model, pretrained.layout, pretrained)
+        model = _for_workers(model, locate(model))
+    scored = model or _for_workers(config.model.reference, plan.resolved.weights)
+    with open_group(config, None) as group:
+        return score(config, group, None if own else scored)
+
+
+def _for_workers(reference: str, found: Path) -> str:
+    """A local file by its path; what is behind a URL each node fetches for itself."""
+    return reference if is_remote(reference) else str(found.absolute())
+
+
+def score(config: Config, group: WorkerGroup, model: str | None) -> dict[str, TaskScore]:
+    """Every test image once; each task on ``model``, or on its own expert if that is None."""
+    tested = [task for task in config.tasks if task.test and (model or task.checkpoint)]
+    request = EvaluateRequest(
+        checkpoints={task.name: str(model or task.checkpoint) for task in tested},
+        autocast=config.precision == "bfloat16",
+    )
+    with progress_bar("evaluating", unit="img") as progress:
+        return summarise(group.evaluate(request, progress), config.task_names)
+
+
+# --- the merge in terms of the maths -----------------------------------------------------------
+
+
+# --- workers -----------------------------------------------------------------------------------
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = perf_counter()
+        self.laps[phase] = now - self._last
+        self._last = now

@@ -1,0 +1,225 @@
+"""What is done when a task's predictions collapse, and that a resumed run goes on bit for bit.
+
+Legend: K models, M tasks, L layers, C classes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raymerge.engine.driver.loop import StepRecord, learn
+from raymerge.engine.driver.monitor import Watch
+from raymerge.engine.messages import StepRequest, StepResult
+from raymerge.errors import RunError
+from raymerge.merging.guard import CollapseGuard
+from raymerge.merging.optimizer import Adam, AdamState
+from raymerge.runs.state import StateStore
+
+TASKS = ("sun", "gtsrb", "dtd")
+K, L, C = 3, 2, 4
+COLLAPSE = 8
+"""The step from which gtsrb is always sure of one class."""
+START_KL = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]], dtype=torch.float64)
+
+
+def _watch(collapse: str = "warn", infomax: bool = False, rows: tuple[int, ...] = (0, 1, 2)):
+    guard = CollapseGuard(momentum=0.5, warmup_steps=3)
+    return Watch(TASKS, rows, collapse, infomax, guard)  # type: ignore[arg-type]
+
+
+def _predictions(step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Entropies (M,) and mean predictions (M, C) of a step; sun and dtd stay sound."""
+    entropy_M, mean_p_MC = np.ones(len(TASKS)), np.full((len(TASKS), C), 1 / C)
+    if step >= COLLAPSE:
+        entropy_M[1], mean_p_MC[1] = 0.1, np.eye(C)[2]
+    entropy_M[0] = 1 / (1 + step)  # surer and surer of images of all classes: healthy
+    return entropy_M, mean_p_MC
+
+
+class Scripted:
+    """Two workers whose gradient depends on all that a request says."""
+
+    workers = 2
+
+    def __init__(self) -> None:
+        self.requests: list[StepRequest] = []
+
+    def step(self, request: StepRequest) -> list[StepResult]:
+        self.requests.append(request)
+        counted_M = np.ones(len(TASKS)) if request.weights is None else request.weights
+        entropy_M, mean_p_MC = _predictions(request.step)
+        gradient_KL = np.random.default_rng(request.step).normal(size=(K, L)) + request.lambdas
+        gradient_KL += counted_M[:, None]
+        if request.marginals is not None:
+            gradient_KL += request.marginals.sum(0)[:L]
+        share_MC = mean_p_MC * counted_M[:, None] / 2
+        loss_M, share_M = entropy_M * counted_M / 2, entropy_M * counted_M / 2
+        return [
+            StepResult(request.step, rank, 0, gradient_KL / 2, loss_M, share_M, share_MC)
+            for rank in range(2)
+        ]
+
+
+def _learn(
+    watch: Watch,
+    steps: int = 40,
+    start: AdamState | None = None,
+    observe: Callable[[StepRecord, AdamState], None] = lambda record, state: None,
+) -> tuple[AdamState, Scripted]:
+    group = Scripted()
+    start = start or AdamState.start(START_KL)
+    state = learn(group, Adam(lr=0.01, clamp="none"), start, steps, watch, observe)  # type: ignore[arg-type]
+    return state, group
+
+
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+def test_a_collapse_is_warned_of_once_by_name_and_changes_nothing(caplog):
+    warned, _ = _learn(_watch("warn"))
+    (message,) = _warnings(caplog)
+    assert "task gtsrb collapses" in message
+    assert "method.collapse: restore" in message
+    ignored, _ = _learn(_watch("ignore"))
+    assert len(_warnings(caplog)) == 1  # ignoring says nothing
+    assert torch.equal(warned.lambdas, ignored.lambdas)
+
+
+@pytest.mark.parametrize("collapse", ["warn", "stop", "restore"])
+def test_healthy_learning_is_left_alone(caplog, collapse):
+    """Entropy that falls alone, as sun's does, is what learning is for."""
+    state, group = _learn(_watch(collapse), steps=COLLAPSE)
+    assert _warnings(caplog) == []
+    assert all(request.weights is None for request in group.requests)
+    assert torch.equal(state.lambdas, _learn(_watch("ignore"), steps=COLLAPSE)[0].lambdas)
+
+
+def test_stop_raises_an_error_that_names_the_task_the_step_and_the_remedy():
+    seen: list[int] = []
+    what = r"task gtsrb collapses.*from 1\.39 to 0\.\d\d nats"
+    with pytest.raises(RunError, match=what) as raised:
+        _learn(_watch("stop"), observe=lambda record, state: seen.append(state.step))
+    message = str(raised.value)
+    assert message.startswith(f"step {seen[-1] + 1}: ")
+    assert "set method.collapse to warn or restore, or use method.objective: kl" in message
+    assert seen[-1] >= COLLAPSE
+
+
+@pytest.mark.parametrize("rows", [(0, 1, 2), (2, 0, 1)])
+def test_restore_resets_the_row_and_its_moments_and_counts_its_images_no_more(caplog, rows):
+    """Of the task's own row, wherever that is; the others go on as they were."""
+    states: dict[int, AdamState] = {}
+    _, group = _learn(
+        _watch("restore", rows=rows),
+        observe=lambda record, state: states.update({state.step: state}),
+    )
+    (message,) = _warnings(caplog)
+    assert "task gtsrb collapses" in message
+    at = next(step for step, state in states.items() if state.memory.get("restored") is not None)
+    plain: dict[int, AdamState] = {}
+    _learn(_watch("ignore"), at, observe=lambda record, state: plain.update({state.step: state}))
+    row, others = rows[1], [k for k in range(K) if k != rows[1]]
+    assert torch.equal(states[at].lambdas[row], START_KL[row])
+    assert not states[at].mean[row].any()
+    assert not states[at].square[row].any()
+    for name in ("lambdas", "mean", "square"):
+        after, unwatched = getattr(states[at], name), getattr(plain[at], name)
+        assert torch.equal(after[others], unwatched[others])
+    assert torch.equal(states[at - 1].lambdas, plain[at - 1].lambdas)
+    for request in group.requests:
+        expected = None if request.step < at else [1.0, 0.0, 1.0]
+        assert (None if request.weights is None else request.weights.tolist()) == expected
+
+
+def test_a_record_leaves_a_task_out_once_it_counts_no_more():
+    records: list[StepRecord] = []
+    _learn(_watch("restore"), observe=lambda record, state: records.append(record))
+    assert list(records[0].entropy) == list(records[0].marginal_entropy) == list(TASKS)
+    assert list(records[-1].entropy) == ["sun", "dtd"]
+    assert records[-1].marginal_entropy["dtd"] == pytest.approx(np.log(C))
+    assert list(records[-1].lambdas) == list(TASKS)
+
+
+def test_a_task_that_is_not_merged_has_no_row_in_the_record():
+    records: list[StepRecord] = []
+    _learn(_watch(rows=(0, -1, 2)), 1, observe=lambda record, state: records.append(record))
+    assert list(records[0].lambdas) == ["sun", "dtd"]
+    assert records[0].lambdas["dtd"] == pytest.approx(0.55)
+
+
+def test_only_infomax_sends_the_running_mean_of_the_predictions():
+    """At first none; then the plain mean, and later the exponential one."""
+    _, group = _learn(_watch("ignore"))
+    assert all(request.marginals is None for request in group.requests)
+    _, group = _learn(_watch("ignore", infomax=True))
+    assert group.requests[0].marginals is None
+    marginal_MC = np.zeros((len(TASKS), C))
+    for request in group.requests[:-1]:
+        weight = max(0.1, 1 / (request.step + 1))
+        marginal_MC = (1 - weight) * marginal_MC + weight * _predictions(request.step)[1]
+        after = group.requests[request.step + 1].marginals
+        assert after is not None
+        np.testing.assert_allclose(after, marginal_MC, rtol=1e-12)
+
+
+@pytest.mark.parametrize("infomax", [False, True])
+@pytest.mark.parametrize("collapse", ["warn", "restore"])
+def test_a_run_resumed_from_a_saved_state_is_the_undisturbed_one_bit_for_bit(
+    tmp_path: Path, caplog, collapse: str, infomax: bool
+):
+    watch = _watch(collapse, infomax)
+    store = StateStore(tmp_path, "config", TASKS, ["a", "b"], keep=100)
+    store.claim()
+    whole, group = _learn(watch, observe=lambda record, state: store.save(state))
+    assert len(_warnings(caplog)) == 1
+    stops = (1, 3, COLLAPSE, COLLAPSE + 1, 12, 20, 39)
+    for step in stops:
+        found = store._read(store._path(step))
+        again, resumed = _learn(watch, start=found)
+        for name in ("lambdas", "mean", "square"):
+            assert torch.equal(getattr(again, name), getattr(whole, name)), (step, name)
+        assert again.memory.keys() == whole.memory.keys()
+        for name, value in whole.memory.items():
+            assert torch.equal(again.memory[name], value), (step, name)
+        for one, two in zip(group.requests[step:], resumed.requests, strict=True):
+            assert _same(one.weights, two.weights)
+            assert _same(one.marginals, two.marginals)
+    # A run that is resumed after the collapse does not speak of it again.
+    saved = {step: store._read(store._path(step)).memory["collapsed"] for step in stops}
+    sound = sum(not collapsed_M.any() for collapsed_M in saved.values())
+    assert 2 < sound < len(stops)
+    assert len(_warnings(caplog)) == 1 + sound
+
+
+def _same(one: np.ndarray | None, two: np.ndarray | None) -> bool:
+    return (one is None) == (two is None) and (one is None or np.array_equal(one, two))
+
+
+def test_two_tasks_that_collapse_at_once_are_both_restored():
+    watch, state = _watch("restore"), AdamState.start(START_KL)
+    for step in range(40):
+        sound = torch.full((3, C), 1 / C, dtype=torch.float64)
+        lost = torch.eye(C, dtype=torch.float64)[:3]
+        entropy_M = torch.full((3,), 1.0 if step < COLLAPSE else 0.1, dtype=torch.float64)
+        after = Adam(lr=0.01).update(state, torch.ones(K, L, dtype=torch.float64))
+        state = watch.observe(state, after, entropy_M, sound if step < COLLAPSE else lost)
+    weights_M = watch.weights(state)
+    assert weights_M is not None
+    assert weights_M.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_what_is_remembered_says_nothing_to_the_optimizer():
+    state = AdamState.start(START_KL)
+    kept = replace(state, memory={"start": START_KL})
+    gradient_KL = torch.ones(K, L, dtype=torch.float64)
+    one, other = (Adam().update(start, gradient_KL) for start in (kept, state))
+    assert torch.equal(one.lambdas, other.lambdas)
+    assert one.memory == kept.memory

@@ -1,0 +1,82 @@
+"""What of a URL may be shown."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from raymerge.config import dump_config, parse_config
+from raymerge.files.urls import is_remote, public, redacted, redacted_values
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://me:pw@host/a.pt", "https://host/a.pt"),
+        ("https://token@host/a.pt", "https://host/a.pt"),
+        ("https://host/a.pt?X-Amz-Signature=abc&download=1", "https://host/a.pt?download=1"),
+        ("https://host/a.pt?anything=1", "https://host/a.pt"),
+        ("s3://KEY:SECRET@bucket/a.pt", "s3://bucket/a.pt"),
+        ("sftp://me:pw@host/a.pt", "sftp://me@host/a.pt"),
+        ("s3://bucket/a.pt?versionId=3", "s3://bucket/a.pt?versionId=3"),
+        ("s3://bucket/t.parquet?label=fine&limit=9", "s3://bucket/t.parquet?label=fine&limit=9"),
+    ],
+)
+def test_what_is_shown(url: str, shown: str) -> None:
+    assert public(url) == shown
+    assert public(shown) == shown
+    assert redacted(f"x ({url}); y, '{url}': z") == f"x ({shown}); y, '{shown}': z"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["hf://org/name@main/a.pt", "hf://gpt2@main/a", "abfs://container@account/a", "memory://a//b"],
+)
+def test_what_is_no_credential_stays(url: str) -> None:
+    assert public(url) == url
+
+
+def test_what_is_remote() -> None:
+    assert is_remote("s3://b/x")
+    assert is_remote("file:///x")
+    for local in ("a/b.pt", "hf-hub:a/b", "hf:a/b:train", "local-dir:x", "C:x", ""):
+        assert not is_remote(local)
+
+
+def test_only_whole_strings_are_replaced_in_data() -> None:
+    data = {"a": ["s3://K:S@b/x", 3, "see https://h/?q=1"], "m": "local-dir:https://u:p@h/x"}
+    expected = {"a": ["s3://b/x", 3, "see https://h/?q=1"], "m": "local-dir:https://h/x"}
+    assert redacted_values(data) == expected
+
+
+def test_the_recorded_config_holds_no_credential_and_is_the_same_run(tmp_path) -> None:
+    from raymerge.runs.state import fingerprint
+
+    def config(signature: str):
+        url = f"https://me:hunter2@host/a.pt?X-Amz-Signature={signature}"
+        data = {"model": {"arch": "ViT-B-32", "pretrained": url}, "method": "average"}
+        return parse_config({**data, "tasks": [{"name": "a", "checkpoint": url}]}, root=tmp_path)
+
+    text = dump_config(config("abc"))
+    assert "https://host/a.pt\n" in text
+    assert "hunter2" not in text
+    assert "abc" not in text
+    assert fingerprint(config("abc")) == fingerprint(config("xyz"))
+
+
+def test_a_refused_config_holds_no_credential(tmp_path) -> None:
+    from raymerge.errors import ConfigError
+
+    with pytest.raises(ConfigError) as caught:
+        parse_config(
+            {"model": {"arch": "https://me:hunter2@h/m", "pretrained": "x"}}, root=tmp_path
+        )
+    assert "hunter2" not in str(caught.value)
+
+
+def test_logs_are_redacted() -> None:
+    from raymerge.cli import _Redacting
+
+    record = logging.LogRecord("httpx", 20, "", 0, "GET %s", ("https://h/a?token=t0k3n",), None)
+    assert _Redacting("raymerge: %(message)s").format(record) == "raymerge: GET https://h/a"

@@ -1,0 +1,192 @@
+"""The page of an experiment, as text: every number, what is best, and what it comes from."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_samples import EIGHT, METHODS, dump, environment
+from test_report_html import EVIL, Page
+
+from raymerge.apps.experiments.findings import Curves, Findings, Table
+from raymerge.errors import UserError
+from raymerge.report import write_plots, write_report
+
+
+def write_experiment(folder: Path, seed: int = 0) -> Path:
+    """What an experiment leaves: all methods on eight tasks, conditions, text cells and curves."""
+    rng = random.Random(seed)
+
+    def top1(mean: float) -> float:
+        return min(0.99, rng.gauss(mean, 0.1))
+
+    by_task = {
+        name: [*(top1(mean) for _ in EIGHT), mean, 0.65 + 0.1 * rng.random(), None]
+        for name, mean in METHODS.items()
+    }
+    conditions = {
+        condition: [top1(0.6), top1(0.7), "eurosat; svhn" if condition == "clean" else None]
+        for condition in ("clean", "motion_blur", "impulse_noise", "jpeg_compression")
+    }
+    bins = {
+        f"({i / 10:.1f}, {i / 10 + 0.1:.1f}]": [f"{91 * i:,}", f"{i / 9:.2f}"] for i in range(8)
+    }
+    x = [i / 10 for i in range(11)]
+    findings = Findings(
+        "Performance on all tasks",
+        tables=[
+            Table("All methods", [*EIGHT, "mean", "B/32", "L/14"], by_task, "Top-1 in %."),
+            Table("All conditions", ["ties", "adamerging", "collapsed"], conditions),
+            Table("Mean loss by entropy", ["images", "mean loss"], bins, "In nats."),
+        ],
+        curves=[
+            Curves("Top-1 against λ", "λ", "top-1", x, {n: [top1(0.6) for _ in x] for n in EIGHT}),
+            Curves("Memory", "models", "peak, MB", [10, 20, 40], {"files": [300, None, 310]}, "A."),
+        ],
+        notes=["base: 8 models", "0.87 is published."],
+    )
+    config = {"experiment": {"name": "methods"}, "base": "demo", "seed": 7}
+    timings = {"seconds": {"ties": 3.21, "all": 754.0}}
+    dump(folder / "experiment.json", {**findings.to_json(), "config": config, "timings": timings})
+    dump(folder / "runs" / "ties" / "environment.json", environment(rng, EIGHT))
+    return folder
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "experiment.json").read_text())
+
+
+def _page(folder: Path) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def test_every_cell_is_in_the_page_and_fractions_are_percentages(tmp_path: Path) -> None:
+    cells = _page(write_experiment(tmp_path)).cell_texts
+    for table in _record(tmp_path)["tables"]:
+        for row in table["rows"].values():
+            for cell in row:
+                text = "–" if cell is None else cell
+                assert (text if isinstance(text, str) else f"{100 * text:.1f}") in cells
+
+
+def test_titles_captions_notes_config_versions_and_timings_are_in_it(tmp_path: Path) -> None:
+    page = _page(write_experiment(tmp_path))
+    texts, record = set(page.texts), _record(tmp_path)
+    for part in [*record["tables"], *record["curves"]]:
+        assert part["title"] in texts
+        assert any(part["caption"] in text for text in texts)
+    assert set(record["notes"]) <= texts
+    assert any("seed: 7" in text for text in texts)
+    assert {"torch", "2.9.0", "3.2 s", "12 min 34 s"} <= set(page.cell_texts)
+    assert "81.1 %" in texts
+
+
+def _best(folder: Path, tables: list[Table]) -> list[str]:
+    dump(folder / "experiment.json", Findings("F", tables=tables).to_json())
+    return [text for class_, text in _page(folder).cells if "best" in class_.split()]
+
+
+def test_the_best_merged_model_of_a_column_is_bold(tmp_path: Path) -> None:
+    rows = {"individual": [0.99, 0.9, "1"], "ties": [0.5, 0.6, "3"], "average": [0.4, 0.7, "2"]}
+    assert _best(tmp_path, [Table("T", ["a", "b", "c"], rows)]) == ["50.0", "70.0"]
+
+
+def test_where_methods_are_columns_the_best_of_a_row_is_bold(tmp_path: Path) -> None:
+    rows = {"clean": [0.9, 0.95, 0.99], "blur": [0.6, 0.5, 0.99], "noise": [0.1, 0.1, None]}
+    table = Table("T", ["ties", "adamerging", "published"], rows)
+    assert _best(tmp_path, [table]) == ["95.0", "60.0", "10.0", "10.0"]
+
+
+def test_what_is_no_method_or_alone_does_not_compete(tmp_path: Path) -> None:
+    bins = Table("T", ["a"], {"low": [0.1], "high": [0.9]})
+    alone = Table("T", ["a"], {"individual": [0.9], "ties": [0.1], "dare": [None]})
+    assert _best(tmp_path, [bins, alone]) == []
+
+
+def test_names_that_the_config_gives_compete_too(tmp_path: Path) -> None:
+    table = Table("T", ["a"], {"mine": [0.1], "yours": [0.2]})
+    config = {"methods": {"mine": {}, "yours": {}}}
+    dump(tmp_path / "experiment.json", {**Findings("F", [table]).to_json(), "config": config})
+    assert [t for c, t in _page(tmp_path).cells if "best" in c.split()] == ["20.0"]
+
+
+def test_curves_have_a_line_each_and_accuracies_are_percentages(tmp_path: Path) -> None:
+    page = _page(write_experiment(tmp_path))
+    classes = [attributes.get("class") or "" for _, attributes in page.tags]
+    assert sum("series" in each.split() for each in classes) == len(EIGHT) + 1
+    assert {"top-1, %", "peak, MB", *EIGHT} <= set(page.texts)
+    assert any(text == "files: 300 → 310" for text in page.texts)
+
+
+def test_the_page_requests_nothing(tmp_path: Path) -> None:
+    page = _page(write_experiment(tmp_path))
+    for name, attributes in page.tags:
+        assert name not in {"script", "link", "img", "iframe", "object", "embed", "image", "use"}
+        assert not {"src", "href", "xlink:href", "data", "onload"} & attributes.keys()
+
+
+@pytest.mark.parametrize(
+    "place", ["title", "column", "row", "cell", "caption", "series", "label", "note", "config"]
+)
+def test_text_from_the_file_is_escaped(tmp_path: Path, place: str) -> None:
+    def put(where: str) -> str:
+        return EVIL if where == place else "x"
+
+    table = Table(put("title"), [put("column")], {put("row"): [put("cell")]}, put("caption"))
+    curves = Curves("c", put("label"), "y", [0, 1], {put("series"): [1, 2]})
+    findings = Findings("F", [table], [curves], [put("note")]).to_json()
+    dump(tmp_path / "experiment.json", {**findings, "config": {"base": put("config")}})
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    Page(html)
+    assert "<script" not in html
+    assert "&lt;script&gt;" in html
+
+
+def test_findings_without_anything_are_still_a_page(tmp_path: Path) -> None:
+    dump(tmp_path / "experiment.json", {"title": "Nothing"})
+    assert "Nothing" in _page(tmp_path).texts
+    assert write_plots(tmp_path) == []
+
+
+def test_an_experiment_is_drawn_before_what_else_lies_there(tmp_path: Path) -> None:
+    write_experiment(tmp_path)
+    dump(tmp_path / "results.json", {"method": "ties", "tasks": {"a": {"top1": 0.5}}})
+    assert "Performance on all tasks" in _page(tmp_path).texts
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("tables", 0, "rows", "ties"), [0.1], r"tables\[0\]\.rows\.ties has 1 cells, but .* 11"),
+        (
+            ("tables", 0, "rows", "ties", 0),
+            [],
+            r"rows\.ties\[0\] must be a finite number, not \[\]",
+        ),
+        (("tables", 1, "title"), 3, r"tables\[1\]\.title must be a string, not 3"),
+        (("curves", 1, "series", "files"), [1], r"series\.files has 1 points, but x has 3"),
+        (("curves", 1, "x", 0), "a", r"x\[0\] must be a finite number, not \"a\""),
+        (("notes",), "n", r"notes must be a list"),
+    ],
+)
+def test_a_malformed_file_is_an_error_with_its_key(
+    tmp_path: Path, path: tuple[str | int, ...], value: object, message: str
+) -> None:
+    record: Any = _record(write_experiment(tmp_path))
+    node = record
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    dump(tmp_path / "experiment.json", record)
+    with pytest.raises(UserError, match=message):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_each_chart_is_a_png_too(tmp_path: Path) -> None:
+    paths = write_plots(write_experiment(tmp_path))
+    assert [path.name for path in paths] == ["curves_1.png", "curves_2.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)

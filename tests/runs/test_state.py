@@ -1,0 +1,454 @@
+"""Saved state: bit-equal, the newest whole one, only of this run, only by the newest driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from raymerge import __version__
+from raymerge.config import Config, parse_config
+from raymerge.errors import RunError, UserError
+from raymerge.merging.optimizer import AdamState
+from raymerge.runs.state import StateStore, fingerprint
+
+TASKS, LAYERS = ("a", "b"), ("x", "y", "z")
+
+
+def _state(step: int) -> AdamState:
+    generator = torch.Generator().manual_seed(step)
+    parts = [torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(3)]
+    return AdamState(parts[0], parts[1], parts[2].square(), step)
+
+
+def _store(folder: Path, config: str = "abc", keep: int = 3, **changes) -> StateStore:
+    return StateStore(
+        folder, config, changes.get("tasks", TASKS), changes.get("layers", LAYERS), keep
+    )
+
+
+def _saved(folder: Path, *steps: int, keep: int = 3) -> StateStore:
+    store = _store(folder, keep=keep)
+    store.claim()
+    for step in steps:
+        store.save(_state(step))
+    return store
+
+
+def _same(one: AdamState | None, two: AdamState) -> bool:
+    return (
+        one is not None
+        and one.step == two.step
+        and all(
+            torch.equal(a, b) and a.dtype == b.dtype
+            for a, b in zip(
+                (one.lambdas, one.mean, one.square),
+                (two.lambdas, two.mean, two.square),
+                strict=True,
+            )
+        )
+    )
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path):
+    state = AdamState(
+        torch.tensor([[1e-310, -0.0, 0.1], [1 / 3, 1.0, 1e300]], dtype=torch.float64),
+        torch.full((2, 3), 5e-324, dtype=torch.float64),
+        torch.zeros(2, 3, dtype=torch.float64),
+        7,
+    )
+    store = _store(tmp_path)
+    store.claim()
+    store.save(state)
+    found = _store(tmp_path).newest()
+    assert _same(found, state)
+    assert found.lambdas.view(torch.int64).tolist() == state.lambdas.view(torch.int64).tolist()
+
+
+def test_what_the_loop_remembers_comes_back_in_its_own_dtype(tmp_path):
+    """By name, also what shares its memory with something else or is part of a larger tensor."""
+    state, shared = _state(7), torch.arange(12, dtype=torch.float64).reshape(3, 4)
+    memory = {
+        "start": state.lambdas,
+        "marginals": shared,
+        "guard.entropy": shared[:, 1],
+        "guard.start_entropy": shared[:, 1],
+        "collapsed": torch.tensor([False, True]),
+    }
+    store = _store(tmp_path)
+    store.claim()
+    store.save(replace(state, memory=memory))
+    found = _store(tmp_path).newest()
+    assert _same(found, state)
+    assert found.memory.keys() == memory.keys()
+    for name, value in memory.items():
+        assert found.memory[name].dtype == value.dtype
+        assert torch.equal(found.memory[name], value)
+
+
+def test_coefficients_of_any_stride_are_saved(tmp_path):
+    state = _state(7)
+    turned = replace(state, lambdas=state.lambdas.t().contiguous().t())
+    assert not turned.lambdas.is_contiguous()
+    store = _store(tmp_path)
+    store.claim()
+    store.save(turned)
+    assert _same(_store(tmp_path).newest(), state)
+
+
+def test_without_a_state_there_is_none(tmp_path):
+    assert _store(tmp_path / "nowhere").newest() is None
+    assert _saved(tmp_path).newest() is None
+
+
+def test_the_newest_is_by_number_and_only_the_last_few_are_kept(tmp_path):
+    store = _saved(tmp_path, 1, 2, 9, 10, 100, keep=3)
+    assert store.steps() == [9, 10, 100]
+    assert _same(store.newest(), _state(100))
+
+
+def test_one_can_be_kept(tmp_path):
+    assert _saved(tmp_path, 1, 2, 3, keep=1).steps() == [3]
+
+
+def test_no_temporary_folder_is_left(tmp_path):
+    _saved(tmp_path, 1, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "attempt-0001",
+        "step-00000001",
+        "step-00000002",
+    ]
+
+
+# --- damage: the one before is used ------------------------------------------------------------
+
+
+def _flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def _damage(how: str, folder: Path) -> None:
+    tensors, manifest = folder / "state.safetensors", folder / "manifest.json"
+    if how == "flipped tensors":
+        _flip(tensors, tensors.stat().st_size - 3)
+    elif how == "flipped header":
+        _flip(tensors, 12)
+    elif how == "truncated tensors":
+        tensors.write_bytes(tensors.read_bytes()[:-1])
+    elif how == "empty tensors":
+        tensors.write_bytes(b"")
+    elif how == "no tensors":
+        tensors.unlink()
+    elif how == "truncated manifest":
+        manifest.write_bytes(manifest.read_bytes()[:-40])
+    elif how == "empty manifest":
+        manifest.write_bytes(b"")
+    elif how == "binary manifest":
+        manifest.write_bytes(b"\xff\xfe\x00")
+    elif how == "another manifest":
+        manifest.write_text("[1, 2]")
+    elif how == "no manifest":
+        manifest.unlink()
+    elif how == "a file":
+        shutil.rmtree(folder)
+        folder.write_text("")
+    elif how == "empty folder":
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["flipped tensors", "flipped header", "truncated tensors", "empty tensors", "no tensors",
+     "truncated manifest", "empty manifest", "binary manifest", "another manifest", "no manifest",
+     "a file", "empty folder"],
+)  # fmt: skip
+def test_a_damaged_state_is_skipped_with_a_warning(tmp_path, caplog, how):
+    store = _saved(tmp_path, 10, 20, 30)
+    _damage(how, tmp_path / "step-00000030")
+    assert _same(store.newest(), _state(20))
+    assert "state of step 30 is damaged" in caplog.text
+    _damage(how, tmp_path / "step-00000020")
+    assert _same(store.newest(), _state(10))
+    _damage(how, tmp_path / "step-00000010")
+    assert store.newest() is None
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "manifest.json"])
+def test_no_flipped_bit_is_ever_taken_for_a_state(tmp_path, name):
+    """Whatever byte is hit: the state as saved, the one before, or a refusal; never another λ."""
+    store = _saved(tmp_path, 10, 20)
+    path = tmp_path / "step-00000020" / name
+    content = path.read_bytes()
+    for position in range(len(content)):
+        _flip(path, position)
+        try:
+            found = store.newest()
+        except UserError:  # a flip in the run's identity
+            found = None
+        assert found is None or _same(found, _state(10)) or _same(found, _state(20)), position
+        path.write_bytes(content)
+
+
+def test_a_step_that_is_run_again_replaces_its_damaged_state(tmp_path):
+    store = _saved(tmp_path, 10, 20)
+    _damage("flipped tensors", tmp_path / "step-00000020")
+    store.save(_state(20))
+    assert _same(store.newest(), _state(20))
+
+
+def test_a_damaged_newer_state_does_not_push_out_a_sound_one(tmp_path):
+    _saved(tmp_path, 30, keep=1)
+    _damage("flipped tensors", tmp_path / "step-00000030")
+    store = _saved(tmp_path, 10, keep=1)  # the run starts anew, and saves step 10 first
+    assert _same(store.newest(), _state(10))
+
+
+# --- identity and fencing ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"config": "abd"}, "config"),
+        ({"tasks": ("b", "a")}, "tasks"),
+        ({"layers": ("x", "y", "w")}, "layers"),
+    ],
+)
+def test_a_state_of_another_run_is_a_user_error(tmp_path, changes, key):
+    _saved(tmp_path, 10)
+    with pytest.raises(UserError, match=rf"another run \(its {key} differ\)") as raised:
+        _store(tmp_path, **changes).newest()
+    assert raised.value.exit_code == 2
+
+
+def test_an_older_attempt_cannot_save(tmp_path):
+    """Fencing: a driver that came back from a long pause must not overwrite its successor."""
+    old = _saved(tmp_path, 10)
+    new = _store(tmp_path)
+    new.claim()
+    with pytest.raises(RunError, match="attempt 2 has taken over this run from attempt 1"):
+        old.save(_state(20))
+    assert new.steps() == [10]
+    new.save(_state(20))
+    assert _same(new.newest(), _state(20))
+
+
+def test_every_claim_is_a_new_attempt(tmp_path):
+    for number in range(1, 4):
+        store = _store(tmp_path)
+        store.claim()
+        store.claim()  # the same driver keeps its number
+        assert len(list(tmp_path.glob("attempt-*"))) == number
+    manifest = _saved(tmp_path, 5).folder / "step-00000005" / "manifest.json"
+    assert json.loads(manifest.read_text())["attempt"] == 4
+
+
+def test_saving_needs_a_claim(tmp_path):
+    with pytest.raises(RuntimeError, match="before claim"):
+        _store(tmp_path).save(_state(1))
+
+
+def test_a_state_that_cannot_be_written_is_a_run_error(tmp_path, monkeypatch):
+    store = _saved(tmp_path, 10)
+
+    def full(path, payload):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("raymerge.runs.state._write_synced", full)
+    with pytest.raises(RunError, match="state not saved: No space left on device"):
+        store.save(_state(20))
+    assert store.steps() == [10]
+    assert not list(tmp_path.glob(".step-*"))
+
+
+# --- what makes it the same run ----------------------------------------------------------------
+
+
+def _config(**changes) -> Config:
+    task = {"name": "a", "checkpoint": "a.pt", "classnames": ["x", "y"], "adapt": "d", "test": "t"}
+    data = {"model": "local-dir:m", "tasks": [task, {**task, "name": "b"}], **changes}
+    return parse_config(data, root=Path("/r"))
+
+
+TASK = {"name": "a", "checkpoint": "a.pt", "classnames": ["x", "y"], "adapt": "d", "test": "t"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"output": "elsewhere"},
+        {"cluster": {"workers": 4, "shards": 2}},
+        {"state": {"every_steps": 1}},
+        {"optimizer": {"steps": 900}},
+        {"vectors": {"folder": "scratch"}},
+        {"tasks": [{**TASK, "test": None}, {**TASK, "name": "b", "test": "u"}]},
+    ],
+)
+def test_what_does_not_decide_lambda_may_change(changes):
+    assert fingerprint(_config(**changes)) == fingerprint(_config())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"model": "local-dir:other"},
+        {"method": {"name": "adamerging", "clamp": "none"}},
+        {"method": {"name": "adamerging", "objective": "kl"}},
+        {"method": {"name": "adamerging", "collapse": "restore"}},
+        {"optimizer": {"sharpness": 0.1}},
+        {"optimizer": {"lr": 0.1}},
+        {"optimizer": {"batch_size": 4}},
+        {"precision": "bfloat16"},
+        {"vectors": {"dtype": "bfloat16"}},
+        {"vectors": {"location": "disk"}},  # whose precision is left open
+        {"tasks": [TASK]},
+        {"tasks": [{**TASK, "name": "b"}, TASK]},
+        {"tasks": [{**TASK, "adapt": "e"}, {**TASK, "name": "b"}]},
+        {"tasks": [{**TASK, "checkpoint": "c.pt"}, {**TASK, "name": "b"}]},
+        {"tasks": [{**TASK, "classnames": ["y", "x"]}, {**TASK, "name": "b"}]},
+        {"tasks": [{**TASK, "templates": ["{}"]}, {**TASK, "name": "b"}]},
+    ],
+)
+def test_what_decides_lambda_must_not(changes):
+    assert fingerprint(_config(**changes)) != fingerprint(_config())
+
+
+def test_with_a_given_precision_the_vectors_may_move():
+    def of(**vectors):
+        return fingerprint(_config(vectors={"dtype": "float32", **vectors}))
+
+    assert of() == of(location="host") == of(location="disk", folder="scratch")
+
+
+def test_more_steps_may_be_asked_for_only_at_a_constant_rate(world):
+    def of(**optimizer):
+        return fingerprint(world.parse(optimizer=optimizer))
+
+    assert of(steps=10) == of(steps=20)
+    assert of(steps=10, schedule="cosine") != of(steps=20, schedule="cosine")
+    assert of(steps=10, schedule="cosine") != of(steps=10)
+
+
+# --- killed while it writes -----------------------------------------------------------------------
+
+
+def _killed(write: Callable[[], None], after_s: float) -> None:
+    """Run ``write`` in a child process and kill that after ``after_s``."""
+    child = os.fork()
+    if child == 0:
+        try:
+            write()
+        finally:
+            os._exit(0)
+    time.sleep(after_s)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def _wide(step: int) -> AdamState:
+    """A state that takes a while to write; every number of it is ``step``."""
+    value = torch.full((2, 40_000), float(step), dtype=torch.float64)
+    return AdamState(value, value.clone(), value.clone(), step)
+
+
+def _wide_store(folder: Path) -> StateStore:
+    return _store(folder, layers=[f"l{n}" for n in range(40_000)])
+
+
+def _whole(state: AdamState | None) -> bool:
+    parts = () if state is None else (state.lambdas, state.mean, state.square)
+    return state is not None and all((part == state.step).all() for part in parts)
+
+
+def test_killed_a_hundred_times_while_it_writes_a_whole_state_is_there(tmp_path, caplog):
+    """Each driver goes on from the newest state, and is killed at some moment of its saves."""
+    store = _wide_store(tmp_path)
+    store.claim()
+    store.save(_wide(1))
+    moments, torn = random.Random(0), 0
+
+    def save_on() -> None:
+        mine = _wide_store(tmp_path)
+        mine.claim()
+        for step in range(mine.steps()[-1] + 1, 10**6):
+            mine.save(_wide(step))
+
+    for _ in range(100):
+        before = store.steps()[-1]
+        _killed(save_on, moments.uniform(0.0, 0.05))
+        found = _wide_store(tmp_path).newest()
+        assert _whole(found)
+        assert found.step >= before
+        torn += any(tmp_path.glob(".step-*"))
+    assert torn > 0  # some were killed in the middle of it
+    assert not caplog.records  # and no damaged one had to be skipped
+    _wide_store(tmp_path).claim()
+    assert not any(tmp_path.glob(".step-*"))
+
+
+def test_a_writer_in_place_would_be_caught(tmp_path):
+    """The check above can fail: what is written in place is torn before long."""
+    target = tmp_path / "state"
+    torch.save(_wide(1).lambdas, target)
+    moments = random.Random(0)
+
+    def write_on() -> None:
+        for step in range(1, 10**6):
+            torch.save(_wide(step).lambdas, target)
+
+    def sound() -> bool:
+        try:
+            return torch.load(target, weights_only=True).unique().numel() == 1
+        except Exception:
+            return False
+
+    verdicts = []
+    for _ in range(40):
+        _killed(write_on, moments.uniform(0.0, 0.05))
+        verdicts.append(sound())
+    assert not all(verdicts)
+
+
+def test_on_a_full_disk_the_state_before_stays(tmp_path):
+    """The limit on a file's size stands for the disk: the write fails in the middle."""
+    store = _wide_store(tmp_path)
+    store.claim()
+    store.save(_wide(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(RunError, match="state not saved: File too large"):
+            store.save(_wide(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir() if "step" in path.name] == ["step-00000001"]
+    assert _whole(_wide_store(tmp_path).newest())
+
+
+def test_the_manifest_says_which_versions_wrote_it(tmp_path):
+    _saved(tmp_path, 4)
+    manifest = json.loads((tmp_path / "step-00000004" / "manifest.json").read_text())
+    assert manifest["versions"] == {"raymerge": __version__, "torch": torch.__version__}
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}", "[" * 100_000, "null"])
+def test_a_manifest_that_is_none_is_a_damaged_state(tmp_path, content):
+    store = _saved(tmp_path, 1, 2)
+    (tmp_path / "step-00000002" / "manifest.json").write_text(content)
+    assert _same(store.newest(), _state(1))

@@ -1,0 +1,32 @@
+"""What a group of workers is asked, in the tests' world."""
+
+from __future__ import annotations
+
+from world import World
+
+from raymerge.engine.messages import LoadRequest, Loss, WorkerSpec
+from raymerge.models.pretrained import open_pretrained
+from raymerge.models.resolve import resolve_model
+
+
+def worker_spec(world: World) -> WorkerSpec:
+    config = world.parse()
+    return WorkerSpec(config.model, config.tasks)
+
+
+def load_request(world: World, **changes: object) -> LoadRequest:
+    given = {
+        "models": tuple(task.checkpoint for task in world.parse().tasks),
+        "granularity": "tensor",
+        "loss": Loss(),
+        "images_per_step": 4,
+        "batches": 1,
+        "steps": 5,
+        "seed": 1,
+    }
+    return LoadRequest(**{**given, **changes})  # type: ignore[arg-type]
+
+
+def layer_names(world: World) -> tuple[str, ...]:
+    pretrained, _ = open_pretrained(resolve_model(world.parse().model))
+    return pretrained.layout.names
