@@ -1,1 +1,1 @@
-"""Applications of the library: the demo and its zoo, experiments, fine-tuning, peers' configs, jobs."""
+"""Applications built on a run: the demo and its zoo, experiments, fine-tuning, peers, jobs."""

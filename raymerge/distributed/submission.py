@@ -1,4 +1,4 @@
-"""What identifies a submitted run among a cluster's jobs, and which job a new submission continues."""
+"""The identity of a submitted run among a cluster's jobs, and the job that it continues."""
 
 from __future__ import annotations
 

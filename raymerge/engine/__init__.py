@@ -1,1 +1,1 @@
-"""The learning engine: a driver that takes steps on λ, and the workers that compute their gradients."""
+"""The learning engine: a driver that takes steps on λ, and the workers that compute gradients."""

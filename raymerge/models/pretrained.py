@@ -1,4 +1,4 @@
-"""The pretrained model's weights: opened, checked against its architecture, read tensor by tensor."""
+"""The pretrained model's weights: opened, checked against its architecture, read by tensor."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The driver's view of its workers: what a group can be asked, and the group of this process alone.
 
-``LocalGroup`` calls one worker directly; ``distributed.actor_group`` asks Ray actors the same things.
+``LocalGroup`` calls one worker directly; ``distributed.actor_group`` asks Ray actors the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An opened checkpoint: the names, shapes and types of its tensors, and a way to read each by parts.
+"""An opened checkpoint: names, shapes and types of its tensors, and a way to read each by parts.
 
 The readers of the single formats build on this; ``opening`` chooses among them.
 """

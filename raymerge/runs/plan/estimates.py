@@ -32,10 +32,9 @@ from raymerge.merging.registry import (
 from raymerge.models.checkpoints.task_vectors import STREAM_BYTES
 from raymerge.models.checkpoints.visual_tower import VisualCheckpoint
 from raymerge.models.resolve import ResolvedModel
-
-_FLOAT_BYTES = 4
 from raymerge.runs.plan.plan import TaskPlan
 
+_FLOAT_BYTES = 4
 _COEFFICIENT_BYTES = 4 + 4 + 4 + 8  # λ twice, ∂ℒ/∂λ, and ∂ℒ/∂λ as it is summed
 
 
