@@ -16,7 +16,7 @@ from pathlib import Path
 from measure import machine, median, say
 
 from raymerge.config import WandbConfig, parse_config
-from raymerge.distributed.cluster import connected
+from raymerge.distributed.cluster import connect
 from raymerge.distributed.metrics import RayMetrics
 from raymerge.engine.driver.loop import StepRecord
 from raymerge.runs.tracking import TensorBoard, Tracker, Wandb
@@ -35,7 +35,7 @@ def listeners(folder: Path) -> Iterator[dict[str, Tracker]]:
     """With a Ray, where metrics go somewhere."""
     tasks = [{"name": "a", "checkpoint": "a.pt", "classnames": ["x", "y"]}]
     config = parse_config({"model": "local-dir:m", "tasks": tasks}, root=folder)
-    with connected(None, 2):
+    with connect(None, 2):
         out: dict[str, Tracker] = {
             "Ray's metrics": RayMetrics("benchmark", 1),
             "TensorBoard": TensorBoard(folder / "tensorboard", 0),

@@ -346,10 +346,10 @@ def _submit(args: argparse.Namespace) -> int:
     submission = prepare(args.config, args.overrides, root=args.root, output=args.output)
     from raymerge.distributed.jobs import submit
 
-    def tell(line: str) -> None:
+    def log(line: str) -> None:
         print(redacted(f"raymerge: {line}"), file=sys.stderr)
 
-    return submit(address, submission, wait=not args.no_wait, tell=tell)
+    return submit(address, submission, wait=not args.no_wait, log=log)
 
 
 def _require_target(config: Config, repository: str) -> None:

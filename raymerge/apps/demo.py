@@ -41,13 +41,13 @@ def run_demo(
 
     Raises :class:`UserError` before any work if ``output`` holds something that no demo wrote.
     """
-    from raymerge.distributed.cluster import connected
+    from raymerge.distributed.cluster import connect
 
     output = output.absolute()
     _check_output(output)
     began = perf_counter()
     workers = _workers()
-    with connected(None, local_resources().cpus):
+    with connect(None, local_resources().cpus):
         paths = _zoo(zoo, seed, recipe or ZooRecipe())
         built = perf_counter()
         base = load_config(paths.config, [f"seed={seed}"])

@@ -77,9 +77,9 @@ class ActorGroup:
         return self._team.incidents
 
     @property
-    def leaving(self) -> bool:
+    def preemption_pending(self) -> bool:
         """Whether a node that a worker runs on is about to be taken back."""
-        return self._team.leaving
+        return self._team.preemption_pending
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]:
         self._request, self._progress = request, progress

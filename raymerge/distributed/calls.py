@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 
 from raymerge.config import ClusterConfig
 from raymerge.distributed.failures import Loss, loss_of
-from raymerge.engine.messages import Pulse
+from raymerge.engine.messages import Heartbeat
 
 W = TypeVar("W", bound=Hashable)
 
@@ -179,14 +179,14 @@ def is_free(actor: Any) -> bool:
     return pulse is not None and not pulse.waits_for_peers
 
 
-def _pulse(actor: Any) -> Pulse | None:
+def _pulse(actor: Any) -> Heartbeat | None:
     try:
-        pulse: Pulse = ray.get(ping(actor), timeout=_TICK_S)
+        pulse: Heartbeat = ray.get(ping(actor), timeout=_TICK_S)
     except RayError:
         return None
     return pulse
 
 
 def ping(actor: Any) -> Any:
-    """A reference to its :class:`Pulse`; it answers while it works."""
+    """A reference to its :class:`Heartbeat`; it answers while it works."""
     return actor.ping.options(concurrency_group="control").remote()

@@ -21,13 +21,13 @@ _OBJECT_STORE_BYTES = 200_000_000  # only coefficients and scores travel, a few 
 
 
 @contextmanager
-def connected(address: str | None, local_cpus: int) -> Iterator[Resources]:
+def connect(address: str | None, local_cpus: int) -> Iterator[Resources]:
     """Yield what the cluster has. A cluster started here ends here; one that was there stays.
 
     ``local_cpus``: logical CPUs that a private local cluster declares.
     """
     if ray.is_initialized():
-        yield _resources(elastic=False)
+        yield _resources(is_elastic=False)
         return
     remote = address or environment_address()
     terminate = signal.getsignal(signal.SIGTERM)
@@ -42,7 +42,7 @@ def connected(address: str | None, local_cpus: int) -> Iterator[Resources]:
     _restore(terminate)
     with redirect_stdout(sys.stderr):  # Ray prints what it has to say of a worker's end
         try:
-            yield _resources(elastic=remote is None)
+            yield _resources(is_elastic=remote is None)
         finally:
             ray.shutdown()
 
@@ -72,7 +72,7 @@ def _connect(remote: str | None, local_cpus: int) -> None:
     )
 
 
-def _resources(*, elastic: bool) -> Resources:
+def _resources(*, is_elastic: bool) -> Resources:
     total = ray.cluster_resources()
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     per_node = [(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in alive if r.get("CPU")]
@@ -80,6 +80,6 @@ def _resources(*, elastic: bool) -> Resources:
         cpus=int(total.get("CPU", 0)),
         gpus=int(total.get("GPU", 0)),
         nodes=max(1, len(per_node)),
-        elastic=elastic,
+        is_elastic=is_elastic,
         per_node=tuple(per_node),
     )

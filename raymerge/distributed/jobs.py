@@ -34,11 +34,11 @@ _LOST_S = 60.0
 _BROKEN = (OSError, RuntimeError, aiohttp.ClientError)
 """What a connection ends with, by the mood of Ray, requests and aiohttp."""
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 """Takes a line for the user about the job, which is no output of it."""
 
 
-def submit(address: str, submission: Submission, *, wait: bool, tell: Tell) -> int:
+def submit(address: str, submission: Submission, *, wait: bool, log: Log) -> int:
     """Start the run's job, or find it running; its exit code, or 0 at once without ``wait``.
 
     The job's output goes to stdout as it comes, or without ``wait`` the job's id. Raises
@@ -48,16 +48,16 @@ def submit(address: str, submission: Submission, *, wait: bool, tell: Tell) -> i
     with _explained(address):
         client = _connect(address)
         job, found = _start(client, submission)
-    tell(f"job {job} at {address}: {'is running already' if found else 'submitted'}")
+    log(f"job {job} at {address}: {'is running already' if found else 'submitted'}")
     if not wait:
         print(job)
         return 0
     try:
         with _explained(address):
-            return _exit_code(_follow(client, job, address), tell)
+            return _exit_code(_follow(client, job, address), log)
     except KeyboardInterrupt:
         print(flush=True)  # the log may stand in the middle of a line
-        tell(
+        log(
             f"job {job} goes on; the same command follows it again, and "
             f"`ray job stop --address {address} {job}` ends it"
         )
@@ -162,7 +162,7 @@ def _known(client: Any) -> list[KnownJob]:
 
 def _follow(client: Any, job: str, address: str) -> Any:
     """Print the job's log until it ends; Ray's details of it. A lost connection is tried again."""
-    log, lost = _Log(client, job), 0.0
+    log, lost = _JobOutput(client, job), 0.0
     while True:
         began = time.monotonic()
         try:
@@ -183,7 +183,7 @@ def _follow(client: Any, job: str, address: str) -> Any:
         time.sleep(_RETRY_S)
 
 
-class _Log:
+class _JobOutput:
     """A job's log on stdout, each piece once, however often the connection is made."""
 
     def __init__(self, client: Any, job: str) -> None:
@@ -198,19 +198,19 @@ class _Log:
             self._printed = max(self._printed, position)
 
 
-def _exit_code(details: Any, tell: Tell) -> int:
+def _exit_code(details: Any, log: Log) -> int:
     """The job's own: 130 when it was stopped, 128 + n for signal n, 1 when Ray knows none."""
     job = details.submission_id
     if details.status == JobStatus.SUCCEEDED:
-        tell(f"job {job} succeeded")
+        log(f"job {job} succeeded")
         return 0
     if details.status == JobStatus.STOPPED:
-        tell(f"job {job} was stopped; the same command resumes it")
+        log(f"job {job} was stopped; the same command resumes it")
         return 130
     code = details.driver_exit_code
     if not code:
-        tell(f"job {job} failed: {' '.join(str(details.message).split())[:300]}")
+        log(f"job {job} failed: {' '.join(str(details.message).split())[:300]}")
         return 1
     remedy = "mend its input" if code == 2 else "the same command resumes it"
-    tell(f"job {job} failed with exit code {code}; {remedy}")
+    log(f"job {job} failed with exit code {code}; {remedy}")
     return int(code) if code > 0 else 128 - int(code)

@@ -14,13 +14,13 @@ from raymerge.errors import UserError
 class Resources:
     """What there is to place workers on: logical CPUs and GPUs, and nodes, of the whole cluster.
 
-    ``elastic``: a private local cluster, which may declare more CPUs than the machine has.
+    ``is_elastic``: a private local cluster, which may declare more CPUs than the machine has.
     """
 
     cpus: int
     gpus: int = 0
     nodes: int = 1
-    elastic: bool = True
+    is_elastic: bool = True
     per_node: tuple[tuple[int, int], ...] = ()
     """(CPUs, GPUs) of each node, if known."""
     memory_bytes: int | None = None
@@ -59,7 +59,7 @@ def on_ray() -> bool:
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
-def place(config: ClusterConfig, resources: Resources, slots: int | None) -> Placement:
+def choose_placement(config: ClusterConfig, resources: Resources, slots: int | None) -> Placement:
     """Decide W, and each worker's CPUs and GPUs. ``slots``: images of one step (None: no steps).
 
     ``workers: auto`` is one worker per GPU, else one per node; a single worker on a local machine
@@ -75,14 +75,14 @@ def place(config: ClusterConfig, resources: Resources, slots: int | None) -> Pla
             "use 1, or shards: 1"
         )
     cpus = _cpus_per_worker(config, resources, max(1, workers))
-    if not resources.elastic and workers:
+    if not resources.is_elastic and workers:
         _require_fit("CPU", workers, cpus, resources.cpus)
     if workers:
         _require_fit("GPU", workers, gpus, resources.gpus)
     return Placement(workers, config.shards, cpus, gpus)
 
 
-def regrouped(placement: Placement, alive: int) -> Placement:
+def regroup(placement: Placement, alive: int) -> Placement:
     """The same with ``alive`` workers: whole groups of as many shards, or one smaller group.
 
     A smaller group's members hold more each, so all tasks and all vectors are always covered.
@@ -105,7 +105,7 @@ def _auto_workers(config: ClusterConfig, resources: Resources, slots: int | None
     if slots is not None:
         workers = min(workers, slots)
     workers = max(config.shards, workers - workers % config.shards)
-    return 0 if workers == 1 and resources.elastic else workers
+    return 0 if workers == 1 and resources.is_elastic else workers
 
 
 def _gpus_per_worker(config: ClusterConfig, resources: Resources) -> float:
@@ -116,7 +116,7 @@ def _gpus_per_worker(config: ClusterConfig, resources: Resources) -> float:
 
 def _cpus_per_worker(config: ClusterConfig, resources: Resources, workers: int) -> int:
     if config.cpus_per_worker != "auto":
-        if resources.elastic and config.cpus_per_worker > resources.cpus:
+        if resources.is_elastic and config.cpus_per_worker > resources.cpus:
             raise UserError(
                 f"cluster.cpus_per_worker: {config.cpus_per_worker}, but this machine has "
                 f"{resources.cpus}; use at most that, or auto"

@@ -24,7 +24,7 @@ from ray.util.placement_group import remove_placement_group
 from raymerge.config import ClusterConfig
 from raymerge.distributed.calls import Call, Limits, gather, is_free
 from raymerge.distributed.failures import DISOBEYED, PREEMPTED, UNMET, Budget, Loss, blame, loss_of
-from raymerge.distributed.placement import Placement, regrouped
+from raymerge.distributed.placement import Placement, regroup
 from raymerge.distributed.placement_groups import (
     Place,
     Whereabouts,
@@ -179,7 +179,7 @@ class Team:
                 self._greet([hello])
             except RunError as error:  # the others are well
                 _turn_away([member for member in starting if member.hello == hello], error)
-        if regrouped(self._placement, len(self._ready())).workers > len(self.working):
+        if regroup(self._placement, len(self._ready())).workers > len(self.working):
             before = len(self.working)
             try:
                 self._form_at_last("regrouping")
@@ -189,7 +189,7 @@ class Team:
             logger.warning("%d workers now, after %d", len(self.working), before)
 
     @property
-    def leaving(self) -> bool:
+    def preemption_pending(self) -> bool:
         """Whether a node that a worker runs on is about to be taken back."""
         nodes = {member.where.node for member in self.working if member.where is not None}
         return self._notices.leaving(nodes)
@@ -391,7 +391,7 @@ class Team:
         """Give everyone who is ready a part, and bring all up to date."""
         self.generation += 1  # the store still holds what was written under the last one's name
         ready = self._ready()
-        shape = regrouped(self._placement, len(ready))
+        shape = regroup(self._placement, len(ready))
         self.working = _whole_groups_first(ready, self._placement.shards)[: shape.workers]
         for member in ready:
             if member not in self.working:  # what is asked of the others meanwhile, it misses

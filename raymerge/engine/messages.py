@@ -111,7 +111,7 @@ class Rendezvous:
 
 
 @dataclass(frozen=True)
-class Pulse:
+class Heartbeat:
     """A worker's answer to a ping: what it is at, and for how long."""
 
     phase: str

@@ -201,7 +201,7 @@ def _learn(
     store.claim()
     tracking.start(state.step)
     every = config.state.every_steps
-    urgent, also = lambda: group.leaving, tracking.observe
+    urgent, also = lambda: group.preemption_pending, tracking.observe
     with Recorder(folder, store, every, state, steps, urgent, also) as recorder:
         if isinstance(config.method, FwHard):
             from raymerge.engine.driver.frank_wolfe import hard

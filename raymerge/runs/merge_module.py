@@ -262,7 +262,7 @@ def _group(task: _Task, given: Given, workers: int) -> AbstractContextManager[St
 
 @contextmanager
 def _actors(task: _Task, given: Given, workers: int):  # type: ignore[no-untyped-def]
-    from raymerge.distributed.cluster import connected
+    from raymerge.distributed.cluster import connect
     from raymerge.distributed.module_group import ModuleActors
 
     shares = [
@@ -274,7 +274,7 @@ def _actors(task: _Task, given: Given, workers: int):  # type: ignore[no-untyped
         )
         for rank in range(workers)
     ]
-    with connected(None, workers):
+    with connect(None, workers):
         actors = ModuleActors(ModuleWorker, task, shares)
         try:
             yield actors

@@ -9,7 +9,7 @@ from dataclasses import replace
 from raymerge.config import (
     Config,
 )
-from raymerge.distributed.placement import Resources, environment_address, on_ray, place
+from raymerge.distributed.placement import Resources, choose_placement, environment_address, on_ray
 from raymerge.engine.driver.groups import LocalGroup, WorkerGroup
 from raymerge.engine.messages import WorkerSpec
 from raymerge.errors import UserError
@@ -48,18 +48,18 @@ def open_group(config: Config, slots: int | None) -> Iterator[WorkerGroup]:
     ``slots``: images of one step, None if only evaluation is wanted.
     """
     known = known_resources(config)
-    declared = None if known is None else place(config.cluster, known, slots)
+    declared = None if known is None else choose_placement(config.cluster, known, slots)
     if declared is not None and declared.workers == 0:
         yield _local_group(config)
         return
     from raymerge.distributed.actor_group import ActorGroup
-    from raymerge.distributed.cluster import connected
+    from raymerge.distributed.cluster import connect
 
     local_cpus = 1
     if known is not None and declared is not None:
         local_cpus = max(known.cpus, declared.workers * declared.cpus_per_worker)
-    with connected(config.cluster.address, local_cpus) as resources:
-        placement = declared or place(config.cluster, resources, slots)
+    with connect(config.cluster.address, local_cpus) as resources:
+        placement = declared or choose_placement(config.cluster, resources, slots)
         if placement.workers == 0:
             yield _local_group(config)
             return

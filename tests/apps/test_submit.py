@@ -367,17 +367,17 @@ def _status(name: str) -> Any:
 
 
 class _Run:
-    """`submit` through a client that stands in for Ray's. ``told``: what it said of the job."""
+    """Runs `submit` with a stand-in for Ray's client; ``log`` holds what it logs of the job."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
-        self.told: list[str] = []
+        self.log: list[str] = []
 
     def __call__(self, client: _Client, wait: bool = True) -> int:
         from raymerge.distributed import jobs
 
         self._monkeypatch.setattr(jobs, "_connect", lambda address: client)
-        return jobs.submit(HEAD, SUBMISSION, wait=wait, tell=self.told.append)
+        return jobs.submit(HEAD, SUBMISSION, wait=wait, log=self.log.append)
 
 
 @pytest.fixture
@@ -446,14 +446,14 @@ def test_the_exit_code_is_the_jobs(
     client.get_job_info = lambda job: ended  # type: ignore[method-assign]
     job = ended.submission_id
     assert run(client) == code
-    assert run.told == [f"job {job} at {HEAD}: submitted", f"job {job} {told}"]
+    assert run.log == [f"job {job} at {HEAD}: submitted", f"job {job} {told}"]
 
 
 def test_the_same_command_sent_twice_at_one_time_is_one_job(run: _Run) -> None:
     client = _Client(refuses=RuntimeError("already exists"))
     job = f"{SUBMISSION.name}-1"
     assert run(client, wait=False) == 0
-    assert run.told == [f"job {job} at {HEAD}: is running already"]
+    assert run.log == [f"job {job} at {HEAD}: is running already"]
 
 
 def test_a_refused_job_is_an_error(run: _Run) -> None:
@@ -467,7 +467,7 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_stop_it(run: _Run) -> None:
     job = f"{SUBMISSION.name}-1"
     with pytest.raises(KeyboardInterrupt):
         run(_Client(tails=[["one\n", KeyboardInterrupt()]]))
-    assert run.told[-1] == (
+    assert run.log[-1] == (
         f"job {job} goes on; the same command follows it again, and "
         f"`ray job stop --address {HEAD} {job}` ends it"
     )

@@ -15,7 +15,7 @@ from ray import cloudpickle
 
 from raymerge.config import ClusterConfig
 from raymerge.distributed.module_group import ModuleActors
-from raymerge.engine.messages import Pulse, StepRequest, StepResult
+from raymerge.engine.messages import Heartbeat, StepRequest, StepResult
 from raymerge.errors import RunError, WorkerLostError
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("local_ray")]
@@ -48,8 +48,8 @@ class Fragile:
                 continue
         return False
 
-    def ping(self) -> Pulse:
-        return Pulse("step", 0.0)
+    def ping(self) -> Heartbeat:
+        return Heartbeat("step", 0.0)
 
     def step(self, request: StepRequest) -> StepResult:
         self._meet(request.step)

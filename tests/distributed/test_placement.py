@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from raymerge.config import ClusterConfig
-from raymerge.distributed.placement import Placement, Resources, place, regrouped
+from raymerge.distributed.placement import Placement, Resources, choose_placement, regroup
 from raymerge.errors import UserError
 
 LAPTOP = Resources(cpus=8)
-CLUSTER = Resources(cpus=96, nodes=3, elastic=False)
-GPUS = Resources(cpus=64, gpus=8, nodes=2, elastic=False)
+CLUSTER = Resources(cpus=96, nodes=3, is_elastic=False)
+GPUS = Resources(cpus=64, gpus=8, nodes=2, is_elastic=False)
 
 
 def _place(resources: Resources, slots: int | None = 128, **config) -> Placement:
-    return place(ClusterConfig(**config), resources, slots)
+    return choose_placement(ClusterConfig(**config), resources, slots)
 
 
 def test_one_machine_without_gpus_needs_no_ray():
@@ -37,14 +37,14 @@ def test_one_local_gpu_needs_no_ray_either():
 
 def test_a_single_worker_on_a_cluster_is_an_actor():
     """The driver's machine is not where the work should run."""
-    assert _place(Resources(cpus=16, elastic=False)).workers == 1
+    assert _place(Resources(cpus=16, is_elastic=False)).workers == 1
 
 
 @pytest.mark.parametrize(
     ("nodes", "shards", "workers"), [(3, 2, 2), (4, 2, 4), (7, 3, 6), (1, 2, 2), (2, 5, 5)]
 )
 def test_auto_rounds_to_whole_groups_and_at_least_one(nodes, shards, workers):
-    placement = _place(Resources(cpus=100, nodes=nodes, elastic=False), shards=shards)
+    placement = _place(Resources(cpus=100, nodes=nodes, is_elastic=False), shards=shards)
     assert placement.workers == workers
     assert placement.groups * shards == workers
 
@@ -113,7 +113,7 @@ def test_without_steps_any_number_of_workers_may_evaluate():
 )
 def test_the_survivors_form_whole_groups_or_one_smaller(alive, workers, shards):
     """However many are left, every column and every slot is some worker's."""
-    shape = regrouped(Placement(4, 2, 1, 0.0), alive)
+    shape = regroup(Placement(4, 2, 1, 0.0), alive)
     assert (shape.workers, shape.shards) == (workers, shards)
     assert shape.groups * shape.shards == shape.workers <= alive
 

@@ -23,7 +23,7 @@ from raymerge.apps.finetune.trainer import TrainingJob, train_target
 from raymerge.config import Config, ZeroShot, dump_config
 from raymerge.data.decoding import check_image
 from raymerge.data.images import ImageList, Item
-from raymerge.distributed.placement import Placement, place
+from raymerge.distributed.placement import Placement, choose_placement
 from raymerge.engine.scores import TaskScore, results_json
 from raymerge.errors import DataError, RunError, UserError
 from raymerge.files.atomic import write_json, write_text
@@ -155,7 +155,7 @@ def _place(config: Config, targets: int, resources: Any) -> Placement:
     workers = config.cluster.workers
     wanted = workers if workers == "auto" else min(workers, targets)
     cluster = config.cluster.model_copy(update={"workers": wanted, "shards": 1})
-    return place(cluster, resources, targets)
+    return choose_placement(cluster, resources, targets)
 
 
 def _prepare(config: Config, output: Path) -> int:
@@ -194,14 +194,14 @@ def _trained(
     if declared is not None and declared.workers == 0:
         yield from _trained_here(config, targets, output, advance)
         return
-    from raymerge.distributed.cluster import connected
+    from raymerge.distributed.cluster import connect
     from raymerge.distributed.tasks import run_tasks
 
     local_cpus = 1
     if declared is not None:
         known = known_resources(config)
         local_cpus = max(known.cpus if known else 1, declared.workers * declared.cpus_per_worker)
-    with connected(config.cluster.address, local_cpus) as resources:
+    with connect(config.cluster.address, local_cpus) as resources:
         placement = declared or _place(config, len(targets), resources)
         if placement.workers == 0:
             yield from _trained_here(config, targets, output, advance)

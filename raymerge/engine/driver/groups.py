@@ -51,7 +51,7 @@ class WorkerGroup(Stepper, Protocol):
     spec: WorkerSpec
 
     @property
-    def leaving(self) -> bool:
+    def preemption_pending(self) -> bool:
         """Whether a machine that works for it is about to be taken away."""
         ...
 
@@ -73,7 +73,7 @@ class LocalGroup:
 
     workers = 1
     incidents: Sequence[Incident] = ()
-    leaving = False
+    preemption_pending = False
 
     def __init__(self, spec: WorkerSpec) -> None:
         from raymerge.engine.worker.worker import MergeWorker

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from raymerge.data.slots import step_images
-from raymerge.engine.messages import Loss, Pulse, StepRequest, StepResult, VectorStorage
+from raymerge.engine.messages import Heartbeat, Loss, StepRequest, StepResult, VectorStorage
 from raymerge.engine.worker.losses import image_losses
 from raymerge.engine.worker.vectors import read_vectors
 from raymerge.errors import CheckpointError, UserError
@@ -201,9 +201,9 @@ class ModuleWorker:
     def _logits(self, task: int, batch: Batch) -> Tensor:
         return self.given.logits(self._flat.module, batch, self.task.files.names[task]).float()
 
-    def ping(self) -> Pulse:
+    def ping(self) -> Heartbeat:
         """It answers while it works."""
-        return Pulse("step", time.perf_counter() - self._since)
+        return Heartbeat("step", time.perf_counter() - self._since)
 
     def step(self, request: StepRequest) -> StepResult:
         """The gradient, and the means over its tasks' batches, of one step at the request's λ."""

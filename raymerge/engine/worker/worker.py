@@ -16,9 +16,9 @@ from raymerge.data.decoding import PinnedImages
 from raymerge.engine.messages import (
     ChunkScore,
     EvaluateRequest,
+    Heartbeat,
     LoadReport,
     LoadRequest,
-    Pulse,
     Rendezvous,
     Statistics,
     StatisticsRequest,
@@ -57,9 +57,9 @@ class MergeWorker:
         self._evaluator: Evaluator | None = None
         self._statistics: ExpertStatistics | None = None
 
-    def ping(self) -> Pulse:
+    def ping(self) -> Heartbeat:
         """What this worker is at, at once, even while a step runs."""
-        return Pulse(self._clock.phase, self._clock.lasted())
+        return Heartbeat(self._clock.phase, self._clock.lasted())
 
     def abort(self, generation: int) -> None:
         """``generation`` begins: free a ``step`` of an older one that waits for a lost peer."""

@@ -149,7 +149,7 @@ def require_one_group(config: Config, workers: int) -> None:
 
 def _require_memory(plan: Plan, resources: Resources | None) -> None:
     """On this machine alone; a cluster's nodes are not asked."""
-    if resources is None or not resources.elastic or plan.placement is None:
+    if resources is None or not resources.is_elastic or plan.placement is None:
         return
     if plan.placement.gpus_per_worker:
         return

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from raymerge.config import Config
 from raymerge.data.slots import slot_counts
-from raymerge.distributed.placement import Placement, Resources, place, require_work
+from raymerge.distributed.placement import Placement, Resources, choose_placement, require_work
 from raymerge.engine.memory import (
     machine_bytes,
 )
@@ -166,7 +166,7 @@ def check(
         else _static_memory(config, layout, resolved)
     )
     step_s = None
-    if probe and learned and placement is not None and resources and resources.elastic:
+    if probe and learned and placement is not None and resources and resources.is_elastic:
         step_s = _step_seconds(config, resolved, step_images, memory, placement)
     plan = Plan(
         method=describe(config.method),
@@ -231,7 +231,7 @@ def _placement(
         if config.cluster.workers != "auto":
             found.attempt(lambda: require_work(int(config.cluster.workers), slots or None))
         return None
-    return found.attempt(lambda: place(config.cluster, resources, slots or None))
+    return found.attempt(lambda: choose_placement(config.cluster, resources, slots or None))
 
 
 def _layer_count(config: Config, layout: ParameterLayout) -> int:
