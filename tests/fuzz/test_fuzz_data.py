@@ -9,12 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from fuzzing import Ground, mutants
+from fuzzing import PREPROCESS, Ground, mutants
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from stored_sets import write_npz, write_parquet, write_tar
-from test_fuzz_images import PREPROCESS
 
 from raymerge.data.decoding import check_image, decode
 from raymerge.data.sources import labelled_images, unlabeled_images

@@ -9,18 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzzing import Ground, mutants
+from fuzzing import PREPROCESS, Ground, mutants
 from hypothesis import given
 from hypothesis import strategies as st
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from raymerge.data.decoding import check_image, decode
-from raymerge.data.preprocess import Preprocess
 from raymerge.errors import DataError
 
-CFG = PreprocessCfg(size=32)
-PREPROCESS = Preprocess((32, 32), CFG.mean, CFG.std, image_transform_v2(CFG, is_train=False))
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
 EPS = (
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(outside/canary) (w) file closefile\n%%EOF\n"

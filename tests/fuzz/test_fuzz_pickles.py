@@ -9,11 +9,10 @@ import zipfile
 from pathlib import Path
 
 import torch
-from fuzzing import Ground, mutants
+from fuzzing import Ground, mutants, read_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from releases import CONTAINERS, ClassificationHead, write_release
-from test_fuzz_safetensors import read_all
 
 STATE = {"weight": torch.arange(12.0).reshape(3, 4), "bias": torch.zeros(3), "epoch": 3}
 
@@ -43,7 +42,7 @@ FILES.append(_SCRIPT.getvalue())
 def test_damaged_pickles(ground: Ground, content: bytes) -> None:
     path = ground.clean() / "x.pt"
     path.write_bytes(content)
-    ground.examine("torch files and pickles", lambda: read_all(path))
+    ground.examine("torch files and pickles", lambda: read_checkpoint(path))
 
 
 def zipped(program: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
@@ -116,7 +115,7 @@ def test_hostile_programs(ground: Ground, data: st.DataObject) -> None:
     }[wrap]()  # fmt: skip
     path = ground.clean() / data.draw(st.sampled_from(("x.pt", "x.bin", "x.safetensors")))
     path.write_bytes(content)
-    ground.examine("hostile pickles", lambda: read_all(path))
+    ground.examine("hostile pickles", lambda: read_checkpoint(path))
 
 
 def test_the_canary_would_be_seen(ground: Ground) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from fuzzing import ODD, ODD_TEXTS, Ground, changed, json_bytes, json_files, mutants
+from fuzzing import (
+    ODD,
+    ODD_TEXTS,
+    Ground,
+    changed,
+    json_bytes,
+    json_files,
+    mutants,
+    read_checkpoint,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from raymerge.models.checkpoints.checkpoint import read_tensor
-from raymerge.models.checkpoints.inspect import inspect_checkpoint
 from raymerge.models.checkpoints.locate import files_of
-from raymerge.models.checkpoints.opening import open_checkpoint
 
 STATE = {
     "visual.class_embedding": torch.arange(4.0),
@@ -32,13 +37,6 @@ def with_header(header: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + BODY
 
 
-def read_all(path: Path) -> None:
-    inspect_checkpoint(str(path))
-    checkpoint = open_checkpoint(path)
-    for key in checkpoint.specs:
-        read_tensor(checkpoint, key)
-
-
 DTYPES = ("F64", "F4", "F8_E8M0", "U64", "C64", "I8", "BOOL", "bf16")
 
 
@@ -46,7 +44,7 @@ DTYPES = ("F64", "F4", "F8_E8M0", "U64", "C64", "I8", "BOOL", "bf16")
 def test_safetensors(ground: Ground, content: bytes) -> None:
     path = ground.clean() / "x.safetensors"
     path.write_bytes(content)
-    ground.examine("safetensors headers", lambda: read_all(path))
+    ground.examine("safetensors headers", lambda: read_checkpoint(path))
 
 
 NAMES = (
@@ -68,7 +66,7 @@ def test_indexes(ground: Ground, content: bytes) -> None:
     index.write_bytes(content)
 
     def read() -> None:
-        read_all(index)
+        read_checkpoint(index)
         assert all(file.parent == folder for file in files_of(index))
 
     ground.examine("sharded indexes", read)
@@ -78,4 +76,4 @@ def test_indexes(ground: Ground, content: bytes) -> None:
 def test_names_of_shards(ground: Ground, names: list[str]) -> None:
     index = ground.clean() / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {str(i): name for i, name in enumerate(names)}}))
-    ground.examine("sharded indexes", lambda: read_all(index))
+    ground.examine("sharded indexes", lambda: read_checkpoint(index))

@@ -18,13 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
+from open_clip.transform import PreprocessCfg, image_transform_v2
 
+from raymerge.data.preprocess import Preprocess
 from raymerge.errors import RaymergeError
+from raymerge.models.checkpoints.checkpoint import read_tensor
+from raymerge.models.checkpoints.inspect import inspect_checkpoint
+from raymerge.models.checkpoints.opening import open_checkpoint
 
 COUNTS: dict[str, Counter[str]] = {}
 """Reader → how many inputs it loaded, and how many it refused."""
 SPARE_BYTES = 3 << 30
 LONGEST_S = 30
+
+_CFG = PreprocessCfg(size=32)
+PREPROCESS = Preprocess((32, 32), _CFG.mean, _CFG.std, image_transform_v2(_CFG, is_train=False))
 
 ODD_NUMBERS = (0, -1, 1, 2**31 - 1, 2**32, 2**63 - 1, 2**64, 10**400, 1e308, -0.5,
                float("nan"), float("inf"))  # fmt: skip
@@ -109,6 +117,17 @@ def little_memory() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+# --- readers -------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: Path) -> None:
+    """Inspect a checkpoint and read all its tensors."""
+    inspect_checkpoint(str(path))
+    checkpoint = open_checkpoint(path)
+    for key in checkpoint.specs:
+        read_tensor(checkpoint, key)
 
 
 # --- inputs --------------------------------------------------------------------------------------
