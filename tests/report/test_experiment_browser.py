@@ -1,4 +1,4 @@
-"""The page of an experiment in a real browser: as ``test_report_browser`` for the other pages."""
+"""The page of an experiment in a real browser: as ``test_browser`` for the other pages."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+from browser import BROWSER, DARK, LIGHT, PROBE, browse
 from PIL import Image
-from test_report_browser import BROWSER, DARK, LIGHT, PROBE, browse
-from test_report_experiment import write_experiment
+from report_samples import write_experiment
 
 from raymerge.report import write_report
 

@@ -7,6 +7,8 @@ import math
 import random
 from pathlib import Path
 
+from raymerge.apps.experiments.findings import Curves, Findings, Table
+
 EIGHT = ("sun397", "stanford_cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
 TWENTY = (
     *EIGHT,
@@ -169,4 +171,43 @@ def write_comparison(
     }
     dump(folder / "comparison.json", comparison)
     dump(folder / "environment.json", environment(rng, tasks))
+    return folder
+
+
+def write_experiment(folder: Path, seed: int = 0) -> Path:
+    """What an experiment leaves: all methods on eight tasks, conditions, text cells and curves."""
+    rng = random.Random(seed)
+
+    def top1(mean: float) -> float:
+        return min(0.99, rng.gauss(mean, 0.1))
+
+    by_task = {
+        name: [*(top1(mean) for _ in EIGHT), mean, 0.65 + 0.1 * rng.random(), None]
+        for name, mean in METHODS.items()
+    }
+    conditions = {
+        condition: [top1(0.6), top1(0.7), "eurosat; svhn" if condition == "clean" else None]
+        for condition in ("clean", "motion_blur", "impulse_noise", "jpeg_compression")
+    }
+    bins = {
+        f"({i / 10:.1f}, {i / 10 + 0.1:.1f}]": [f"{91 * i:,}", f"{i / 9:.2f}"] for i in range(8)
+    }
+    x = [i / 10 for i in range(11)]
+    findings = Findings(
+        "Performance on all tasks",
+        tables=[
+            Table("All methods", [*EIGHT, "mean", "B/32", "L/14"], by_task, "Top-1 in %."),
+            Table("All conditions", ["ties", "adamerging", "collapsed"], conditions),
+            Table("Mean loss by entropy", ["images", "mean loss"], bins, "In nats."),
+        ],
+        curves=[
+            Curves("Top-1 against λ", "λ", "top-1", x, {n: [top1(0.6) for _ in x] for n in EIGHT}),
+            Curves("Memory", "models", "peak, MB", [10, 20, 40], {"files": [300, None, 310]}, "A."),
+        ],
+        notes=["base: 8 models", "0.87 is published."],
+    )
+    config = {"experiment": {"name": "methods"}, "base": "demo", "seed": 7}
+    timings = {"seconds": {"ties": 3.21, "all": 754.0}}
+    dump(folder / "experiment.json", {**findings.to_json(), "config": config, "timings": timings})
+    dump(folder / "runs" / "ties" / "environment.json", environment(rng, EIGHT))
     return folder
