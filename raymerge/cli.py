@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from raymerge.errors import RaymergeError, UserError, printable
+from raymerge.errors import RaymergeError, UserError, one_line, printable, unknown
 from raymerge.files.urls import redacted
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verbose:
             raise
         hint = "run again with --verbose for the traceback"
-        return _fail(f"{type(error).__name__}: {_first_line(error)}; {hint}", 1)
+        return _fail(f"{type(error).__name__}: {one_line(error)}; {hint}", 1)
     return code
 
 
@@ -65,13 +65,9 @@ class _Redacting(logging.Formatter):
 
 
 def _fail(message: object, code: int) -> int:
-    text = printable(redacted(" ".join(str(message).splitlines())))
+    text = printable(redacted(str(message)))
     print(f"raymerge: error: {text}", file=sys.stderr)
     return code
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -423,7 +419,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from raymerge.config.suites import load_suite, unknown
+    from raymerge.config.suites import load_suite
     from raymerge.data.prepare import from_hub, prepare, prepared_text
 
     name = f"vit-{args.suite}" if args.suite.isdigit() else args.suite

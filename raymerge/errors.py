@@ -6,6 +6,10 @@ reads the same on the driver.
 
 from __future__ import annotations
 
+import difflib
+import reprlib
+from collections.abc import Iterable
+
 
 def printable(text: str) -> str:
     """One line that a terminal shows as it is: names from files may hold line breaks, and codes
@@ -14,6 +18,36 @@ def printable(text: str) -> str:
         return text
     line = " ".join(text.split("\n"))
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def one_line(error: object, limit: int = 160) -> str:
+    """Return an error's text on one line, cut off after ``limit`` characters.
+
+    An error without a text gives the name of its class.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def short(value: object, limit: int = 60) -> str:
+    """Return a value as Python writes it, bounded: YAML aliases can make one of any size."""
+    text = reprlib.repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return ``; did you mean X?`` for the known name nearest to ``name``; "" if none is near."""
+    if not isinstance(name, str):
+        return ""
+    by_lowercase = {each.lower(): each for each in known}
+    nearest = difflib.get_close_matches(name.lower(), by_lowercase, 1)
+    return f"; did you mean {by_lowercase[nearest[0]]}?" if nearest else ""
+
+
+def unknown(name: object, known: Iterable[str]) -> str:
+    """Return what an error says about a name that is not among the known ones."""
+    known = tuple(known)
+    return f"{short(name)} is unknown{did_you_mean(name, known)} (known: {', '.join(known)})"
 
 
 class RaymergeError(Exception):

@@ -7,7 +7,14 @@ import pickle
 import pytest
 import torch
 
-from raymerge.errors import CheckpointError, NonFiniteError, printable
+from raymerge.errors import (
+    CheckpointError,
+    NonFiniteError,
+    did_you_mean,
+    one_line,
+    printable,
+    unknown,
+)
 from raymerge.models.checkpoints.inspect import inspect_checkpoint, inspection_text
 
 
@@ -33,3 +40,30 @@ def test_inspect_shows_keys_as_they_are_not(tmp_path) -> None:
     text = inspection_text(inspect_checkpoint(str(tmp_path / "x.pt")))
     assert "a\\x1b]0;title\\x07" in text
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("  two\n\tlines "), "two lines"),
+        (ValueError(), "ValueError"),
+        (OSError("x" * 200), "x" * 159 + "…"),
+    ],
+)
+def test_an_error_fits_on_one_line(error: Exception, line: str) -> None:
+    assert one_line(error) == line
+    assert one_line("a b c", 3) == "a …"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("mnits", "; did you mean MNIST?"),
+        ("mnist", "; did you mean MNIST?"),
+        ("cars", ""),
+        (["MNIST"], ""),
+    ],
+)
+def test_the_nearest_known_name_is_proposed(name: object, hint: str) -> None:
+    assert did_you_mean(name, ["MNIST", "DTD"]) == hint
+    assert unknown(name, ["MNIST", "DTD"]) == f"{name!r} is unknown{hint} (known: MNIST, DTD)"

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from raymerge.config.schema import Config
 from raymerge.config.suites.expand import with_suites
-from raymerge.config.wording import explain, short
-from raymerge.errors import ConfigError, RemoteError
+from raymerge.config.wording import explain
+from raymerge.errors import ConfigError, RemoteError, one_line, short, unknown
 from raymerge.files.atomic import exists
 from raymerge.files.urls import is_remote, redacted, redacted_values
 
@@ -73,7 +73,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         _require_shallow(text)
         data = yaml.safe_load(text)
     except YAML_ERRORS as error:
-        raise ConfigError(f"config {path}: not valid YAML: {_one_line(str(error))}") from error
+        raise ConfigError(f"config {path}: not valid YAML: {one_line(error, 300)}") from error
     if not isinstance(data, dict):
         raise ConfigError(
             f"config {path}: expected keys such as model, tasks, method; found {short(data)}"
@@ -172,7 +172,7 @@ def _with_preset(data: dict[str, Any], source: str) -> dict[str, Any]:
     if name is None:
         return data
     if not isinstance(name, str) or name not in _PRESETS:
-        raise ConfigError(f"{source}: preset: {name!r} is unknown; known: {', '.join(_PRESETS)}")
+        raise ConfigError(f"{source}: preset: {unknown(name, _PRESETS)}")
     data = _with_shorthands(data)
     for section, defaults in _PRESETS[name].items():
         given = data.get(section) or {}
@@ -269,7 +269,3 @@ def _read_lines(path: Path, where: str) -> list[str]:
     if not names:
         raise ConfigError(f"{where}: {path}: holds no line; write one name per line")
     return names
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

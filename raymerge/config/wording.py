@@ -5,12 +5,12 @@ A config is told from another by its model class, ``schema``: key paths and gues
 
 from __future__ import annotations
 
-import difflib
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+
+from raymerge.errors import did_you_mean, short, unknown
 
 _ALSO_READ = {"Config": ("preset", "suite"), "TaskConfig": ("dataset",)}
 """Keys that loading takes out before validation, by schema."""
@@ -21,17 +21,14 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     loc = first["loc"]
     key = _key_path(loc, schema)
     if first["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_did_you_mean(loc, schema)}"
+        return f"{key}: unknown key{_nearest_key(loc, schema)}"
     if first["type"] == "missing":
         return f"{key}: missing; this key is required"
     if first["type"] == "too_short" and loc == ("tasks",):
         return "tasks: the list is empty; merging needs at least one task"
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         given = first["input"].get("name") if isinstance(first["input"], dict) else first["input"]
-        known = [_tag(cls) for cls in _classes_at(loc, schema)]
-        guess = difflib.get_close_matches(str(given), known, 1)
-        hint = f"; did you mean {guess[0]}?" if guess else ""
-        return f"{key}.name: {short(given)} is unknown{hint} (known: {', '.join(known)})"
+        return f"{key}.name: {unknown(given, map(_tag, _classes_at(loc, schema)))}"
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
         return f"{key}: {reason}" if key else reason
@@ -82,12 +79,11 @@ def _is_mapping(loc: Sequence[int | str], schema: type[BaseModel]) -> bool:
     return False
 
 
-def _did_you_mean(loc: Sequence[int | str], schema: type[BaseModel]) -> str:
+def _nearest_key(loc: Sequence[int | str], schema: type[BaseModel]) -> str:
     classes = _classes_at(loc[:-1], schema)
     read = [(*cls.model_fields, *_ALSO_READ.get(cls.__name__, ())) for cls in classes]
     fields = sorted({name for names in read for name in names})
-    guess = difflib.get_close_matches(str(loc[-1]), fields, 1)
-    return f"; did you mean {guess[0]}?" if guess else f" (known here: {', '.join(fields)})"
+    return did_you_mean(loc[-1], fields) or f" (known here: {', '.join(fields)})"
 
 
 def _classes_at(loc: Sequence[int | str], schema: type[BaseModel]) -> list[type[BaseModel]]:
@@ -121,8 +117,3 @@ def _tag(cls: type[BaseModel]) -> str:
 
 def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
-
-
-def short(value: object, limit: int = 60) -> str:
-    text = reprlib.repr(value)  # bounded: YAML aliases can make a value of any size
-    return text if len(text) <= limit else text[: limit - 1] + "…"

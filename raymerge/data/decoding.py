@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from raymerge.data.images import DECODE_ERRORS, FORMATS, ImageList, Item, StoredImage, open_image
-from raymerge.errors import DataError
+from raymerge.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from raymerge.data.preprocess import Preprocess
@@ -72,8 +72,7 @@ def _check_file(file: Callable[[], Path | BytesIO], tail: Callable[[], bytes]) -
 
 
 def damaged(item: Item, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:120] or type(error).__name__
-    return DataError(f"image {item}: does not decode ({reason}); replace or remove it")
+    return DataError(f"image {item}: does not decode ({one_line(error)}); replace or remove it")
 
 
 def _tail(path: Path) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from raymerge.config.suites.cards import DataSet, HuggingFace, Split
-from raymerge.errors import DataError
+from raymerge.errors import DataError, one_line
 
 FetchSplit = Callable[[HuggingFace, str], Sequence[Path]]
 """(where, split) → that split's Parquet files, in order; raises :class:`DataError`."""
@@ -114,8 +114,7 @@ def _write(data_set: DataSet, split: Split, path: Path, fetch: FetchSplit) -> No
         _rewrite(files, where, data_set, partial)
         partial.replace(path)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DataError(f"the published copy cannot be read ({reason})") from error
+        raise DataError(f"the published copy cannot be read ({one_line(error)})") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -217,8 +216,7 @@ def _class_counts(path: Path, classes: int) -> list[int]:
     try:
         labels = pq.read_table(path, columns=["label"]).column("label").to_numpy()
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise DataError(f"{path}: not a readable Parquet file ({reason})") from error
+        raise DataError(f"{path}: not a readable Parquet file ({one_line(error)})") from error
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         raise DataError(f"{path}: a label is not in 0 to {classes - 1}")
     counts: list[int] = np.bincount(labels, minlength=classes).tolist()

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from raymerge.distributed.placement import Resources, environment_address
-from raymerge.errors import RunError
+from raymerge.errors import RunError, one_line
 
 _OBJECT_STORE_BYTES = 200_000_000  # only coefficients and scores travel, a few megabytes at most
 
@@ -36,7 +36,7 @@ def connect(address: str | None, local_cpus: int) -> Iterator[Resources]:
     except Exception as error:  # ConnectionError, ValueError, RuntimeError, by Ray's mood
         where = f"the Ray cluster at {remote}" if remote else "a local Ray"
         raise RunError(
-            f"cannot reach {where}: {' '.join(str(error).split())[:200]}; check cluster.address, "
+            f"cannot reach {where}: {one_line(error, 200)}; check cluster.address, "
             "and RAY_AUTH_MODE and RAY_AUTH_TOKEN if the cluster asks for a token"
         ) from error
     _restore(terminate)

@@ -22,7 +22,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from raymerge.distributed.submission import ADDRESS_VARIABLES, KnownJob, Submission, choose
-from raymerge.errors import RunError
+from raymerge.errors import RunError, one_line
 
 CONFIG_NAME = "config.yaml"
 # --resume in an unused folder starts afresh, so that one command serves the first job and the next.
@@ -209,7 +209,7 @@ def _exit_code(details: Any, log: Log) -> int:
         return 130
     code = details.driver_exit_code
     if not code:
-        log(f"job {job} failed: {' '.join(str(details.message).split())[:300]}")
+        log(f"job {job} failed: {one_line(details.message or 'no message', 300)}")
         return 1
     remedy = "mend its input" if code == 2 else "the same command resumes it"
     log(f"job {job} failed with exit code {code}; {remedy}")

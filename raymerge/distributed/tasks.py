@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from raymerge.errors import RaymergeError, RunError, WorkerLostError
+from raymerge.errors import RaymergeError, RunError, WorkerLostError, one_line
 
 T = TypeVar("T")
 
@@ -50,9 +50,9 @@ def _result(reference: Any) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, RaymergeError):
             raise error.cause from None
-        raise RunError(f"a task failed: {str(error).strip().splitlines()[-1]}") from error
+        raise RunError(f"a task failed: {one_line(str(error).strip().splitlines()[-1])}") from error
     except RayError as error:
         raise WorkerLostError(
             "a task's process died (killed, out of memory, or its node was lost): "
-            f"{str(error).strip().splitlines()[0][:160]}; what is finished is kept, run again"
+            f"{one_line(error)}; what is finished is kept, run again"
         ) from error

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from raymerge.errors import RaymergeError, RemoteError
+from raymerge.errors import RaymergeError, RemoteError, one_line
 from raymerge.files.atomic import cache_folder
 from raymerge.files.urls import public, redacted
 
@@ -86,11 +86,11 @@ def http_status(error: BaseException) -> int | None:
 
 def short(error: BaseException, url: str) -> str:
     """What an error says, without what the URL keeps secret."""
-    text = " ".join(str(error).split())
+    text = str(error)
     parts = urlsplit(url)
     login = parts.netloc.rpartition("@")[0]
     for secret in (parts.query, login, login.partition(":")[2]):
         if secret and secret not in public(url):
             text = text.replace(secret, "…")
-    text = redacted(text)
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+    name = type(error).__name__
+    return f"{name}: {one_line(redacted(text))}" if text.strip() else name

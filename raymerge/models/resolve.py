@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raymerge.config import ModelConfig
-from raymerge.config.wording import short
-from raymerge.errors import CheckpointError, ConfigError
+from raymerge.errors import CheckpointError, ConfigError, did_you_mean, one_line, short
 from raymerge.files.atomic import exists
 from raymerge.files.urls import is_remote, public
 from raymerge.models.checkpoints import huggingface_config
@@ -121,7 +120,7 @@ def _resolve_builtin(arch: str, pretrained: str) -> ResolvedModel:
     except Exception as error:  # whatever the hub client or urllib raises offline
         raise CheckpointError(
             f"model.pretrained: {pretrained} of {arch} cannot be downloaded "
-            f"({' '.join(str(error).split())[:160]}); give a local file instead"
+            f"({one_line(error)}); give a local file instead"
         ) from error
     cfg = {"model_cfg": model_cfg, "preprocess_cfg": tag}
     return _resolved(f"{arch} ({pretrained})", cfg, weights, tokenizer=arch)
@@ -205,12 +204,9 @@ def _hub_folder(repository: str) -> Path:
 
 
 def _close_to(arch: str) -> str:
-    import difflib
-
     import open_clip
 
-    guess = difflib.get_close_matches(arch, open_clip.list_models(), 3, cutoff=0.7)
-    return f"; did you mean {' or '.join(guess)}?" if guess else "; see open_clip.list_models()"
+    return did_you_mean(arch, open_clip.list_models()) or "; see open_clip.list_models()"
 
 
 # --- the weights ---------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from raymerge.data.preprocess import make_preprocess
-from raymerge.errors import CheckpointError, UserError
+from raymerge.errors import CheckpointError, UserError, one_line
 from raymerge.models.resolve import CONFIG_FILE, ResolvedModel
 
 OpenClipModel = Any
@@ -33,7 +33,7 @@ def build_skeleton(resolved: ResolvedModel, device: str = "cpu") -> OpenClipMode
         except Exception as error:  # a bad model_cfg fails anywhere inside open_clip
             raise CheckpointError(
                 f"model: {resolved.name}: open_clip cannot build it "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+                f"({type(error).__name__}: {one_line(error)})"
             ) from error
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from raymerge.errors import UserError
+from raymerge.errors import UserError, one_line
 from raymerge.report.reading import Node, read_json, read_json_lines, read_text
 
 Measurements = tuple[float | None, ...]
@@ -274,7 +274,7 @@ def _settings(config: str, file: Path) -> MethodSettings:
     try:
         root = yaml.safe_load(config)
     except YAML_ERRORS as error:
-        raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"{file}: not valid YAML ({one_line(error, 300)})") from error
     method = root.get("method") if isinstance(root, dict) else None
     if isinstance(method, str):
         return MethodSettings(name=method)

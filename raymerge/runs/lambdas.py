@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from raymerge.config.loading import read_yaml
-from raymerge.errors import UserError
-from raymerge.models.checkpoints.locate import one_line
+from raymerge.errors import UserError, one_line
 
 _REMEDY = "give the folder of a layer-wise AdaMerging or Frank-Wolfe run of these models"
 

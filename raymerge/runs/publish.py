@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from raymerge.errors import RunError, UserError
+from raymerge.errors import RunError, UserError, one_line
 from raymerge.files.urls import redacted
 from raymerge.runs.public_copy import public_copy
 
@@ -70,6 +70,6 @@ def _short(error: Exception) -> str:
     """What the hub says, without a token."""
     import huggingface_hub
 
-    text = redacted(" ".join(str(error).split()))
+    text = redacted(str(error).strip()) or type(error).__name__
     token = huggingface_hub.get_token()
-    return (text.replace(token, "…") if token else text)[:160] or type(error).__name__
+    return one_line(text.replace(token, "…") if token else text)

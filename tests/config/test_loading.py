@@ -208,7 +208,10 @@ def test_only_frank_wolfe_learns_for_a_task_that_no_model_was_trained_for(name: 
         (_data(cluster={"step_timeout_s": 0}), "cluster.step_timeout_s: "),
         (_data(state={"every_steps": 0}), "state.every_steps: "),
         (_data(state={"keep": 0}), "state.keep: "),
-        (_data(preset="oficial"), "preset: 'oficial' is unknown; known: official"),
+        (
+                _data(preset="oficial"),
+                "preset: 'oficial' is unknown; did you mean official? (known: official",
+            ),
     ],
 )  # fmt: skip
 def test_a_broken_rule_is_one_line_that_names_the_key(data, says):

@@ -192,7 +192,7 @@ def test_a_killed_download_goes_on(tmp_path: Path, cache: Path) -> None:
     source.write_bytes(CONTENT)
     code = """
 import os, signal, sys
-from raymerge import remote
+from raymerge.files import remote
 remote._CHUNK_BYTES = 1000
 def chunks(source, start, plain=remote._chunks):
     for i, chunk in enumerate(plain(source, start)):
@@ -311,7 +311,7 @@ def test_processes_share_one_download(tmp_path: Path, cache: Path) -> None:
     source.write_bytes(CONTENT)
     code = """
 import sys, time
-from raymerge import remote
+from raymerge.files import remote
 def copy(*args, plain=remote._copy):
     print("fetched"); time.sleep(0.3); plain(*args)
 remote._copy = copy

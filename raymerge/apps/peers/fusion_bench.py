@@ -5,7 +5,6 @@ Written from its documented configs and formulas; no code of it is used. K model
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,7 @@ from raymerge.apps.peers.state_dicts import Inputs, dtype_named, find, open_stat
 from raymerge.config import Config
 from raymerge.config.loading import absolute, parse_config
 from raymerge.config.suites import DATA_SETS
-from raymerge.config.wording import short
-from raymerge.errors import ConfigError
+from raymerge.errors import ConfigError, did_you_mean, short
 from raymerge.files.atomic import exists
 
 _PRETRAINED = "_pretrained_"
@@ -224,17 +222,14 @@ def _method(given: object, source: str) -> tuple[str, dict[str, Any]]:
     target = str(options.get("_target_") or "").rpartition(".")[2]
     name = _CLASSES.get(target, target) or str(options.get("name"))
     if name not in known:
-        guess = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {guess[0]}?" if guess else ""
         raise ConfigError(
             f"{source}: method: {name!r} is not among those of fusion_bench that raymerge "
-            f"knows{hint} (known: {', '.join(known)})"
+            f"knows{did_you_mean(name, known)} (known: {', '.join(known)})"
         )
     defaults = _ADAMERGING if name.endswith("adamerging") else _OPTIONS[name]
     for key in options:
         if key not in defaults and key not in _IGNORED:
-            guess = difflib.get_close_matches(str(key), defaults, 1)
-            hint = f"; did you mean {guess[0]}?" if guess else ""
+            hint = did_you_mean(key, defaults)
             raise ConfigError(f"{source}: method.{key}: unknown option of {name}{hint}")
     own = {key: value for key, value in options.items() if key in defaults and value is not None}
     return name, {**defaults, **own}

@@ -5,7 +5,6 @@ Written from its documentation and its behaviour; no code of it is used. K model
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +18,7 @@ from raymerge.apps.peers.job import Job
 from raymerge.apps.peers.methods import Coefficients, Linear, Method, Tasks
 from raymerge.apps.peers.state_dicts import Inputs, dtype_named, find, open_state_dict
 from raymerge.config.loading import absolute
-from raymerge.config.wording import short
-from raymerge.errors import ConfigError
+from raymerge.errors import ConfigError, did_you_mean, short
 
 
 @dataclass(frozen=True)
@@ -209,11 +207,9 @@ class _Config:
 def _kind(name: object, source: str) -> _Kind:
     kind = KINDS.get(str(name))
     if kind is None:
-        guess = difflib.get_close_matches(str(name), KINDS, 1)
-        hint = f"; did you mean {guess[0]}?" if guess else ""
         raise ConfigError(
             f"{source}: merge_method: {short(name)} is not among those of mergekit that raymerge "
-            f"knows{hint} (known: {', '.join(KINDS)})"
+            f"knows{did_you_mean(name, KINDS)} (known: {', '.join(KINDS)})"
         )
     return kind
 
@@ -227,8 +223,7 @@ def _require_known(
         if key in not_here:
             raise ConfigError(f"{where}: {key}: cannot be expressed here: {not_here[key]}")
         if key not in known:
-            guess = difflib.get_close_matches(str(key), known, 1)
-            hint = f"; did you mean {guess[0]}?" if guess else f" (known here: {', '.join(known)})"
+            hint = did_you_mean(key, known) or f" (known here: {', '.join(known)})"
             raise ConfigError(f"{where}: {key}: unknown key{hint}")
 
 

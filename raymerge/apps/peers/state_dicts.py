@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raymerge.errors import CheckpointError, UserError
+from raymerge.errors import CheckpointError, UserError, one_line, unknown
 from raymerge.files.atomic import exists
 from raymerge.files.urls import is_remote
 from raymerge.merging.layout import CELL
 from raymerge.models.checkpoints.checkpoint import SAFETENSORS_DTYPES, Checkpoint, read_tensor
 from raymerge.models.checkpoints.huggingface import ShardedCheckpoint
-from raymerge.models.checkpoints.locate import one_line
 from raymerge.models.checkpoints.opening import open_stored
 from raymerge.models.checkpoints.visual_tower import all_finite, require_finite
 
@@ -268,5 +267,5 @@ def dtype_named(value: object, key: str) -> torch.dtype | None:
         return None
     dtype = _DTYPES.get(str(value).removeprefix("torch."))
     if dtype is None:
-        raise UserError(f"{key}: {value!r} is unknown (known: {', '.join(_DTYPES)})")
+        raise UserError(f"{key}: {unknown(value, _DTYPES)}")
     return dtype

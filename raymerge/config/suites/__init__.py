@@ -14,7 +14,6 @@ from raymerge.config.suites.cards import (
     TorchVision,
     load_data_set,
     load_suite,
-    unknown,
 )
 
 __all__ = [
@@ -27,5 +26,4 @@ __all__ = [
     "TorchVision",
     "load_data_set",
     "load_suite",
-    "unknown",
 ]

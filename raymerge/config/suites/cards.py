@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import field
 from functools import cache
 from importlib import resources
@@ -14,7 +13,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from raymerge.errors import ConfigError
+from raymerge.errors import ConfigError, unknown
 
 Split = Literal["train", "test"]
 
@@ -130,11 +129,3 @@ def load_suite(name: str) -> Suite:
     if name not in SUITES:
         raise ConfigError(f"suite {unknown(name, SUITES)}")
     return Suite(name=name, data_sets=tuple(load_data_set(member) for member in SUITES[name]))
-
-
-def unknown(name: object, known: Iterable[str]) -> str:
-    """What to say of a name that is none of ``known``."""
-    known = tuple(known)
-    guess = difflib.get_close_matches(str(name), known, 1)
-    hint = f"; did you mean {guess[0]}?" if guess else ""
-    return f"{name!r} is unknown{hint} (known: {', '.join(known)})"

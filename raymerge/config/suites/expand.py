@@ -13,9 +13,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, ValidationError
 
 from raymerge.config.methods import Frozen, Reference
-from raymerge.config.suites import DATA_SETS, SUITES, DataSet, load_data_set, load_suite, unknown
-from raymerge.config.wording import explain, short
-from raymerge.errors import ConfigError
+from raymerge.config.suites import DATA_SETS, SUITES, DataSet, load_data_set, load_suite
+from raymerge.config.wording import explain
+from raymerge.errors import ConfigError, short, unknown
 
 _FILES = ("checkpoint", "adapt", "test", "train")
 """The keys of a task, one of which it needs to be of any use."""

@@ -24,7 +24,7 @@ from raymerge.data.images import Labels
 from raymerge.data.sources.files import FileStamp, read_at, stamps_of
 from raymerge.data.sources.labels import text_labels
 from raymerge.data.sources.reference import DataReference
-from raymerge.errors import DataError
+from raymerge.errors import DataError, one_line
 
 _ERRORS = (
     OSError,
@@ -207,5 +207,4 @@ def _read(path: Path, name: str) -> NDArray[Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:120] or type(error).__name__
-    return DataError(f"{path}: not a readable .npz file ({reason}); write it again")
+    return DataError(f"{path}: not a readable .npz file ({one_line(error)}); write it again")

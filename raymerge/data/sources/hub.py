@@ -7,7 +7,7 @@ from pathlib import Path
 
 from raymerge.data.sources.parquet import ParquetRows, open_parquet, split_files
 from raymerge.data.sources.reference import DataReference
-from raymerge.errors import DataError
+from raymerge.errors import DataError, one_line
 
 _FORM = re.compile(
     r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?:(?P<split>\w+(\.\w+)*)", re.ASCII
@@ -48,8 +48,7 @@ def _fetch(text: str, name: str, revision: str | None, split: str, config: str |
             snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(
-            f"{text}: cannot be fetched ({reason}); check the name, the network, "
+            f"{text}: cannot be fetched ({one_line(error, 300)}); check the name, the network, "
             "HF_HUB_OFFLINE and HF_TOKEN, or name local Parquet files"
         ) from error

@@ -26,7 +26,7 @@ from raymerge.data.images import Labels, decoded_from
 from raymerge.data.sources.files import FileStamp, require_small, stamps_of
 from raymerge.data.sources.labels import text_labels
 from raymerge.data.sources.reference import DataReference
-from raymerge.errors import DataError
+from raymerge.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -260,9 +260,8 @@ def _reading(file: FileStamp) -> Iterator[None]:
     except ImportError as error:
         raise DataError(f"{file.path}: Parquet needs pyarrow; pip install pyarrow") from error
     except _ERRORS as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise DataError(
-            f"{file.path}: not a readable Parquet file ({reason}); fetch or write it again"
+            f"{file.path}: not a readable Parquet file ({one_line(error)}); fetch or write it again"
         ) from error
 
 

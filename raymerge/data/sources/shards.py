@@ -21,7 +21,7 @@ from raymerge.data.images import Labels, decoded_from
 from raymerge.data.sources.files import FileStamp, read_at, require_small, shown, stamps_of
 from raymerge.data.sources.labels import text_labels
 from raymerge.data.sources.reference import DataReference
-from raymerge.errors import DataError
+from raymerge.errors import DataError, one_line
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff", "gif")
 _LABELS = ("cls", "json", "txt")  # the first that a sample has
@@ -236,8 +236,7 @@ def _members(file: FileStamp) -> Iterator[tarfile.TarInfo]:
                 if not member.isdir():
                     yield member
     except _ERRORS as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise DataError(
-            f"{file.path}: not a readable tar file ({reason}); fetch or write it again, without "
-            "compression"
+            f"{file.path}: not a readable tar file ({one_line(error)}); fetch or write it "
+            "again, without compression"
         ) from error

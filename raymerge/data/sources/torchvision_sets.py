@@ -23,7 +23,7 @@ from PIL import Image
 from raymerge.data.folder import quoted
 from raymerge.data.images import Labels
 from raymerge.data.sources.reference import DataReference
-from raymerge.errors import DataError
+from raymerge.errors import DataError, one_line, unknown
 from raymerge.files.atomic import cache_folder
 
 NAMES = (
@@ -41,11 +41,7 @@ _FAILURES = (OSError, ValueError, RuntimeError, ImportError, KeyError, IndexErro
 def open_vision(reference: DataReference) -> VisionImages:
     name, _, split = reference.place.removeprefix("torchvision:").partition(":")
     if name not in NAMES:
-        same = [known for known in NAMES if known.lower() == name.lower()]
-        raise DataError(
-            f"{reference.text}: torchvision data set {name!r} is unknown; "
-            + (f"did you mean {same[0]}?" if same else f"known: {', '.join(NAMES)}")
-        )
+        raise DataError(f"{reference.text}: torchvision data set {unknown(name, NAMES)}")
     taken = inspect.signature(_class(name).__init__).parameters
     splits = "train" if "train" in taken or name == "EMNIST" else "split" * ("split" in taken)
     own = [key for key in _EXTRAS if key in taken and key != splits]
@@ -125,10 +121,9 @@ class VisionImages:
             with redirect_stdout(sys.stderr):
                 return _class(self.data_set)(self.root, **arguments)
         except _FAILURES as error:
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise DataError(
-                f"{self.place}: torchvision cannot open it in {self.root} ({reason}); name its "
-                "folder: root=DIR, or let torchvision fetch it: download=1"
+                f"{self.place}: torchvision cannot open it in {self.root} ({one_line(error)}); "
+                "name its folder: root=DIR, or let torchvision fetch it: download=1"
             ) from error
 
     @property
@@ -152,9 +147,9 @@ class VisionImages:
         try:
             image = self._data[row][0]
         except _FAILURES as error:
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise DataError(
-                f"image {self.name(row)}: does not decode ({reason}); fetch the data set again"
+                f"image {self.name(row)}: does not decode ({one_line(error)}); fetch the data set "
+                "again"
             ) from error
         if not isinstance(image, Image.Image):
             raise DataError(f"image {self.name(row)}: is no image but {type(image).__name__}")

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raymerge.config.wording import short
-from raymerge.errors import CheckpointError
+from raymerge.errors import CheckpointError, short
 from raymerge.models.checkpoints.locate import read_json
 
 CONFIG_FILE = "config.json"

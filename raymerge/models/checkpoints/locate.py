@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raymerge.errors import CheckpointError, RemoteError
+from raymerge.errors import CheckpointError, RemoteError, one_line
 from raymerge.files.urls import is_remote
 
 WEIGHT_FILES = (
@@ -150,7 +150,7 @@ def hub_file(repository: str, name: str, *, missing_ok: bool = False) -> Path | 
         if missing_ok and isinstance(error, EntryNotFoundError):
             return None
         raise CheckpointError(
-            f"hf-hub:{repository}: {name} cannot be fetched ({one_line(error, 160)})"
+            f"hf-hub:{repository}: {name} cannot be fetched ({one_line(error)})"
         ) from error
 
 
@@ -180,12 +180,6 @@ def _download_weights(repository: str) -> Path:
     raise CheckpointError(
         f"checkpoint hf-hub:{repository}: holds none of {', '.join(WEIGHT_FILES)}"
     )
-
-
-def one_line(error: BaseException, limit: int = 120) -> str:
-    """What an error says, short enough for a line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def read_json(path: Path) -> Any:

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raymerge.config.wording import short
-from raymerge.errors import CheckpointError
+from raymerge.errors import CheckpointError, short
 from raymerge.models.checkpoints.checkpoint import Checkpoint, TensorSpec, read_tensor
 from raymerge.models.checkpoints.huggingface import name_of
 from raymerge.models.checkpoints.locate import read_json

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from raymerge.errors import CheckpointError
+from raymerge.errors import CheckpointError, one_line
 from raymerge.models.checkpoints.checkpoint import (
     SAFETENSORS_DTYPES,
     Checkpoint,
@@ -25,7 +25,7 @@ from raymerge.models.checkpoints.checkpoint import (
     read_at,
     state_dict,
 )
-from raymerge.models.checkpoints.locate import locate, one_line
+from raymerge.models.checkpoints.locate import locate
 
 _ZIP_MAGIC = b"PK\x03\x04"
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raymerge.errors import CheckpointError
+from raymerge.errors import CheckpointError, one_line
 from raymerge.models.checkpoints.checkpoint import (
     SAFETENSORS_DTYPES,
     TensorSpec,
@@ -28,7 +28,6 @@ from raymerge.models.checkpoints.checkpoint import (
     read_at,
     state_dict,
 )
-from raymerge.models.checkpoints.locate import one_line
 from raymerge.models.checkpoints.unpickle import (
     Budget,
     Builder,

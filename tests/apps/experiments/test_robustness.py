@@ -69,7 +69,10 @@ def test_the_published_conditions_are_the_corruptions() -> None:
     ("changes", "says"),
     [
         ({"tasks": ("colour", "shapes")}, "task 'shapes' is not in the base config"),
-        ({"corruptions": ("fog",)}, "experiment.corruptions: 'fog' is unknown; known: motion_blur"),
+        (
+            {"corruptions": ("fog",)},
+            "experiment.corruptions: 'fog' is unknown .known: motion_blur",
+        ),
     ],
 )
 def test_wrong_names_are_refused_before_any_merge(

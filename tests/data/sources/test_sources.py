@@ -184,7 +184,10 @@ def test_splits_and_configurations_are_chosen_by_name(tmp_path, samples):
         ("", r"holds the splits 'test', 'train'; name one: \?split=test"),
         ("?split=test", r"holds the configurations 'a', 'b'; name one: config=a"),
         ("?split=dev", r"no Parquet file of dev; it has 'a/test', 'a/train', 'b/test'"),
-        ("?splits=dev", r"option 'splits' is unknown here; known: image, label, split, config"),
+        (
+            "?splits=dev",
+            r"option 'splits' is unknown; did you mean split\? \(known: image, label",
+        ),
         ("?split", r"'split' is not a list of options"),
         ("?limit=0", r"limit='0' is no whole number"),
         ("?split=test&split=train", "an option is given twice"),

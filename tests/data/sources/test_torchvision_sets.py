@@ -199,13 +199,16 @@ def test_pixels_labels_and_class_order_are_torchvisions(name, tmp_path):
     ("reference", "message"),
     [
         ("torchvision:mnist:test", "'mnist' is unknown; did you mean MNIST"),
-        ("torchvision:FakeData", "'FakeData' is unknown; known: Caltech101, .*USPS"),
+        ("torchvision:FakeData", r"'FakeData' is unknown \(known: Caltech101, .*USPS"),
         ("torchvision:datasets.folder:x", "is unknown"),
         ("torchvision:MNIST", "write its split, train or test: torchvision:MNIST:test"),
         ("torchvision:MNIST:dev", "write its split, train or test"),
         ("torchvision:SVHN", "write its split, such as test"),
         ("torchvision:EuroSAT:test", "has no splits; leave 'test' out"),
-        ("torchvision:SVHN:test?rot=x", "option 'rot' is unknown here; known: root, download"),
+        (
+            "torchvision:SVHN:test?rot=x",
+            r"option 'rot' is unknown; did you mean root\? \(known: root",
+        ),
         ("torchvision:SVHN:test?download=yes", "download='yes'; write 0 or 1"),
         ("torchvision:MNIST:test?root=ROOT", r"cannot open it in .* \(Dataset not found.*root=DIR"),
         ("torchvision:Food101:nope?root=ROOT", "cannot open it in .*Unknown value 'nope'"),
