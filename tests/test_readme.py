@@ -1,4 +1,4 @@
-"""Every command of the README runs: against a small world laid out as its example says."""
+"""Every command of the README and of docs/try_it.md runs, on a small world with the pages' paths."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from raymerge.distributed.submission import Submission
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# Run elsewhere: make demo and make test are CI and tests/apps/test_demo.py.
+TRY_IT = (ROOT / "docs/try_it.md").read_text(encoding="utf-8")
+# Run elsewhere: make demo and make test by CI, the demo by tests/apps/test_demo.py.
 ELSEWHERE = ("make ", "pip install", "raymerge demo")
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+def _blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
 
 
-def _commands() -> list[str]:
-    lines = [line.split("#")[0].strip() for block in _blocks("sh") for line in block.splitlines()]
+def _commands(page: str = README) -> list[str]:
+    blocks = _blocks("sh", page)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith(ELSEWHERE)]
 
 
@@ -65,6 +67,24 @@ def test_every_command_runs_in_order(
             argv += ["-o", "optimizer.steps=20", "-o", "cluster.workers=0"]
         assert main(argv) == 0, (command, capsys.readouterr().err)
     assert (project / "runs/my_merge/open_clip_model.safetensors").exists()
+
+
+def test_every_command_of_the_try_it_page_runs_in_order(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / "zoo/zoo.yaml").write_text(yaml.safe_dump(world.config))
+    monkeypatch.chdir(tmp_path)
+    assert len(commands := _commands(TRY_IT)) >= 5
+    for command in commands:
+        few = ["-o", "optimizer.steps=5", "-o", "optimizer.batch_size=4", "-o", "cluster.workers=0"]
+        argv = [*shlex.split(command)[1:], *few]
+        assert main(argv) == 0, (command, capsys.readouterr().err)
+    for folder in re.findall(r"runs/(?!demo)\w+", TRY_IT):
+        assert (tmp_path / folder / "report.html").exists(), folder
 
 
 def _run_here(address: str, submission: Submission, **given: object) -> int:
