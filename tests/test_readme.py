@@ -1,4 +1,4 @@
-"""Every command of the README and of docs/try_it.md runs, on a small world with the pages' paths."""
+"""Every command of the README and of docs/try_it.md runs, on a small world at their paths."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def test_every_command_of_the_try_it_page_runs_in_order(
     (tmp_path / "zoo").mkdir()
     (tmp_path / "zoo/zoo.yaml").write_text(yaml.safe_dump(world.config))
     monkeypatch.chdir(tmp_path)
-    assert len(commands := _commands(TRY_IT)) >= 5
+    commands = _commands(TRY_IT)
+    assert len(commands) >= 5
     for command in commands:
         few = ["-o", "optimizer.steps=5", "-o", "optimizer.batch_size=4", "-o", "cluster.workers=0"]
         argv = [*shlex.split(command)[1:], *few]
