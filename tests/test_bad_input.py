@@ -1182,15 +1182,18 @@ def test_output_with_an_impossible_name(attempt: Attempt) -> None:
 
 def test_output_in_use(attempt: Attempt) -> None:
     attempt.output.mkdir()
-    (attempt.output / "thesis.tex").write_text("precious")
+    (attempt.output / "config.yaml").write_text("model: x")
     attempt.refused(str(attempt.output), "in use", "--resume", "--overwrite")
 
 
-@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
-def test_folder_that_is_no_run(attempt: Attempt, flag: str) -> None:
+@pytest.mark.parametrize("argv", [(), ("--overwrite",), ("--resume",)])
+def test_folder_that_is_no_run(attempt: Attempt, argv: tuple[str, ...]) -> None:
     attempt.output.mkdir()
     (attempt.output / "open_clip_model.safetensors").write_text("precious")
-    attempt.refused(str(attempt.output), "runs of raymerge only", "config.yaml", argv=(flag,))
+    attempt.refused(
+        str(attempt.output), "in use", "not written by `raymerge merge`", "no config.yaml",
+        argv=argv,
+    )  # fmt: skip
 
 
 def test_output_that_is_not_writable(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:

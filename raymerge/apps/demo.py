@@ -19,8 +19,8 @@ from raymerge.config import Config, load_config
 from raymerge.distributed.placement import environment_address
 from raymerge.engine.driver.groups import WorkerGroup
 from raymerge.engine.scores import results_json
-from raymerge.errors import UserError
 from raymerge.files.atomic import cache_folder, write_json
+from raymerge.files.output_folder import require_output
 from raymerge.report import comparison_table, write_plots, write_report
 from raymerge.runs.plan.make import local_resources
 
@@ -44,7 +44,7 @@ def run_demo(
     from raymerge.distributed.cluster import connect
 
     output = output.absolute()
-    _check_output(output)
+    require_output(output, ("comparison.json", "runs"), writer="`raymerge demo`")
     began = perf_counter()
     workers = _workers()
     with connect(None, local_resources().cpus):
@@ -99,16 +99,6 @@ def _uniform_scan(bench: Bench, group: WorkerGroup) -> dict[str, list[float]]:
     config = bench.config(METHODS["task_arithmetic"], "task_arithmetic")
     top1 = means(scan(config, group, SCALINGS, bench.output))
     return {"scalings": list(SCALINGS), "top1": top1}
-
-
-def _check_output(output: Path) -> None:
-    """A folder is taken if it is new, empty, or an earlier demo's."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output}: is a file; name a folder")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not (output / "comparison.json").exists() and not (output / "runs").is_dir():
-        raise UserError(f"output {output}: is in use and no demo wrote it; name another folder")
 
 
 def _zoo(root: Path | None, seed: int, recipe: ZooRecipe) -> ZooPaths:

@@ -29,6 +29,7 @@ from raymerge.engine.messages import Incident
 from raymerge.engine.scores import TaskScore, results_json
 from raymerge.errors import RunError, UserError
 from raymerge.files.atomic import write_atomically, write_json, write_text
+from raymerge.files.output_folder import require_output
 from raymerge.files.urls import is_remote, public, redacted
 from raymerge.merging.optimizer import AdamState
 from raymerge.merging.registry import describe, merged_checkpoints, method_of
@@ -76,51 +77,23 @@ class RunFolder:
         return self.path / WEIGHTS_FILE
 
     @property
-    def nearest(self) -> Path:
-        """This folder, or the nearest above it that exists: what is made there can be moved in."""
-        return next(folder for folder in (self.path, *self.path.parents) if folder.exists())
-
-    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
     def check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         """Raise :class:`UserError` unless this run may write here. Writes nothing.
 
-        An unused folder will do. ``overwrite`` must find a run in a used one, and ``resume`` a run
-        whose λ were decided by the same config.
+        A folder in use needs ``overwrite``, or ``resume`` and a config that decides the same λ.
         """
-        try:
-            self._check(config, resume=resume, overwrite=overwrite)
-        except OSError as error:  # no permission on the way, or too long a name
-            raise UserError(f"output {self.path}: {error.strerror}; choose another") from error
-
-    def _check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"output {self.path}: is a file; name a folder")
         if _JOB_COPY in self.path.parts:
             raise UserError(
                 f"output {self.path}: lies in the job's uploaded copy, which Ray deletes; give an "
                 "absolute path that every node can reach"
             )
-        if not self._in_use():
-            return
-        if not resume and not overwrite:
-            raise UserError(
-                f"output {self.path}: is in use; give another folder, or --resume to continue that "
-                "run, or --overwrite to replace it"
-            )
-        if not (self.path / "config.yaml").exists():
-            raise UserError(
-                f"output {self.path}: --{'resume continues' if resume else 'overwrite replaces'} "
-                "runs of raymerge only, and this folder has no config.yaml; give another folder"
-            )
-        if resume:
+        flags = {"resume": resume, "overwrite": overwrite}
+        in_use = require_output(self.path, ["config.yaml"], writer="`raymerge merge`", flags=flags)
+        if in_use and resume:
             self._require_same_run(config)
-
-    def _in_use(self) -> bool:
-        """Hidden files do not count: a killed run may have left a temporary one."""
-        return self.path.exists() and any(p.name[:1] != "." for p in self.path.iterdir())
 
     def _require_same_run(self, config: Config) -> None:
         if fingerprint(load_config(self.path / "config.yaml")) != fingerprint(config):
@@ -212,7 +185,7 @@ class Recorder:
     def __init__(
         self,
         folder: RunFolder,
-        store: StateStore,
+        store: StateStore[AdamState],
         every: int,
         start: AdamState,
         steps: int,

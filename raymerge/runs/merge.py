@@ -30,6 +30,7 @@ from raymerge.engine.messages import EvaluateRequest
 from raymerge.engine.scores import TaskScore, summarise
 from raymerge.errors import RunError, UserError
 from raymerge.files.atomic import staged
+from raymerge.files.output_folder import nearest_folder
 from raymerge.files.progress import progress_bar
 from raymerge.files.urls import is_remote
 from raymerge.merging.optimizer import AdamState
@@ -44,7 +45,7 @@ from raymerge.runs.folder import Recorder, RunFolder
 from raymerge.runs.inputs import Merging
 from raymerge.runs.plan.checks import require_one_group
 from raymerge.runs.plan.make import make_plan
-from raymerge.runs.state import StateStore, fingerprint
+from raymerge.runs.state import adam_states, fingerprint
 from raymerge.runs.tracking import Tracking
 from raymerge.runs.workers import group_or_new, known_resources, open_group
 
@@ -125,7 +126,7 @@ def _run(
             clock.lap("steps")
     if merging.merges:
         # Every file is read before anything is replaced.
-        with staged(folder.weights, folder.nearest) as (temporary, commit):
+        with staged(folder.weights, nearest_folder(folder.path)) as (temporary, commit):
             merging.write(temporary, lambdas_JL)
             folder.prepare(config, resume=resume, keep=temporary)
             commit()
@@ -180,7 +181,7 @@ def _learn(
 ) -> Tensor:
     """The adaptive loop with state, metrics and a progress bar; the effective λ (K, L)."""
     config, optimizer, watch = merging.config, merging.optimizer(), merging.watch()
-    store = StateStore(
+    store = adam_states(
         folder.state,
         fingerprint(config),
         config.model_names,

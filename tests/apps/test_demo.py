@@ -83,7 +83,7 @@ def test_a_folder_that_is_no_zoo_is_left_alone(tmp_path: Path) -> None:
     precious = tmp_path / "data" / "precious.txt"
     precious.parent.mkdir()
     precious.write_text("mine")
-    with pytest.raises(UserError, match="not a zoo"):
+    with pytest.raises(UserError, match=r"zoo .*: is in use and was not written by"):
         build_zoo(tmp_path, recipe=tiny_recipe(), progress=False)
     assert precious.read_text() == "mine"
 
@@ -117,5 +117,5 @@ def test_the_demo_writes_the_contract(
 
 def test_the_demo_leaves_a_strangers_folder_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="is in use and no demo wrote it"):
+    with pytest.raises(UserError, match="is in use and was not written by `raymerge demo`"):
         run_demo(tmp_path)

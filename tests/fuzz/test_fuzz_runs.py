@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from raymerge.apps.finetune.state import TrainingStates
 from raymerge.report import write_report
 from raymerge.runs.lambdas import read_lambdas
-from raymerge.runs.state import StateStore
+from raymerge.runs.state import StateStore, adam_states
 
 TASKS, LAYERS = ("a", "b"), ("x", "y", "z")
 LAMBDAS = {"tasks": list(TASKS), "layers": list(LAYERS), "values": [[0.1, 0.2, 0.3]] * 2}
@@ -61,9 +60,9 @@ def write_state(folder: Path, payload: bytes, told: bytes) -> None:
 
 def resume(folder: Path) -> None:
     """Both kinds of state. A damaged one counts as none, and a sound one has its shapes."""
-    found = StateStore(folder, "abc", TASKS, LAYERS, 3).newest()
-    assert found is None or found.lambdas.shape == (2, 3)
-    states = TrainingStates(folder, "f", folder, 1)
+    state = adam_states(folder, "abc", TASKS, LAYERS, 3).newest()
+    assert state is None or state.lambdas.shape == (2, 3)
+    states = StateStore(folder, {"fingerprint": "f"}, 2, lambda saved: saved, lambda saved: saved)
     states.require_same_run()
     states.newest()
 

@@ -20,7 +20,7 @@ from raymerge.errors import ConfigError, RunError, UserError
 from raymerge.merging.optimizer import AdamState
 from raymerge.runs.folder import Recorder, RunFolder
 from raymerge.runs.merge import merge
-from raymerge.runs.state import StateStore
+from raymerge.runs.state import StateStore, adam_states
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,9 @@ def test_an_unused_folder_is_free(
 def test_a_used_folder_needs_a_decision(world: World, folder: RunFolder) -> None:
     config = world.parse(output=folder.path)
     folder.prepare(config, resume=False)
-    with pytest.raises(UserError, match=r"--resume to continue .* --overwrite to replace"):
+    with pytest.raises(
+        UserError, match=r"--resume to continue that run or --overwrite to replace it"
+    ):
         folder.check(config, resume=False, overwrite=False)
     folder.check(config, resume=True, overwrite=False)
     folder.check(config, resume=False, overwrite=True)
@@ -123,12 +125,6 @@ def test_the_recorded_config_is_the_config(world: World, folder: RunFolder) -> N
 
 
 # --- what is replaced, what stays --------------------------------------------------------------
-
-
-def test_the_nearest_folder_is_the_one_that_exists(tmp_path: Path) -> None:
-    assert RunFolder(tmp_path / "a" / "b").nearest == tmp_path
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    assert RunFolder(tmp_path / "a" / "b").nearest == tmp_path / "a" / "b"
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -234,15 +230,20 @@ class _StoppedError(Exception):
 
 
 @pytest.fixture
-def store(folder: RunFolder) -> StateStore:
+def store(folder: RunFolder) -> StateStore[AdamState]:
     folder.path.mkdir()
-    store = StateStore(folder.state, "fingerprint", ("a", "b"), ("x", "y", "z"), keep=3)
+    store = adam_states(folder.state, "fingerprint", ("a", "b"), ("x", "y", "z"), keep=3)
     store.claim()
     return store
 
 
 def _observe(
-    folder: RunFolder, store: StateStore, steps: range, *, every: int = 4, fail: bool = False
+    folder: RunFolder,
+    store: StateStore[AdamState],
+    steps: range,
+    *,
+    every: int = 4,
+    fail: bool = False,
 ) -> None:
     with Recorder(folder, store, every, _state(steps.start - 1), 100) as recorder:
         for step in steps:
@@ -251,7 +252,9 @@ def _observe(
             raise _StoppedError
 
 
-def test_a_line_is_there_as_soon_as_its_step_is(folder: RunFolder, store: StateStore) -> None:
+def test_a_line_is_there_as_soon_as_its_step_is(
+    folder: RunFolder, store: StateStore[AdamState]
+) -> None:
     with Recorder(folder, store, 10, _state(0), 3) as recorder:
         for step in (1, 2, 3):
             recorder.observe(_record(step), _state(step))
@@ -263,7 +266,7 @@ def test_a_line_is_there_as_soon_as_its_step_is(folder: RunFolder, store: StateS
 
 
 def test_while_a_machine_is_about_to_go_every_step_is_saved(
-    folder: RunFolder, store: StateStore
+    folder: RunFolder, store: StateStore[AdamState]
 ) -> None:
     leaving = [False, True, True, False]
     with Recorder(folder, store, 100, _state(0), 4, lambda: leaving[step - 1]) as recorder:
@@ -273,14 +276,16 @@ def test_while_a_machine_is_about_to_go_every_step_is_saved(
 
 
 def test_states_are_kept_every_so_often_and_at_the_end(
-    folder: RunFolder, store: StateStore
+    folder: RunFolder, store: StateStore[AdamState]
 ) -> None:
     _observe(folder, store, range(1, 11))
     assert store.steps() == [4, 8, 10]
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 6])
-def test_an_interrupted_run_loses_no_step(folder: RunFolder, store: StateStore, stop: int) -> None:
+def test_an_interrupted_run_loses_no_step(
+    folder: RunFolder, store: StateStore[AdamState], stop: int
+) -> None:
     with pytest.raises(_StoppedError):
         _observe(folder, store, range(1, stop + 1), fail=True)
     newest = store.newest()
@@ -289,7 +294,9 @@ def test_an_interrupted_run_loses_no_step(folder: RunFolder, store: StateStore, 
     assert torch.equal(newest.square, _state(stop).square)
 
 
-def test_a_run_without_a_step_leaves_no_state(folder: RunFolder, store: StateStore) -> None:
+def test_a_run_without_a_step_leaves_no_state(
+    folder: RunFolder, store: StateStore[AdamState]
+) -> None:
     with pytest.raises(_StoppedError):
         _observe(folder, store, range(1, 1), fail=True)
     assert store.steps() == []
@@ -299,7 +306,7 @@ def test_a_run_without_a_step_leaves_no_state(folder: RunFolder, store: StateSto
     "torn", ["", '{"step": 6, "lo', "garbage\n", "[]\n", '{"no": 1}\n', "\n\n", "3\n", "null\n"]
 )
 def test_each_step_has_one_line_after_a_resume(
-    folder: RunFolder, store: StateStore, torn: str
+    folder: RunFolder, store: StateStore[AdamState], torn: str
 ) -> None:
     """Lines after the saved state are of steps that run again; a torn last line is none."""
     _observe(folder, store, range(1, 8))
@@ -311,7 +318,7 @@ def test_each_step_has_one_line_after_a_resume(
 
 
 def test_metrics_that_cannot_be_written_fail_the_run_with_its_state_kept(
-    folder: RunFolder, store: StateStore
+    folder: RunFolder, store: StateStore[AdamState]
 ) -> None:
     def run() -> None:
         with Recorder(folder, store, 100, _state(0), 5) as recorder:
@@ -328,7 +335,7 @@ def test_metrics_that_cannot_be_written_fail_the_run_with_its_state_kept(
 
 
 def test_an_interrupt_while_a_line_is_written_leaves_no_state_without_its_line(
-    folder: RunFolder, store: StateStore, monkeypatch: pytest.MonkeyPatch
+    folder: RunFolder, store: StateStore[AdamState], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(record: StepRecord) -> None:
         raise KeyboardInterrupt
@@ -349,7 +356,7 @@ def test_an_interrupt_while_a_line_is_written_leaves_no_state_without_its_line(
 
 
 def test_a_state_that_cannot_be_saved_does_not_hide_why_the_run_ended(
-    folder: RunFolder, store: StateStore, monkeypatch: pytest.MonkeyPatch
+    folder: RunFolder, store: StateStore[AdamState], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save(state: AdamState) -> None:
         raise RunError("state not saved")

@@ -27,7 +27,7 @@ from raymerge.merging.optimizer import AdamState
 from raymerge.runs.folder import Recorder
 from raymerge.runs.inputs import Merging
 from raymerge.runs.merge import MergeResult, evaluate, merge
-from raymerge.runs.state import StateStore
+from raymerge.runs.state import adam_states
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -765,7 +765,7 @@ def test_a_second_driver_fences_off_the_first(
 
     def rivalled(self: Recorder, record: StepRecord, state: AdamState) -> None:
         if record.step == 2:
-            StateStore(tmp_path / "out" / "state", "", (), (), 1).claim()
+            adam_states(tmp_path / "out" / "state", "", (), (), 1).claim()
         observe(self, record, state)
 
     monkeypatch.setattr(Recorder, "observe", rivalled)

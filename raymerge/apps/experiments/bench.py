@@ -23,7 +23,7 @@ from raymerge.errors import UserError
 from raymerge.merging.registry import describe
 from raymerge.runs.folder import RunFolder
 from raymerge.runs.merge import MergeResult, merge
-from raymerge.runs.state import StateStore, fingerprint
+from raymerge.runs.state import adam_states, fingerprint
 from raymerge.runs.workers import open_group
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def collapsed(result: MergeResult) -> tuple[str, ...]:
     config, names = result.config, result.config.task_names
     if result.output is None or not isinstance(config.method, AdaMerging):
         return ()
-    store = StateStore(
+    store = adam_states(
         RunFolder(result.output).state,
         fingerprint(config),
         config.model_names,

@@ -13,8 +13,8 @@ from raymerge.apps.experiments.bench import Bench, say
 from raymerge.apps.experiments.findings import Findings, text
 from raymerge.config import Config, load_config
 from raymerge.config.experiments import EMBEDDED, ExperimentConfig
-from raymerge.errors import UserError
 from raymerge.files.atomic import cache_folder, write_json
+from raymerge.files.output_folder import require_output
 from raymerge.report import write_report
 
 EXPERIMENTS = (
@@ -35,7 +35,8 @@ def run_experiment(config: ExperimentConfig, *, overwrite: bool = False) -> str:
     Raises :class:`UserError` before any work where the input is wrong.
     """
     output = Path(config.output).absolute()
-    _check_output(output, overwrite)
+    marks, flags = ("experiment.json", "runs"), {"overwrite": overwrite}
+    require_output(output, marks, writer="`raymerge experiment`", flags=flags)
     began = perf_counter()
     reseed = partial(base_config, config)
     bench = Bench(reseed(config.seed), output, config.methods, reseed)
@@ -74,17 +75,3 @@ def world_config(world: str, seed: int, *, joint: bool) -> Config:
     say(f"zoo in {root}")
     paths = build_zoo(root, seed=seed, workers=2, recipe=recipe, joint=joint)
     return load_config(paths.config, [f"seed={seed}", "cluster.workers=0"])
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    """A folder is taken if it is new, empty, or an earlier experiment's that may be replaced."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output}: is a file; name a folder")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not (output / "experiment.json").exists() and not (output / "runs").is_dir():
-        raise UserError(f"output {output}: is in use and no experiment wrote it; name another")
-    if not overwrite:
-        raise UserError(
-            f"output {output}: holds an experiment; give another folder, or --overwrite"
-        )

@@ -17,7 +17,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from raymerge.apps.finetune.state import TrainingStates
 from raymerge.apps.finetune.targets import Target, make_targets, training_images
 from raymerge.apps.finetune.trainer import TrainingJob, train_target
 from raymerge.config import Config, ZeroShot, dump_config
@@ -28,6 +27,7 @@ from raymerge.engine.scores import TaskScore, results_json
 from raymerge.errors import DataError, RunError, UserError
 from raymerge.files.atomic import write_json, write_text
 from raymerge.files.attempts import claim_attempt
+from raymerge.files.output_folder import require_output
 from raymerge.files.progress import Progress, progress_bar
 from raymerge.models.pretrained import open_pretrained
 from raymerge.models.resolve import resolve_model
@@ -60,7 +60,7 @@ def finetune(config: Config, *, resume: bool = False) -> FinetuneResult:
     if config.output is None:
         raise UserError("output: missing; name a folder in the config or with --output")
     output = Path(config.output).absolute()
-    _check_output(output, resume=resume)
+    require_output(output, [_CONFIG], writer="`raymerge finetune`", flags={"resume": resume})
     listed = training_images(config)
     targets = make_targets(config, listed, output)
     left = [target for target in targets if not _is_finished(target)]
@@ -82,33 +82,11 @@ def finetune(config: Config, *, resume: bool = False) -> FinetuneResult:
 # --- checks: nothing is written ------------------------------------------------------------------
 
 
-def _check_output(output: Path, *, resume: bool) -> None:
-    """An unused folder will do; with ``resume`` also one that a run of this command has written."""
-    try:
-        if output.exists() and not output.is_dir():
-            raise UserError(f"output {output}: is a file; name a folder")
-        used = output.exists() and any(path.name[:1] != "." for path in output.iterdir())
-        nearest = next(folder for folder in (output, *output.parents) if folder.exists())
-    except OSError as error:  # no permission on the way, or too long a name
-        raise UserError(f"output {output}: {error.strerror}; choose another") from error
-    if not os.access(nearest, os.W_OK):
-        raise UserError(f"output {output}: {nearest} is not writable; choose another folder")
-    if used and not resume:
-        raise UserError(
-            f"output {output}: is in use; give another folder, or --resume to continue that run"
-        )
-    if used and not (output / _CONFIG).exists():
-        raise UserError(
-            f"output {output}: --resume continues runs of `raymerge finetune` only, and this "
-            f"folder has no {_CONFIG}; give another folder"
-        )
-
-
 def _is_finished(target: Target) -> bool:
     """Raises :class:`UserError` if what is there of the target is of another config."""
     if target.is_finished():
         return True
-    TrainingStates(target.state, target.fingerprint, target.output, 0).require_same_run()
+    target.states().require_same_run()
     return False
 
 

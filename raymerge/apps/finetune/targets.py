@@ -19,9 +19,11 @@ from raymerge.data.sources.urls import local_reference
 from raymerge.errors import DataError, UserError
 from raymerge.models.checkpoints.digests import sha256
 from raymerge.models.checkpoints.locate import locate
+from raymerge.runs.state import SavedTensors, StateStore
 
 FINGERPRINT = "raymerge_fingerprint"
 """Metadata of a finished target's file."""
+_KEEP_STATES = 2
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,14 @@ class Target:
     def metrics(self) -> Path:
         return self.output / f"{self.place}.metrics.jsonl"
 
-    @property
-    def state(self) -> Path:
-        return self.output / "state" / self.place
+    def states(self) -> StateStore[SavedTensors]:
+        """Return the store of its weights and moments. The run's targets share the attempts."""
+        attempts = self.output / "state"
+        identity = {"fingerprint": self.fingerprint}
+        return StateStore(
+            attempts / self.place, identity, _KEEP_STATES, lambda saved: saved, lambda saved: saved,
+            attempts,
+        )  # fmt: skip
 
     def is_finished(self) -> bool:
         """Raises :class:`UserError` if its file is of another config, or is no such file."""

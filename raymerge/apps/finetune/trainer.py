@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from raymerge.apps.finetune.images import TrainingImages, make_augment, may_keep
 from raymerge.apps.finetune.loop import Schedule, train
-from raymerge.apps.finetune.state import TrainingStates
 from raymerge.apps.finetune.targets import FINGERPRINT, Target, recipe_of
 from raymerge.config import Config
 from raymerge.data.sources import labelled_images
@@ -31,6 +30,7 @@ from raymerge.engine.worker.evaluation import load_weights
 from raymerge.engine.worker.shard import ServedModel
 from raymerge.errors import RunError
 from raymerge.files.atomic import write_atomically, write_text
+from raymerge.runs.state import SavedTensors, StateStore
 
 Batch = Sequence[tuple[Tensor, Tensor]]
 """Of each task: (B, 3, H, W) uint8 images and their (B,) labels."""
@@ -65,14 +65,11 @@ def train_target(job: TrainingJob, progress: Callable[[int], None] | None = None
     """
     with _threads(job.threads), torch.random.fork_rng(devices=[]):
         trainer = Trainer(job.config, job.target, _spec(job))
-        target = job.target
-        states = TrainingStates(
-            target.state, target.fingerprint, target.output / "state", job.attempt
-        )
-        saved = states.newest()
-        if saved is not None:
-            trainer.restore(saved[1])
-        start = 0 if saved is None else saved[0]
+        target, states = job.target, job.target.states()
+        states.claim(job.attempt)
+        start, tensors = states.newest() or (0, {})
+        if tensors:
+            trainer.restore(tensors)
         _keep_lines(target.metrics, start)
         if progress is not None:
             progress(start)
@@ -137,7 +134,9 @@ class Trainer:
             for task, images in zip(spec.tasks, listed, strict=True)
         ]
 
-    def run(self, states: TrainingStates, start: int, progress: Callable[[int], None]) -> None:
+    def run(
+        self, states: StateStore[SavedTensors], start: int, progress: Callable[[int], None]
+    ) -> None:
         """The steps from ``start``, a line of metrics for each and now and then a state."""
         recipe, steps = self._recipe, self._target.steps
         schedule = Schedule(steps, recipe.warmup_steps)
@@ -152,7 +151,7 @@ class Trainer:
             began = now
             done = step + 1
             if done % recipe.state_every_steps == 0 and done < steps:
-                states.save(done, self.tensors())
+                states.save((done, self.tensors()))
             progress(1)
 
         self._target.metrics.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +219,7 @@ class Trainer:
         return {name: tensor.cpu().contiguous() for name, tensor in out.items()}
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what ``tensors`` gave."""
         state: dict[int, dict[str, Tensor]] = {}
         weights = self._weights()

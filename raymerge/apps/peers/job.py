@@ -17,6 +17,7 @@ from raymerge.apps.peers.methods import Method
 from raymerge.apps.peers.state_dicts import Inputs, Part, files_of
 from raymerge.errors import UserError
 from raymerge.files.atomic import staged, write_json, write_text
+from raymerge.files.output_folder import nearest_folder, require_output
 from raymerge.files.progress import progress_bar
 from raymerge.files.threads import parallel
 from raymerge.models.checkpoints.checkpoint import TensorSpec, read_tensor
@@ -109,8 +110,7 @@ class Job:
         print("\n".join(self.told), file=sys.stderr)
         files = sorted({file for row in self.inputs.rows for file in files_of(row)})
         hash_ahead(str(file) for file in files)
-        nearest = next(f for f in (folder, *folder.parents) if f.exists())
-        with staged(folder / WEIGHTS, nearest) as (temporary, commit):
+        with staged(folder / WEIGHTS, nearest_folder(folder)) as (temporary, commit):
             self._merge(temporary)
             folder.mkdir(parents=True, exist_ok=True)
             commit()
@@ -125,18 +125,8 @@ class Job:
         if given is None:
             raise UserError("output: missing; name a folder with --output")
         folder = Path(given).absolute()
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"output {folder}: is a file; name a folder")
-        used = folder.exists() and any(p.name[:1] != "." for p in folder.iterdir())
-        if used and not overwrite:
-            raise UserError(
-                f"output {folder}: is in use; give another folder, or --overwrite to replace it"
-            )
-        if used and not (folder / self.config_name).exists():
-            raise UserError(
-                f"output {folder}: --overwrite replaces merges of the same kind only, and this "
-                f"folder has no {self.config_name}; give another folder"
-            )
+        writer = f"a merge of {self.tool}'s files"
+        require_output(folder, [self.config_name], writer=writer, flags={"overwrite": overwrite})
         if any(file.parent == folder for row in self.inputs.rows for file in files_of(row)):
             raise UserError(f"output {folder}: holds a model that is merged; give another folder")
         return folder

@@ -25,7 +25,7 @@ from raymerge.apps.zoo.images import FAMILIES, Split, draw_images
 from raymerge.apps.zoo.joint import train_joint
 from raymerge.apps.zoo.pretrain import pretrain, save_model
 from raymerge.apps.zoo.recipe import TEMPLATE, ZooRecipe
-from raymerge.errors import UserError
+from raymerge.files.output_folder import require_output
 
 T = TypeVar("T")
 
@@ -128,9 +128,8 @@ def _start(paths: ZooPaths, fingerprint: str) -> None:
 
     A folder that holds anything else is refused, so that nobody's own ``data`` is deleted.
     """
+    require_output(paths.root, [_STARTED], writer="`raymerge demo`", what="zoo")
     started = _read(paths.root / _STARTED)
-    if started is None and paths.root.exists() and any(paths.root.iterdir()):
-        raise UserError(f"{paths.root}: not empty and not a zoo; name a new or an empty folder")
     if started != fingerprint:
         (paths.root / _MARKER).unlink(missing_ok=True)
         paths.joint.unlink(missing_ok=True)

@@ -91,10 +91,15 @@ def _digest_all(work: Iterable[tuple[Path, Future[str], bool]]) -> None:
 
 def _digest(path: Path, future: Future[str]) -> None:
     try:
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASH_BYTES))
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
-        future.set_result(digest.hexdigest())
+        future.set_result(file_sha256(path))
     except BaseException as error:
         future.set_exception(error)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of the file's content in hex, computed now and not remembered."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASH_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()

@@ -15,6 +15,7 @@ from raymerge.data.images import ImageList, Item
 from raymerge.data.sources import labelled_images, unlabeled_images
 from raymerge.distributed.placement import Placement, Resources
 from raymerge.errors import CheckpointError, DataError, UserError
+from raymerge.files.output_folder import nearest_folder
 from raymerge.merging.registry import (
     merged_checkpoints,
     method_of,
@@ -179,9 +180,7 @@ def _require_separate_output(config: Config, resolved: ResolvedModel) -> None:
 def _require_disk(plan: Plan, output: str | None) -> None:
     if output is None or not plan.output_bytes:
         return
-    folder = Path(output)
-    while not folder.exists():
-        folder = folder.parent
+    folder = nearest_folder(Path(output))
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"output {output}: {folder} is not writable; choose another folder")
     free = shutil.disk_usage(folder).free

@@ -102,7 +102,7 @@ def test_the_command_writes_the_findings_and_prints_them(
     assert "Unseen: shape" in ran.out
     assert (tmp_path / "out" / "report.html").stat().st_size > 1000
 
-    refused(raymerge("experiment", config), "holds an experiment", "--overwrite")
+    refused(raymerge("experiment", config), "is in use;", "--overwrite to replace it")
     raymerge.ok("experiment", config, "--overwrite")
 
 
@@ -133,8 +133,9 @@ def test_a_strangers_output_is_left_alone(world: World, tmp_path: Path, raymerge
     config = write(tmp_path, world, {"name": "methods"})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
-    refused(raymerge("experiment", config), "is in use and no experiment wrote it")
-    refused(raymerge("experiment", config, "--overwrite"), "is in use and no experiment wrote it")
+    for flags in ((), ("--overwrite",)):
+        ran = raymerge("experiment", config, *flags)
+        refused(ran, "is in use and was not written by `raymerge experiment`")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 

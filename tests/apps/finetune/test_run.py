@@ -351,11 +351,14 @@ def test_an_output_in_use_or_of_another_kind_is_refused(
     config = _config(training_world, tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
-    refused(raymerge("finetune", config), "is in use", "--resume")
-    refused(raymerge("finetune", config, "--resume"), "has no finetune.yaml")
+    for flags in ((), ("--resume",)):
+        ran = raymerge("finetune", config, *flags)
+        refused(ran, "is in use and was not written by `raymerge finetune`", "no finetune.yaml")
     refused(raymerge("finetune", config, "--output", tmp_path / "config.yaml"), "is a file")
     refused(raymerge("finetune", config, "-o", "output=null"), "output: missing")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+    (tmp_path / "out" / "finetune.yaml").write_text("")
+    refused(raymerge("finetune", config), "is in use;", "--resume to continue that run")
 
 
 def test_resume_refuses_a_changed_config_and_changed_images(

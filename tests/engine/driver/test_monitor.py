@@ -20,7 +20,7 @@ from raymerge.engine.messages import StepRequest, StepResult
 from raymerge.errors import RunError
 from raymerge.merging.guard import CollapseGuard
 from raymerge.merging.optimizer import Adam, AdamState
-from raymerge.runs.state import StateStore
+from raymerge.runs.state import adam_states
 
 TASKS = ("sun", "gtsrb", "dtd")
 K, L, C = 3, 2, 4
@@ -176,7 +176,7 @@ def test_a_run_resumed_from_a_saved_state_is_the_undisturbed_one_bit_for_bit(
     tmp_path: Path, caplog, collapse: str, infomax: bool
 ):
     watch = _watch(collapse, infomax)
-    store = StateStore(tmp_path, "config", TASKS, ["a", "b"], keep=100)
+    store = adam_states(tmp_path, "config", TASKS, ["a", "b"], keep=100)
     store.claim()
     whole, group = _learn(watch, observe=lambda record, state: store.save(state))
     assert len(_warnings(caplog)) == 1
