@@ -1,8 +1,10 @@
-"""What importing costs: instant commands, maths without Ray, Ray in one place."""
+"""The cost of importing: the libraries that a command, the config, the maths and a merge load.
+
+Which module may import which is tested in test_rooms.py.
+"""
 
 from __future__ import annotations
 
-import ast
 import json
 import pkgutil
 from pathlib import Path
@@ -14,7 +16,6 @@ from world import World
 import raymerge
 import raymerge.merging
 
-PACKAGE = Path(raymerge.__file__).parent
 HEAVY = ("torch", "ray", "numpy", "open_clip", "pydantic", "yaml", "matplotlib", "tqdm")
 
 
@@ -24,23 +25,6 @@ def _loaded(code: str, *argv: object) -> set[str]:
     ran = python(code + tail, *argv)
     assert ran.returncode == 0, ran.stderr
     return {name.split(".")[0] for name in json.loads(ran.stdout.splitlines()[-1])}
-
-
-def _imports(path: Path) -> set[str]:
-    """Every module imported anywhere in a file, inside functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add(str(node.module))
-    return found
-
-
-def _sources(folder: str = "") -> list[Path]:
-    sources = sorted((PACKAGE / folder).rglob("*.py"))
-    assert sources
-    return sources
 
 
 @pytest.mark.parametrize(
@@ -72,41 +56,6 @@ def test_the_maths_never_imports_ray() -> None:
     loaded = _loaded("\n".join(f"import {name}" for name in modules))
     assert "torch" in loaded
     assert not loaded & {"ray", "open_clip"}
-
-
-def test_only_distributed_imports_ray() -> None:
-    users = {
-        path.relative_to(PACKAGE).parts[0]
-        for path in _sources()
-        if any(name.split(".")[0] == "ray" for name in _imports(path))
-    }
-    assert users == {"distributed"}
-
-
-WITHOUT_RAY = {"raymerge.distributed.placement", "raymerge.distributed.submission"}
-
-
-def test_ray_is_imported_only_where_workers_are_opened() -> None:
-    """Outside ``distributed``, a module's top imports only those of its modules without Ray."""
-    for path in _sources():
-        if path.is_relative_to(PACKAGE / "distributed"):
-            continue
-        top = {
-            str(node.module)
-            for node in ast.parse(path.read_text(encoding="utf-8")).body
-            if isinstance(node, ast.ImportFrom)
-        }
-        assert not [
-            name for name in top - WITHOUT_RAY if name.startswith("raymerge.distributed")
-        ], path
-    assert "ray" not in _loaded("\n".join(f"import {name}" for name in sorted(WITHOUT_RAY)))
-
-
-def test_the_maths_knows_no_files_and_no_models() -> None:
-    allowed = ("raymerge.merging", "raymerge.errors", "raymerge.config")
-    for path in _sources("merging"):
-        own = {name for name in _imports(path) if name.startswith("raymerge.")}
-        assert all(name.startswith(allowed) for name in own), (path, own)
 
 
 def test_every_public_name_is_there() -> None:

@@ -126,7 +126,6 @@ def _step_seconds(
     import torch
 
     from raymerge.models.skeleton import build_skeleton
-    from raymerge.runs.plan.estimates import forward_flops, step_seconds
 
     processes = placement.processes
     sharing = 1 if placement.gpus_per_worker else processes
