@@ -1,5 +1,8 @@
 """ActorGroup: W MergeWorkers as Ray actors, in G process groups of S shards.
 
+It sends each request to the workers and orders the results by rank. Starting the actors is left to
+``pool``, forming the groups to ``process_groups``, and lost workers to ``recovery``.
+
 Legend: W workers, G groups, S shards.
 """
 
@@ -14,7 +17,9 @@ from typing import Any
 from raymerge.config import ClusterConfig
 from raymerge.distributed.calls import Limits, StepLimits
 from raymerge.distributed.placement import Placement
-from raymerge.distributed.team import LostError, Member, Team
+from raymerge.distributed.pool import CallFailedError, PoolWorker, WorkerPool
+from raymerge.distributed.process_groups import ProcessGroups
+from raymerge.distributed.recovery import Recovery
 from raymerge.engine.messages import (
     ChunkScore,
     EvaluateRequest,
@@ -35,11 +40,10 @@ from raymerge.files.progress import Progress
 class ActorGroup:
     """All workers of a run as actors; see ``driver.WorkerGroup`` for the contract.
 
-    A lost worker is replaced and the call repeated; each such incident is kept in ``incidents``.
-    When none comes in its place within ``cluster.replace_timeout_s``, the others share its work,
-    down to ``cluster.min_workers``, and it joins them when it comes. Raises
-    :class:`~raymerge.errors.WorkerLostError` when a budget of ``cluster`` is spent or too few are
-    left.
+    A lost worker is restarted and the call repeated; each such incident is kept in ``incidents``.
+    If it is not ready within ``cluster.replace_timeout_s``, the others take over its work, down to
+    ``cluster.min_workers``, until it is. Raises :class:`~raymerge.errors.WorkerLostError` when a
+    budget of ``cluster`` is spent or too few workers are left.
 
     ``worker``: the class behind the actors.
     """
@@ -56,158 +60,167 @@ class ActorGroup:
         self._progress: Progress | None = None
         self._step_limits = StepLimits(config)
         self._blocks: dict[int, list[StatisticsRequest]] = {}
-        self._homes: dict[int, Any] = {}
-        """Of a task: the actor that knows its earlier blocks, and of how many shards."""
+        """The earlier requests of a task whose blocks build on each other."""
+        self._block_holders: dict[int, Any] = {}
+        """The actor that holds the state of a task's blocks, and its number of shards."""
         self._load_limits = Limits(
             config.load_timeout_s, config.hang_timeout_s, "cluster.load_timeout_s"
         )
-        self._team = Team(spec, placement, config, worker, self._load_missing)
+        self._pool = WorkerPool(spec, placement, config, worker)
+        self._groups = ProcessGroups(self._pool)
+        self._recovery = Recovery(self._pool, self._groups, config, self._load_missing)
         try:
-            self._team.start()
+            self._recovery.start()
         except BaseException:
             self.close()
             raise
 
     @property
     def workers(self) -> int:
-        return len(self._team.working)
+        return len(self._groups.workers)
 
     @property
     def incidents(self) -> Sequence[Incident]:
-        return self._team.incidents
+        return self._recovery.incidents
 
     @property
     def preemption_pending(self) -> bool:
-        """Whether a node that a worker runs on is about to be taken back."""
-        return self._team.preemption_pending
+        """Return whether a node of a worker is about to be taken back."""
+        return self._pool.preemption_pending(self._groups.workers)
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]:
         self._request, self._progress = request, progress
-        self._step_limits = StepLimits(self._config)  # its steps may be heavier
-        for member in self._team.working:
-            member.report = None
-        self._team.survive("load", self._load_missing)
+        self._step_limits = StepLimits(self._config)  # steps of another request may take longer
+        for worker in self._groups.workers:
+            worker.report = None
+        self._recovery.retry("load", self._load_missing)
         self._progress = None
-        return [member.report for member in self._team.working if member.report is not None]
+        return [worker.report for worker in self._groups.workers if worker.report is not None]
 
     def _load_missing(self) -> None:
-        """Let those load that have not, or have got another part since."""
+        """Let those workers load that have not loaded, or whose assignment has changed since."""
 
-        def keep(member: Member, report: LoadReport) -> None:
-            member.report = report
+        def keep(worker: PoolWorker, report: LoadReport) -> None:
+            worker.report = report
             if self._progress is not None:
                 self._progress(report.images)
 
         if self._request is not None:
-            missing = [member for member in self._team.working if member.report is None]
-            self._team.ask("load", missing, self._request, self._load_limits, keep)
+            missing = [worker for worker in self._groups.workers if worker.report is None]
+            self._pool.request("load", missing, self._request, self._load_limits, keep)
 
     def step(self, request: StepRequest) -> list[StepResult]:
         what = f"step {request.step + 1}"
-        self._team.welcome()
-        return self._team.survive(what, lambda: self._step(request, what))
+        self._recovery.admit_late_workers()
+        return self._recovery.retry(what, lambda: self._step(request, what))
 
     def _step(self, request: StepRequest, what: str) -> list[StepResult]:
-        began, generation = time.monotonic(), self._team.generation
-        answers: dict[Member, StepResult] = {}
-        stamped = replace(request, generation=generation)
-        self._team.ask(
+        began, generation = time.monotonic(), self._groups.generation
+        results: dict[PoolWorker, StepResult] = {}
+        self._pool.request(
             "step",
-            self._team.working,
-            stamped,
-            self._step_limits.of(self.workers),
-            answers.__setitem__,
+            self._groups.workers,
+            replace(request, generation=generation),
+            self._step_limits.for_workers(self.workers),
+            results.__setitem__,
         )
-        results = [answers[member] for member in self._team.working]
-        for result in results:
+        ordered = [results[worker] for worker in self._groups.workers]
+        for result in ordered:
             if result.generation != generation:
                 raise RunError(
-                    f"{what}: worker {result.rank} of {self.workers} answered for generation "
-                    f"{result.generation}, but this is {generation}"
+                    f"{what}: worker {result.rank} of {self.workers} sent a result of generation "
+                    f"{result.generation}, but the current one is {generation}"
                 )
-        self._step_limits.took(time.monotonic() - began)
-        return results
+        self._step_limits.record(time.monotonic() - began)
+        return ordered
 
     def evaluate(
         self, request: EvaluateRequest, progress: Progress | None = None
     ) -> list[ChunkScore]:
-        """What survivors of a lost worker have scored is not scored again."""
+        """Score the test images; after a failure only the missing chunks are scored again."""
         scores: dict[tuple[int, int, int], list[ChunkScore]] = {}
 
-        def keep(member: Member, part: list[ChunkScore]) -> None:
-            scores[member.seat] = part
+        def keep(worker: PoolWorker, chunks: list[ChunkScore]) -> None:
+            scores[worker.assignment] = chunks
             if progress is not None:
-                progress(sum(score.examples for score in part))
+                progress(sum(score.examples for score in chunks))
 
         def attempt() -> list[ChunkScore]:
-            missing = [member for member in self._team.working if member.seat not in scores]
-            self._team.ask("evaluate", missing, request, self._load_limits, keep)
-            return [score for member in self._team.working for score in scores[member.seat]]
+            workers = self._groups.workers
+            missing = [worker for worker in workers if worker.assignment not in scores]
+            self._pool.request("evaluate", missing, request, self._load_limits, keep)
+            return [score for worker in workers for score in scores[worker.assignment]]
 
-        return self._team.survive("evaluate", attempt)
+        return self._recovery.retry("evaluate", attempt)
 
     def statistics(self, requests: Sequence[StatisticsRequest]) -> Iterator[Statistics]:
-        """At most two requests wait at each worker, and results are taken in order: so little is
-        held however many tasks there are."""
-        waiting: deque[_Asked] = deque()
-        for request in requests:
-            waiting.append(_Asked(request))
-            self._send(waiting[-1])
-            if len(waiting) == 2 * self.workers:
-                yield self._first(waiting)
-        while waiting:
-            yield self._first(waiting)
+        """Yield one result per request, in their order.
 
-    def _first(self, waiting: deque[_Asked]) -> Statistics:
-        """The answer to the oldest request. After a loss, whoever serves its task is asked."""
-        answers: list[Statistics] = []
-        first = waiting[0]
+        At most two requests are pending at each worker, which bounds the memory for any number of
+        tasks.
+        """
+        pending: deque[_PendingRequest] = deque()
+        for request in requests:
+            pending.append(_PendingRequest(request))
+            self._send(pending[-1])
+            if len(pending) == 2 * self.workers:
+                yield self._take_oldest(pending)
+        while pending:
+            yield self._take_oldest(pending)
+
+    def _take_oldest(self, pending: deque[_PendingRequest]) -> Statistics:
+        """Remove the oldest request and return its result, sent again as failures require."""
+        results: list[Statistics] = []
+        oldest = pending[0]
 
         def attempt() -> None:
-            for asked in waiting:
-                if asked.actor is not self._server(asked.request).actor:
-                    self._send(asked)
+            for each in pending:
+                if each.actor is not self._worker_for(each.request).actor:
+                    self._send(each)
             try:
-                self._team.await_answers(
-                    {self._server(first.request): first.answer},
+                self._pool.wait_for(
+                    {self._worker_for(oldest.request): oldest.result},
                     self._load_limits,
-                    lambda _, answer: answers.append(answer),
+                    lambda worker, result: results.append(result),
                 )
-            except LostError:
-                first.actor = self._homes[first.request.task] = None
+            except CallFailedError:
+                oldest.actor = self._block_holders[oldest.request.task] = None
                 raise
 
-        self._team.survive("statistics", attempt)
-        waiting.popleft()
-        return answers[0]
+        self._recovery.retry("statistics", attempt)
+        pending.popleft()
+        return results[0]
 
-    def _server(self, request: StatisticsRequest) -> Member:
-        return self._team.working[request.task % self.workers]
+    def _worker_for(self, request: StatisticsRequest) -> PoolWorker:
+        return self._groups.workers[request.task % self.workers]
 
-    def _send(self, asked: _Asked) -> None:
-        """For RegMean++ a worker must have seen the task's earlier blocks: a new one catches up."""
-        request, server = asked.request, self._server(asked.request)
-        actor, assigned = server.actor, server.spec
+    def _send(self, pending: _PendingRequest) -> None:
+        """Send a request to the worker of its task.
+
+        RegMean++ needs the task's earlier blocks at that worker: a new one gets them again.
+        """
+        request, worker = pending.request, self._worker_for(pending.request)
+        actor, spec = worker.actor, worker.spec
         earlier = self._blocks.get(request.task, [])[: request.block]
-        # With another number of shards a worker begins anew as well.
-        home = (actor, assigned and assigned.shards)
-        if self._homes.get(request.task) != home:
+        # A worker whose number of shards has changed has lost its state as well.
+        holder = (actor, spec and spec.shards)
+        if self._block_holders.get(request.task) != holder:
             for block in earlier:
                 actor.statistics.remote(block)
-        self._homes[request.task] = home
+        self._block_holders[request.task] = holder
         if request.kind == "block_grams":
             self._blocks[request.task] = [*earlier, request]
-        asked.actor, asked.answer = actor, actor.statistics.remote(request)
+        pending.actor, pending.result = actor, actor.statistics.remote(request)
 
     def close(self) -> None:
-        """Kill the actors and free their places. Never raises: it runs on the way out."""
-        self._team.close()
+        """Stop the actors and free their slots. Never raises, because it runs during cleanup."""
+        self._pool.close()
 
 
 @dataclass
-class _Asked:
-    """A request for statistics, to whom it went, and the reference of its answer."""
+class _PendingRequest:
+    """A request for statistics, the actor that has it, and the reference of its result."""
 
     request: StatisticsRequest
     actor: Any = None
-    answer: Any = None
+    result: Any = None

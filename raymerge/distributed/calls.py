@@ -1,4 +1,8 @@
-"""Wait for one answer of every worker; tell the dead, the frozen and the slow from each other."""
+"""Wait for one result from every worker, and tell dead, frozen and slow workers apart.
+
+While results are outstanding, each worker is pinged: its heartbeat says whether it works or waits
+for its peers. What follows from a failure is decided in ``recovery``.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ import ray
 from ray.exceptions import RayError
 
 from raymerge.config import ClusterConfig
-from raymerge.distributed.failures import Loss, loss_of
+from raymerge.distributed.failures import WorkerFailure, classify
 from raymerge.engine.messages import Heartbeat
 
 W = TypeVar("W", bound=Hashable)
@@ -26,40 +30,43 @@ ACTOR_OPTIONS: Mapping[str, Any] = {
     "enable_task_events": False,
     "concurrency_groups": {"control": 2},
 }
-"""Of whoever is called here: one call at a time, and pings beside it.
+"""Options of every worker's actor: one call at a time, and pings beside it.
 
-Ray's own restart would re-run ``__init__`` alone, outside the group's generation: it is off. So is
-its record of every call, of which the head keeps a hundred thousand: two a step and worker are soon
-hundreds of megabytes.
+Ray's own restart is off: it would run ``__init__`` alone, outside the group's generation. So is
+Ray's record of every call, of which the head keeps a hundred thousand: at two per step and worker
+they grow to hundreds of megabytes.
 """
 
-_TICK_S = 1.0
-_GRACE_S = 0.5  # for what died with it to be known as well
-_FIRST_STEP_S, _SHORTEST_STEP_S, _STEP_MEDIANS = 600.0, 60.0, 5.0
+_WAIT_S = 1.0
+_GRACE_S = 0.5  # enough for failures of the same cause to become known
+_FIRST_STEP_S, _MIN_STEP_S, _STEP_MEDIANS = 600.0, 60.0, 5.0
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call on its way: to which actor, and the reference of its answer."""
+    """A call in progress: the actor and the reference of the result."""
 
     actor: Any
-    answer: Any
+    result: Any
 
 
 @dataclass(frozen=True)
 class Limits:
-    """``call_s``: for the answer. ``hang_s``: for the answer to a ping while it is awaited."""
+    """Time limits of a call.
+
+    ``call_s``: until its result. ``hang_s``: until the heartbeat after a ping. ``key``: the config
+    key that raises ``call_s``.
+    """
 
     call_s: float
     hang_s: float
     key: str
-    """The setting that raises ``call_s``."""
 
 
 class StepLimits:
-    """Of a step: what the config says, or several times what the last ones took.
+    """Time limits of a step: the configured one, or a multiple of the median of recent steps.
 
-    With fewer workers each has more to do, so what is known counts no more.
+    When workers are lost, each of the others has more to do, so recent times no longer count.
     """
 
     def __init__(self, config: ClusterConfig) -> None:
@@ -67,126 +74,139 @@ class StepLimits:
         self._seconds: deque[float] = deque(maxlen=20)
         self._workers = 0
 
-    def took(self, seconds: float) -> None:
+    def record(self, seconds: float) -> None:
         self._seconds.append(seconds)
 
-    def of(self, workers: int) -> Limits:
-        """Of the next step, of so many."""
+    def for_workers(self, workers: int) -> Limits:
+        """Return the limits of the next step on ``workers`` workers."""
         if workers < self._workers:
             self._seconds.clear()
         self._workers = workers
-        given = self._config.step_timeout_s
-        if given != "auto":
-            limit_s = given
+        configured = self._config.step_timeout_s
+        if configured != "auto":
+            limit_s = configured
         elif self._seconds:
-            limit_s = max(_SHORTEST_STEP_S, _STEP_MEDIANS * median(self._seconds))
+            limit_s = max(_MIN_STEP_S, _STEP_MEDIANS * median(self._seconds))
         else:
             limit_s = _FIRST_STEP_S
         return Limits(limit_s, self._config.hang_timeout_s, "cluster.step_timeout_s")
 
 
-def gather(
-    calls: Mapping[W, Call], limits: Limits, on_answer: Callable[[W, Any], None]
-) -> dict[W, Loss]:
-    """Give each answer to ``on_answer`` as it comes; returns who was lost, when anyone was.
+def wait_for_results(
+    calls: Mapping[W, Call], limits: Limits, on_result: Callable[[W, Any], None]
+) -> dict[W, WorkerFailure]:
+    """Pass each result to ``on_result`` as it arrives, and return the failures by worker.
 
-    Ends soon after the first loss: the others' answers are of no use without it. A worker's own
-    error is raised as it was.
+    Returns soon after the first failure, because the other results are useless without it. Raises
+    a worker's own error unchanged.
     """
-    waiting = {call.answer: worker for worker, call in calls.items()}
-    watch = _Watch({worker: call.actor for worker, call in calls.items()}, limits.hang_s)
+    pending = {call.result: worker for worker, call in calls.items()}
+    monitor = _HeartbeatMonitor({w: call.actor for w, call in calls.items()}, limits.hang_s)
     deadline = time.monotonic() + limits.call_s
-    losses: dict[W, Loss] = {}
-    while waiting and not losses:
-        patience_s = min(watch.tick_s, max(0.0, deadline - time.monotonic()))
-        done, _ = ray.wait(list(waiting), timeout=patience_s)
+    failures: dict[W, WorkerFailure] = {}
+    # Until the first failure: take results, and check on those who have not answered.
+    while pending and not failures:
+        wait_s = min(monitor.interval_s, max(0.0, deadline - time.monotonic()))
+        done, _ = ray.wait(list(pending), timeout=wait_s)
         for reference in done:
-            _take(waiting.pop(reference), reference, on_answer, losses)
+            _take_result(pending.pop(reference), reference, on_result, failures)
         if not done:
-            losses |= watch.frozen(waiting.values())
+            failures |= monitor.frozen(pending.values())
             if time.monotonic() >= deadline:
-                stuck = [worker for worker in waiting.values() if worker not in losses]
-                losses |= {worker: watch.stuck(worker, limits) for worker in stuck}
-    if losses and waiting:
-        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=_GRACE_S)
+                late = [worker for worker in pending.values() if worker not in failures]
+                failures |= {worker: monitor.timed_out(worker, limits) for worker in late}
+    # A failure often has consequences elsewhere: give them a moment, so that one recovery has all.
+    if failures and pending:
+        done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_GRACE_S)
         for reference in done:
-            _take(waiting[reference], reference, on_answer, losses)
-    return losses
+            _take_result(pending[reference], reference, on_result, failures)
+    return failures
 
 
-def _take(
-    worker: W, reference: Any, on_answer: Callable[[W, Any], None], losses: dict[W, Loss]
+def _take_result(
+    worker: W,
+    reference: Any,
+    on_result: Callable[[W, Any], None],
+    failures: dict[W, WorkerFailure],
 ) -> None:
     try:
-        answer = ray.get(reference)
+        result = ray.get(reference)
     except RayError as error:
-        losses.setdefault(worker, loss_of(error))
+        failures.setdefault(worker, classify(error))
     else:
-        on_answer(worker, answer)
+        on_result(worker, result)
 
 
 @dataclass
-class _Watch(Generic[W]):
-    """Pings those who keep us waiting, one ping at a time each."""
+class _HeartbeatMonitor(Generic[W]):
+    """Pings the workers whose results are outstanding, each with one ping at a time."""
 
     actors: Mapping[W, Any]
     hang_s: float
-    _asked: dict[W, tuple[Any, float]] = field(default_factory=dict)
-    _heard: dict[W, float] = field(default_factory=dict)
+    _pings: dict[W, tuple[Any, float]] = field(default_factory=dict)
+    _last_heartbeats: dict[W, float] = field(default_factory=dict)
 
     @property
-    def tick_s(self) -> float:
-        return min(_TICK_S, self.hang_s / 4)
+    def interval_s(self) -> float:
+        return min(_WAIT_S, self.hang_s / 4)
 
-    def frozen(self, waiting: Collection[W]) -> dict[W, Loss]:
-        """Who has left a ping unanswered for ``hang_s``."""
+    def frozen(self, pending: Collection[W]) -> dict[W, WorkerFailure]:
+        """Return the workers that have left a ping unanswered for ``hang_s``."""
         now = time.monotonic()
-        out = {}
-        for worker in waiting:
-            if worker in self._asked:
-                self._hear(worker)
+        failures = {}
+        for worker in pending:
+            if worker in self._pings:
+                self._take_heartbeat(worker)
             elif self._is_due(worker, now):
-                self._asked[worker] = (ping(self.actors[worker]), now)
-            if worker in self._asked and now - self._asked[worker][1] > self.hang_s:
+                self._pings[worker] = (ping(self.actors[worker]), now)
+            if worker in self._pings and now - self._pings[worker][1] > self.hang_s:
                 reason = f"answered no ping for {self.hang_s:g} s (cluster.hang_timeout_s)"
-                out[worker] = Loss("worker", reason)
-        return out
+                failures[worker] = WorkerFailure("worker", reason)
+        return failures
 
     def _is_due(self, worker: W, now: float) -> bool:
-        return worker not in self._heard or now - self._heard[worker] > self.hang_s / 4
+        last = self._last_heartbeats.get(worker)
+        return last is None or now - last > self.hang_s / 4
 
-    def _hear(self, worker: W) -> None:
-        reference, _ = self._asked[worker]
+    def _take_heartbeat(self, worker: W) -> None:
+        reference, _ = self._pings[worker]
         if not ray.wait([reference], timeout=0)[0]:
             return
-        del self._asked[worker]
-        with suppress(RayError):  # dead or out of reach: its own call will say so
+        del self._pings[worker]
+        with suppress(RayError):  # if it is dead or unreachable, its own call fails as well
             ray.get(reference)
-            self._heard[worker] = time.monotonic()
+            self._last_heartbeats[worker] = time.monotonic()
 
-    def stuck(self, worker: W, limits: Limits) -> Loss:
-        """It answers pings, but not the call: the one that works is to blame, not those who wait
-        for it in a collective."""
-        pulse = _pulse(self.actors[worker])
-        at = "" if pulse is None else f" (it is in {pulse.phase} for {pulse.seconds:.0f} s)"
-        reason = f"sent no answer within {limits.call_s:g} s{at}; raise {limits.key}"
-        return Loss("worker", reason, gone=pulse is None or not pulse.waits_for_peers)
+    def timed_out(self, worker: W, limits: Limits) -> WorkerFailure:
+        """Return the failure of a worker that answers pings but not its call.
+
+        It needs a restart only if it is not merely waiting for its peers in a collective.
+        """
+        heartbeat = _heartbeat(self.actors[worker])
+        phase = (
+            ""
+            if heartbeat is None
+            else f" (it has been in {heartbeat.phase} for {heartbeat.seconds:.0f} s)"
+        )
+        reason = f"sent no result within {limits.call_s:g} s{phase}; raise {limits.key}"
+        is_stuck = heartbeat is None or not heartbeat.waits_for_peers
+        return WorkerFailure("worker", reason, needs_restart=is_stuck)
 
 
-def is_free(actor: Any) -> bool:
-    """Whether it says that it is in no collective; one that says nothing may be in one."""
-    pulse = _pulse(actor)
-    return pulse is not None and not pulse.waits_for_peers
+def is_idle(actor: Any) -> bool:
+    """Return whether the actor reports that it is in no collective; False if it does not answer."""
+    heartbeat = _heartbeat(actor)
+    return heartbeat is not None and not heartbeat.waits_for_peers
 
 
-def _pulse(actor: Any) -> Heartbeat | None:
+def _heartbeat(actor: Any) -> Heartbeat | None:
     try:
-        pulse: Heartbeat = ray.get(ping(actor), timeout=_TICK_S)
+        heartbeat: Heartbeat = ray.get(ping(actor), timeout=_WAIT_S)
     except RayError:
         return None
-    return pulse
+    return heartbeat
 
 
 def ping(actor: Any) -> Any:
-    """A reference to its :class:`Heartbeat`; it answers while it works."""
+    """Return a reference to the actor's :class:`Heartbeat`, which it sends even while it works."""
     return actor.ping.options(concurrency_group="control").remote()

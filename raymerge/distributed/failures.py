@@ -1,11 +1,11 @@
-"""What a failed call says about its worker, and how many failures of each kind a run survives.
+"""Classify a failed call, find the root cause of several failures, and count them by kind.
 
-Pure decisions: nothing here talks to a cluster.
+These are pure decisions: nothing here talks to a cluster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ray.exceptions import (
@@ -23,62 +23,62 @@ from raymerge.config import ClusterConfig
 from raymerge.engine.messages import IncidentKind
 from raymerge.errors import PeerLostError, RaymergeError, RunError
 
-_WORST_FIRST: tuple[IncidentKind, ...] = ("worker", "start", "preemption", "interruption")
-_KEYS: Mapping[IncidentKind, str] = {
+_CAUSE_ORDER: tuple[IncidentKind, ...] = ("worker", "start", "preemption", "interruption")
+_BUDGET_KEYS: Mapping[IncidentKind, str] = {
     "worker": "cluster.max_worker_failures",
     "start": "cluster.max_start_failures",
     "preemption": "cluster.max_preemptions",
 }
-_INTERRUPTIONS_IN_A_ROW = 10
-_INSTALLED = "is the same raymerge installed on every node?"
+_MAX_CONSECUTIVE_INTERRUPTIONS = 10
+_VERSION_HINT = "is the same raymerge installed on every node?"
 
 
 @dataclass(frozen=True)
-class Loss:
-    """What befell one worker. ``gone``: it must be replaced; else it is well, but its call failed.
+class WorkerFailure:
+    """Why one worker's call failed.
 
-    ``kind``: whose fault it was.
+    ``kind``: the budget that it counts against. ``needs_restart``: the worker is lost or unusable;
+    otherwise it is healthy and only its call failed.
     """
 
     kind: IncidentKind
     reason: str
-    gone: bool = True
+    needs_restart: bool = True
 
 
-PREEMPTED = Loss("preemption", "was on a node that was taken back")
-UNMET = Loss("interruption", "did not meet its peers")
-DISOBEYED = Loss("worker", "did not let go of a call that its peers had lost")
+PREEMPTED = WorkerFailure("preemption", "was on a node that was preempted")
+MISSED_RENDEZVOUS = WorkerFailure("interruption", "did not meet its peers")
+ABORT_FAILED = WorkerFailure("worker", "did not abort a call that its peers had lost")
 
 
-def loss_of(error: RayError) -> Loss:
-    """What a call's error says about the worker that was called.
+def classify(error: RayError) -> WorkerFailure:
+    """Return what a failed call says about the worker that was called.
 
-    Raises the worker's own error as it was, and :class:`~raymerge.errors.RunError` for what no
-    other worker would do better.
+    Raises the worker's own error unchanged, and :class:`~raymerge.errors.RunError` for a failure
+    that would repeat on any other worker.
     """
     if isinstance(error, RayTaskError):
-        return _own_error(error)
+        return _classify_worker_error(error)
     if isinstance(error, ActorUnavailableError):
-        return Loss("interruption", "could not be reached", gone=False)
+        return WorkerFailure("interruption", "could not be reached", needs_restart=False)
     if isinstance(error, OutOfMemoryError):
-        return Loss("worker", "was killed because its node ran out of memory")
+        return WorkerFailure("worker", "was killed because its node ran out of memory")
     if isinstance(error, RayActorError):
         if error.actor_init_failed:
-            raise RunError(f"a worker did not start: {_last_line(error)}; {_INSTALLED}") from None
-        if error.preempted:
-            return PREEMPTED
-        return Loss("worker", "died")
+            message = f"a worker did not start: {_last_line(error)}; {_VERSION_HINT}"
+            raise RunError(message) from None
+        return PREEMPTED if error.preempted else WorkerFailure("worker", "died")
     if isinstance(error, NodeDiedError | WorkerCrashedError):
-        return Loss("worker", "died")
+        return WorkerFailure("worker", "died")
     if isinstance(error, ObjectLostError):
-        return Loss("interruption", "gave a result that was lost on its way", gone=False)
+        return WorkerFailure("interruption", "sent a result that was lost", needs_restart=False)
     raise RunError(f"Ray failed: {_last_line(error)}") from None
 
 
-def _own_error(error: RayTaskError) -> Loss:
+def _classify_worker_error(error: RayTaskError) -> WorkerFailure:
     cause = error.cause
     if isinstance(cause, PeerLostError):
-        return Loss("interruption", f"lost its peers ({cause})", gone=False)
+        return WorkerFailure("interruption", f"lost its peers ({cause})", needs_restart=False)
     if isinstance(cause, RaymergeError):
         raise cause from None
     raise RunError(f"a worker failed: {_last_line(error)}") from None
@@ -88,48 +88,47 @@ def _last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
-def worst(losses: Collection[Loss]) -> Loss:
-    """The one that explains the others: a death breaks its peers' connections."""
-    return min(losses, key=lambda loss: _WORST_FIRST.index(loss.kind))
+def root_cause(failures: Mapping[int, WorkerFailure]) -> tuple[WorkerFailure, tuple[int, ...]]:
+    """Return the failure that explains the others, and the ranks that failed in the same way.
 
-
-def blame(losses: Mapping[int, Loss]) -> tuple[Loss, tuple[int, ...]]:
-    """Of losses by rank, the one that explains the others, and whom its kind befell."""
-    cause = worst(losses.values())
-    return cause, tuple(sorted(rank for rank, loss in losses.items() if loss.kind == cause.kind))
+    A lost worker breaks its peers' connections, so it explains their interruptions.
+    """
+    cause = min(failures.values(), key=lambda failure: _CAUSE_ORDER.index(failure.kind))
+    ranks = (rank for rank, failure in failures.items() if failure.kind == cause.kind)
+    return cause, tuple(sorted(ranks))
 
 
 @dataclass
 class Budget:
-    """Counts failures by kind. Losing a whole node at once is one failure.
+    """Counts failures by kind. The loss of a whole node at once is one failure.
 
-    Interruptions have no limit over a run, only ``_INTERRUPTIONS_IN_A_ROW`` without any progress.
+    Interruptions have no limit over a run, only one on how many occur in a row without progress.
     """
 
     limits: Mapping[IncidentKind, int | None]
     spent: dict[IncidentKind, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: ClusterConfig) -> Budget:
+    def from_config(cls, config: ClusterConfig) -> Budget:
         return cls(
             {
                 "worker": config.max_worker_failures,
                 "start": config.max_start_failures,
                 "preemption": config.max_preemptions,
-                "interruption": _INTERRUPTIONS_IN_A_ROW,
+                "interruption": _MAX_CONSECUTIVE_INTERRUPTIONS,
             }
         )
 
-    def charge(self, kind: IncidentKind) -> str | None:
-        """Count one more. None if the run survives it, else why it does not."""
+    def spend(self, kind: IncidentKind) -> str | None:
+        """Count one failure. Return why the run must end, or None if it may continue."""
         self.spent[kind] = self.spent.get(kind, 0) + 1
         limit = self.limits[kind]
         if limit is None or self.spent[kind] <= limit:
             return None
         if kind == "interruption":
             return f"interrupted {self.spent[kind]} times in a row without any progress"
-        return f"failure {self.spent[kind]}, and {_KEYS[kind]} is {limit}"
+        return f"failure {self.spent[kind]}, and {_BUDGET_KEYS[kind]} is {limit}"
 
-    def progressed(self) -> None:
-        """A call has been answered by everyone."""
+    def reset_interruptions(self) -> None:
+        """Start counting interruptions anew, because every worker has answered a call."""
         self.spent.pop("interruption", None)

@@ -10,8 +10,8 @@ import ray
 from ray.exceptions import RayError
 
 from raymerge.config import ClusterConfig
-from raymerge.distributed.calls import ACTOR_OPTIONS, Call, StepLimits, gather, ping
-from raymerge.distributed.failures import Budget, Loss, blame, loss_of
+from raymerge.distributed.calls import ACTOR_OPTIONS, Call, StepLimits, ping, wait_for_results
+from raymerge.distributed.failures import Budget, WorkerFailure, classify, root_cause
 from raymerge.engine.messages import Incident, StepRequest, StepResult
 from raymerge.errors import RunError, WorkerLostError
 
@@ -34,7 +34,7 @@ class ModuleActors:
         self.workers = len(shares)
         self.incidents: list[Incident] = []
         self._config = config or ClusterConfig()
-        self._limits, self._budget = StepLimits(self._config), Budget.of(self._config)
+        self._limits, self._budget = StepLimits(self._config), Budget.from_config(self._config)
         self._shares, self._task = shares, ray.put(task)
         self._remote: Any = ray.remote(num_cpus=1, **ACTOR_OPTIONS)(worker)
         self._actors: dict[int, Any] = {}
@@ -53,10 +53,12 @@ class ModuleActors:
                 rank: Call(actor, actor.step.remote(request))
                 for rank, actor in self._actors.items()
             }
-            losses = gather(calls, self._limits.of(self.workers), answers.__setitem__)
+            losses = wait_for_results(
+                calls, self._limits.for_workers(self.workers), answers.__setitem__
+            )
             if not losses:
-                self._limits.took(time.monotonic() - began)
-                self._budget.progressed()
+                self._limits.record(time.monotonic() - began)
+                self._budget.reset_interruptions()
                 return [answers[rank] for rank in range(self.workers)]
             self._mend(losses, what, began)
 
@@ -64,14 +66,14 @@ class ModuleActors:
         for actor in self._actors.values():
             ray.kill(actor)
 
-    def _mend(self, losses: Mapping[int, Loss], what: str, began: float) -> None:
+    def _mend(self, losses: Mapping[int, WorkerFailure], what: str, began: float) -> None:
         """Make the lost ones again; those that are well need only be asked again."""
         found_out = time.monotonic()
-        cause, ranks = blame(losses)
-        refusal = self._budget.charge(cause.kind)
+        cause, ranks = root_cause(losses)
+        refusal = self._budget.spend(cause.kind)
         if refusal is not None:
             raise WorkerLostError(f"worker {ranks[0]} {cause.reason} during {what} ({refusal})")
-        self._start([rank for rank, loss in losses.items() if loss.gone])
+        self._start([rank for rank, loss in losses.items() if loss.needs_restart])
         recovered = time.monotonic() - found_out
         self.incidents.append(
             Incident(what, cause.kind, ranks, cause.reason, found_out - began, recovered,
@@ -94,7 +96,7 @@ class ModuleActors:
             try:
                 ray.get(done[0])
             except RayError as error:
-                self._require_another_start(rank, loss_of(error))
+                self._require_another_start(rank, classify(error))
                 hellos[self._hire(rank)] = rank
 
     def _hire(self, rank: int) -> Any:
@@ -104,7 +106,7 @@ class ModuleActors:
         self._actors[rank] = self._remote.remote(self._task, self._shares[rank])
         return ping(self._actors[rank])
 
-    def _require_another_start(self, rank: int, loss: Loss) -> None:
-        refusal = self._budget.charge("start")
+    def _require_another_start(self, rank: int, loss: WorkerFailure) -> None:
+        refusal = self._budget.spend("start")
         if refusal is not None:
             raise RunError(f"worker {rank} {loss.reason} before it was ready ({refusal})")

@@ -1,4 +1,8 @@
-"""Where workers run: one placement group for every group of shards, one bundle a worker."""
+"""Worker slots in the cluster: one placement group per group of shards, one bundle per worker.
+
+Ray chooses the nodes, and chooses again when a node is lost. How many slots there are is decided
+in ``placement``.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +23,17 @@ from raymerge.engine.worker.worker import MergeWorker
 
 
 @dataclass(frozen=True)
-class Place:
-    """Bundle ``bundle`` of the ``group``-th group of shards. Ray moves it when its node is lost."""
+class WorkerSlot:
+    """Bundle ``bundle`` of the placement group of the ``group``-th group of shards."""
 
     group: int
     bundle: int
-    reserved: PlacementGroup
+    placement_group: PlacementGroup
 
 
 @dataclass(frozen=True)
-class Whereabouts:
-    """Where an actor has come to run. ``interface``: the network interface of its Ray address."""
+class Location:
+    """Where an actor runs. ``interface``: the network interface that has ``address``."""
 
     node: str
     gpus: tuple[str, ...]
@@ -38,8 +42,8 @@ class Whereabouts:
     pid: int
 
 
-def reserve(placement: Placement) -> list[Place]:
-    """Ask for all places; Ray finds them in its own time."""
+def reserve_slots(placement: Placement) -> list[WorkerSlot]:
+    """Request a slot for every worker; returns before Ray has found nodes for them."""
     bundle: dict[str, float] = {"CPU": placement.cpus_per_worker}
     if placement.gpus_per_worker:
         bundle["GPU"] = placement.gpus_per_worker
@@ -47,34 +51,40 @@ def reserve(placement: Placement) -> list[Place]:
         placement_group([bundle] * placement.shards, strategy="PACK")
         for _ in range(placement.groups)
     ]
-    return [Place(g, b, group) for g, group in enumerate(groups) for b in range(placement.shards)]
+    return [
+        WorkerSlot(index, shard, group)
+        for index, group in enumerate(groups)
+        for shard in range(placement.shards)
+    ]
 
 
-def found(places: Sequence[Place]) -> bool:
-    """Whether the cluster has found room for all of them."""
-    tables = [ray.util.placement_group_table(place.reserved) for place in places]
+def all_reserved(slots: Sequence[WorkerSlot]) -> bool:
+    """Return whether Ray has found nodes for all slots."""
+    tables = [ray.util.placement_group_table(slot.placement_group) for slot in slots]
     return all(table.get("state") == "CREATED" for table in tables)
 
 
-def create(worker: type[MergeWorker], spec: WorkerSpec, placement: Placement, place: Place) -> Any:
-    """The plain class becomes an actor here, and only here."""
+def start_actor(
+    worker_class: type[MergeWorker], spec: WorkerSpec, placement: Placement, slot: WorkerSlot
+) -> Any:
+    """Start an actor in the slot, as soon as Ray has a node for it; returns its handle."""
     options = {
         "num_cpus": placement.cpus_per_worker,
         "num_gpus": placement.gpus_per_worker,
         **ACTOR_OPTIONS,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(
-            placement_group=place.reserved, placement_group_bundle_index=place.bundle
+            placement_group=slot.placement_group, placement_group_bundle_index=slot.bundle
         ),
     }
-    return ray.remote(**options)(worker).remote(spec)
+    return ray.remote(**options)(worker_class).remote(spec)
 
 
-def ask_whereabouts(actor: Any) -> Any:
-    """A reference to its :class:`Whereabouts`: the first sign of life."""
-    return actor.__ray_call__.remote(_whereabouts)
+def request_location(actor: Any) -> Any:
+    """Return a reference to the actor's :class:`Location`, which shows that it is ready."""
+    return actor.__ray_call__.remote(_location)
 
 
-def _whereabouts(worker: MergeWorker) -> Whereabouts:
+def _location(worker: MergeWorker) -> Location:
     context = ray.get_runtime_context()
     address: str = ray.util.get_node_ip_address()
     interface = next(
@@ -86,4 +96,4 @@ def _whereabouts(worker: MergeWorker) -> Whereabouts:
         None,
     )
     gpus = tuple(map(str, ray.get_gpu_ids()))
-    return Whereabouts(context.get_node_id(), gpus, address, interface, os.getpid())
+    return Location(context.get_node_id(), gpus, address, interface, os.getpid())

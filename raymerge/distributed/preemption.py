@@ -1,6 +1,6 @@
-"""What the cluster's head says of its nodes, asked beside the run: which are to be taken back.
+"""A monitor of the nodes that the cluster is about to take back (preemption, draining).
 
-A head that is lost holds up nobody who asks, only the thread that waits for its answer.
+It polls the head node on a thread of its own, so that a lost head never blocks a step.
 """
 
 from __future__ import annotations
@@ -12,61 +12,65 @@ from collections.abc import Callable, Collection
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 2.0
-_SILENT_S = 10.0
-_END_S = 1.0
+_POLL_S = 2.0
+_HEAD_TIMEOUT_S = 10.0
+_JOIN_S = 1.0
 
 
-class Notices:
-    """Asks now and then, until ``close``.
+class PreemptionMonitor:
+    """Polls the head for draining nodes until ``close``.
 
-    ``announced``: the nodes that ever were about to go. Ray itself says of a worker's death that it
-    was a preemption only where its node outlived the deadline it had been given.
+    ``announced_nodes``: every node that was ever draining. It is needed because Ray itself reports
+    a worker's death as a preemption only if its node lived until the announced deadline.
     """
 
     def __init__(
-        self, ask: Callable[[], Collection[str]] | None = None, look_s: float = _LOOK_S
+        self, query: Callable[[], Collection[str]] | None = None, poll_s: float = _POLL_S
     ) -> None:
-        self.announced: frozenset[str] = frozenset()
-        self._now: frozenset[str] = frozenset()
-        self._ask, self._look_s = ask or _draining, look_s
-        self._heard = time.monotonic()
-        self._silent = False
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="notices", daemon=True)
+        self.announced_nodes: frozenset[str] = frozenset()
+        self._draining: frozenset[str] = frozenset()
+        self._query, self._poll_s = query or _draining_nodes, poll_s
+        self._answered_at = time.monotonic()
+        self._is_head_silent = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="preemption-monitor", daemon=True)
         self._thread.start()
 
-    def leaving(self, nodes: Collection[str]) -> bool:
-        """Whether one of them is about to go, or may be gone: the head says nothing any more.
+    def is_pending(self, nodes: Collection[str]) -> bool:
+        """Return whether one of ``nodes`` is draining, or the head has stopped answering.
 
-        A driver whose head is lost is soon ended by Ray, without a word.
+        A silent head counts because Ray ends the driver soon after its head is lost.
         """
-        silent_s = time.monotonic() - self._heard
-        was_silent, self._silent = self._silent, silent_s > self._look_s + _SILENT_S
-        if self._silent and not was_silent:
+        silent_s = time.monotonic() - self._answered_at
+        was_silent, self._is_head_silent = (
+            self._is_head_silent,
+            silent_s > self._poll_s + _HEAD_TIMEOUT_S,
+        )
+        if self._is_head_silent and not was_silent:
             logger.warning(
                 "the cluster's head has not answered for %.0f s: every step is saved from now on. "
-                "If it stays away Ray ends this process; run again with --resume then", silent_s,
-            )  # fmt: skip
-        return self._silent or not self._now.isdisjoint(nodes)
+                "If the head does not return, Ray ends this process; run again with --resume then",
+                silent_s,
+            )
+        return self._is_head_silent or not self._draining.isdisjoint(nodes)
 
     def close(self) -> None:
-        self._end.set()
-        self._thread.join(_END_S)
+        self._stop.set()
+        self._thread.join(_JOIN_S)
 
-    def _listen(self) -> None:
-        while not self._end.wait(self._look_s):
+    def _poll(self) -> None:
+        while not self._stop.wait(self._poll_s):
             try:
-                now = frozenset(self._ask())
-            except Exception as error:  # RuntimeError, RpcError, by Ray's mood
-                logger.debug("nodes: %s", error)
+                draining = frozenset(self._query())
+            except Exception as error:  # Ray raises RuntimeError or RpcError
+                logger.debug("draining nodes: %s", error)
                 continue
-            self.announced |= now
-            self._now, self._heard = now, time.monotonic()
+            self.announced_nodes |= draining
+            self._draining, self._answered_at = draining, time.monotonic()
 
 
-def _draining() -> Collection[str]:
-    """Empty where this Ray does not tell."""
+def _draining_nodes() -> Collection[str]:
+    """Return the ids of the draining nodes; none if this version of Ray does not report them."""
     try:
         from ray._private.state import state
 

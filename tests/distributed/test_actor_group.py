@@ -1,4 +1,4 @@
-"""Ray workers against the in-process loop: the same λ for any W, S, G; faults are clear errors."""
+"""Ray workers give the λ of the in-process loop for any W, S, G; failures are clear errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from world import World
 
 from raymerge.config import ClusterConfig
 from raymerge.distributed.actor_group import ActorGroup
-from raymerge.distributed.calls import is_free
+from raymerge.distributed.calls import is_idle
 from raymerge.distributed.placement import Placement
 from raymerge.engine.driver.groups import LocalGroup
 from raymerge.engine.messages import EvaluateRequest, StepRequest, StepResult
@@ -37,9 +37,9 @@ def _group(world: World, workers: int, shards: int = 1, **config: float) -> Acto
 
 
 def _pid(group: ActorGroup, rank: int) -> int:
-    where = group._team.working[rank].where
-    assert where is not None
-    return where.pid
+    location = group._groups.workers[rank].location
+    assert location is not None
+    return location.pid
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_repeated_sharded_run_is_bit_identical(world: World) -> None:
     assert np.array_equal(gradients[0], gradients[1])
 
 
-def test_vector_bytes_fall_as_one_over_shards_and_slots_are_shared(world: World) -> None:
+def test_vectors_are_split_evenly_and_every_task_is_loaded(world: World) -> None:
     local = LocalGroup(worker_spec(world)).load(load_request(world))[0]
     group = _group(world, 2, 2)
     try:
@@ -132,7 +132,9 @@ def test_steps_are_idempotent_and_evaluation_does_not_depend_on_workers(world: W
 
 
 @pytest.mark.parametrize(("workers", "shards"), [(2, 1), (2, 2)])
-def test_a_killed_worker_is_a_clear_error_soon(world: World, workers: int, shards: int) -> None:
+def test_a_killed_worker_is_a_clear_error_within_seconds(
+    world: World, workers: int, shards: int
+) -> None:
     group = _group(world, workers, shards, max_worker_failures=0)
     try:
         group.load(load_request(world))
@@ -147,7 +149,7 @@ def test_a_killed_worker_is_a_clear_error_soon(world: World, workers: int, shard
         group.close()
 
 
-def test_a_silent_worker_is_named_after_the_deadline(world: World) -> None:
+def test_a_frozen_worker_is_named_after_the_deadline(world: World) -> None:
     group = _group(world, 2, hang_timeout_s=2.0, max_worker_failures=0)
     try:
         group.load(load_request(world))
@@ -162,22 +164,22 @@ def test_a_silent_worker_is_named_after_the_deadline(world: World) -> None:
         group.close()
 
 
-def test_a_worker_that_says_nothing_is_not_taken_to_be_free(world: World) -> None:
+def test_a_worker_without_a_heartbeat_does_not_count_as_idle(world: World) -> None:
     group = _group(world, 1)
     try:
-        actor = group._team.working[0].actor
-        assert is_free(actor)
+        actor = group._groups.workers[0].actor
+        assert is_idle(actor)
         os.kill(_pid(group, 0), signal.SIGSTOP)
         try:
-            assert not is_free(actor)
+            assert not is_idle(actor)
         finally:
             os.kill(_pid(group, 0), signal.SIGCONT)
-        assert is_free(actor)
+        assert is_idle(actor)
     finally:
         group.close()
 
 
-def test_a_workers_own_error_arrives_as_it_was(world: World, tmp_path: object) -> None:
+def test_a_workers_own_error_is_raised_unchanged(world: World, tmp_path: object) -> None:
     missing = (str(tmp_path) + "/gone.pt",)
     group = _group(world, 1)
     try:
@@ -192,7 +194,7 @@ def test_no_room_is_a_clear_error(world: World) -> None:
         ActorGroup(worker_spec(world), Placement(1, 1, 64, 0.0), ClusterConfig(start_timeout_s=1.0))
 
 
-def test_closing_frees_every_place(world: World) -> None:
+def test_close_frees_every_slot(world: World) -> None:
     import ray
 
     group = _group(world, 1, 1)
@@ -204,20 +206,20 @@ def test_closing_frees_every_place(world: World) -> None:
     assert ray.available_resources()["CPU"] == 6
 
 
-def test_an_answer_of_an_abandoned_generation_is_refused(
+def test_a_result_of_an_abandoned_generation_is_refused(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = _group(world, 1)
     try:
         lambdas = np.zeros((1, 1))
-        group._team.generation = 2
+        group._groups.generation = 2
         stale = StepResult(0, 0, 1, lambdas, np.zeros(1), np.zeros(1), np.zeros((1, 2)))
 
-        def ask(method, members, argument, limits, on_answer):
-            on_answer(members[0], stale)
+        def request(method, workers, argument, limits, on_result):
+            on_result(workers[0], stale)
 
-        monkeypatch.setattr(group._team, "ask", ask)
-        with pytest.raises(RunError, match=r"step 1: worker 0 of 1 answered for .* 1, .* is 2"):
+        monkeypatch.setattr(group._pool, "request", request)
+        with pytest.raises(RunError, match=r"step 1: worker 0 of 1 sent a .* of .* 1, .* is 2"):
             group.step(StepRequest(0, lambdas))
     finally:
         group.close()

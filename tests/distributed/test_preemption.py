@@ -1,4 +1,4 @@
-"""Nodes that are to be taken back, as a head tells that may be lost itself. No cluster."""
+"""The preemption monitor, with a stand-in for the head node. No cluster."""
 
 from __future__ import annotations
 
@@ -8,65 +8,65 @@ from collections.abc import Callable
 
 import pytest
 
-from raymerge.distributed import preemption as notices
-from raymerge.distributed.preemption import Notices
+from raymerge.distributed import preemption
+from raymerge.distributed.preemption import PreemptionMonitor
 
 
-def _soon(found: Callable[[], object]) -> None:
+def _wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 10
-    while not found():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
-def test_only_the_nodes_of_workers_count_and_what_was_announced_is_remembered() -> None:
-    now = [{"a"}]
-    told = Notices(lambda: now[0], look_s=0.01)
+def test_only_the_workers_nodes_count_and_announced_nodes_are_remembered() -> None:
+    draining = [{"a"}]
+    monitor = PreemptionMonitor(lambda: draining[0], poll_s=0.01)
     try:
-        _soon(lambda: told.leaving(["a", "b"]))
-        assert not told.leaving(["b"])
-        now[0] = {"c"}
-        _soon(lambda: told.leaving(["c"]))
-        assert not told.leaving(["a"])
-        assert told.announced == {"a", "c"}
+        _wait_for(lambda: monitor.is_pending(["a", "b"]))
+        assert not monitor.is_pending(["b"])
+        draining[0] = {"c"}
+        _wait_for(lambda: monitor.is_pending(["c"]))
+        assert not monitor.is_pending(["a"])
+        assert monitor.announced_nodes == {"a", "c"}
     finally:
-        told.close()
+        monitor.close()
 
 
-def test_a_question_that_fails_is_asked_again() -> None:
-    answers = iter([RuntimeError("lost"), {"a"}])
+def test_a_failed_query_is_repeated() -> None:
+    results = iter([RuntimeError("lost"), {"a"}])
 
-    def ask() -> set[str]:
-        answer = next(answers, {"a"})
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    def query() -> set[str]:
+        result = next(results, {"a"})
+        if isinstance(result, Exception):
+            raise result
+        return result
 
-    told = Notices(ask, look_s=0.01)
+    monitor = PreemptionMonitor(query, poll_s=0.01)
     try:
-        _soon(lambda: told.leaving(["a"]))
+        _wait_for(lambda: monitor.is_pending(["a"]))
     finally:
-        told.close()
+        monitor.close()
 
 
-def test_a_head_that_says_nothing_holds_up_nobody_and_may_be_lost(
+def test_a_silent_head_blocks_no_step_and_counts_as_a_pending_preemption(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(notices, "_SILENT_S", 0.2)
-    lost = threading.Event()
+    monkeypatch.setattr(preemption, "_HEAD_TIMEOUT_S", 0.2)
+    answers = threading.Event()
 
-    def ask() -> set[str]:
-        lost.wait(60)
+    def query() -> set[str]:
+        answers.wait(60)
         return set()
 
-    told = Notices(ask, look_s=0.01)
+    monitor = PreemptionMonitor(query, poll_s=0.01)
     began = time.monotonic()
-    assert not told.leaving(["a"])
+    assert not monitor.is_pending(["a"])
     assert time.monotonic() - began < 0.1
-    _soon(lambda: told.leaving(["a"]))
-    assert told.leaving(["a"])
+    _wait_for(lambda: monitor.is_pending(["a"]))
+    assert monitor.is_pending(["a"])
     assert len(caplog.messages) == 1
     assert "head has not answered" in caplog.messages[0]
-    lost.set()
-    _soon(lambda: not told.leaving(["a"]))
-    told.close()
+    answers.set()
+    _wait_for(lambda: not monitor.is_pending(["a"]))
+    monitor.close()

@@ -31,7 +31,7 @@ import psutil
 import ray
 import torch
 from group_requests import layer_names, load_request, worker_spec
-from injection import STEP_PHASES, Fault, Kind, faulty, struck
+from injection import STEP_PHASES, Fault, Kind, count_injected, faulty_worker
 from world import World, make_world
 
 from raymerge.config import ClusterConfig
@@ -95,7 +95,9 @@ def run(
     """The :class:`Course` of ``steps`` steps; raises what ends it."""
     config = ClusterConfig(hang_timeout_s=3.0, max_worker_failures=None, max_start_failures=None)
     layers = layer_names(world)
-    group = ActorGroup(worker_spec(world), Placement(*shape, 1, 0.0), config, faulty(faults, marks))
+    group = ActorGroup(
+        worker_spec(world), Placement(*shape, 1, 0.0), config, faulty_worker(faults, marks)
+    )
     course = Course(AdamState.start(torch.full((4, len(layers)), 0.3)))
     names = world.parse().task_names
 
@@ -136,7 +138,7 @@ def campaign(
         same = course.losses == reference.losses and all(torch.equal(*pair) for pair in pairs)
         deviation = float((pairs[0][0] - pairs[0][1]).abs().max())
     incidents = () if course is None else tuple(asdict(i) for i in course.incidents)
-    return Campaign(*shape, struck(marks), ended, error, same, deviation, incidents)
+    return Campaign(*shape, count_injected(marks), ended, error, same, deviation, incidents)
 
 
 def soak(count: int, seed: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Faults injected into real workers: the run goes on by itself, with the same gradients.
+"""Faults injected into real workers: the run recovers by itself, with the same gradients.
 
-To the bit where as many workers go on as before; else up to the order of float32 sums.
+They are equal to the bit if all workers are restarted, and else up to the order of float32 sums.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from group_requests import layer_names, load_request, worker_spec
-from injection import STEP_PHASES, Fault, faulty, struck
+from injection import STEP_PHASES, Fault, count_injected, faulty_worker
 from world import World
 
 from raymerge.config import ClusterConfig
 from raymerge.distributed.actor_group import ActorGroup
 from raymerge.distributed.placement import Placement
-from raymerge.distributed.placement_groups import Place
+from raymerge.distributed.placement_groups import WorkerSlot
 from raymerge.engine.messages import EvaluateRequest, StepRequest
 from raymerge.errors import WorkerLostError
 
@@ -32,7 +32,7 @@ Gradients = list[np.ndarray]
 
 
 class Bench:
-    """A group of workers that fail as told, and the gradients of some steps."""
+    """Makes groups of workers that fail as planned, and the gradients of some steps."""
 
     def __init__(self, world: World, marks: Path) -> None:
         self.world, self.marks = world, marks
@@ -41,9 +41,9 @@ class Bench:
     def group(
         self, workers: int, shards: int, faults: Sequence[Fault] = (), **cluster: float
     ) -> ActorGroup:
-        given = ClusterConfig(**{"hang_timeout_s": 3.0, **cluster})  # type: ignore[arg-type]
-        spec, worker = worker_spec(self.world), faulty(faults, self.marks)
-        return ActorGroup(spec, Placement(workers, shards, 1, 0.0), given, worker=worker)
+        config = ClusterConfig(**{"hang_timeout_s": 3.0, **cluster})  # type: ignore[arg-type]
+        spec, worker = worker_spec(self.world), faulty_worker(faults, self.marks)
+        return ActorGroup(spec, Placement(workers, shards, 1, 0.0), config, worker=worker)
 
     def load(self, group: ActorGroup) -> None:
         group.load(load_request(self.world, steps=STEPS))
@@ -107,7 +107,7 @@ def test_the_step_is_replayed_to_the_bit(
         incidents = group.incidents
     finally:
         group.close()
-    assert struck(bench.marks) == 1
+    assert count_injected(bench.marks) == 1
     for mine, theirs in zip(gradients, undisturbed[workers, shards], strict=True):
         assert np.array_equal(mine, theirs)
     assert [incident.workers for incident in incidents] == [workers]
@@ -116,10 +116,10 @@ def test_the_step_is_replayed_to_the_bit(
     assert incidents[0].ranks == (fault.rank,) or broken
 
 
-def test_without_a_successor_the_others_share_the_work_until_it_comes(
+def test_the_others_share_the_work_until_a_lost_worker_is_restarted(
     bench: Bench, undisturbed: dict[tuple[int, int], Gradients]
 ) -> None:
-    """There is no place for the lost one until others' work, here ``blocker``, has ended."""
+    """``blocker`` stands for other work, which leaves no room for the lost worker until it ends."""
     import ray
 
     group = bench.group(2, 2, replace_timeout_s=1.0, min_workers=1)
@@ -128,18 +128,17 @@ def test_without_a_successor_the_others_share_the_work_until_it_comes(
         bench.load(group)
         assert blocker.wait(60)
         first = bench.step(group, 0)
-        lost = group._team.working[1]
-        assert lost.where is not None
-        nowhere = ray.util.placement_group([{"CPU": 1}])
-        lost.place = Place(1, 0, nowhere)
-        os.kill(lost.where.pid, signal.SIGKILL)
+        lost = group._groups.workers[1]
+        assert lost.location is not None
+        lost.slot = WorkerSlot(1, 0, ray.util.placement_group([{"CPU": 1}]))
+        os.kill(lost.location.pid, signal.SIGKILL)
         alone = bench.step(group, 1)
         assert group.workers == 1
         assert [incident.workers for incident in group.incidents] == [1]
         ray.util.remove_placement_group(blocker)
         deadline = time.monotonic() + 60
         while group.workers < 2 and time.monotonic() < deadline:
-            again = bench.step(group, 2)
+            restarted = bench.step(group, 2)
         assert group.workers == 2
     finally:
         group.close()
@@ -147,10 +146,10 @@ def test_without_a_successor_the_others_share_the_work_until_it_comes(
     expected = undisturbed[2, 2]
     assert np.array_equal(first, expected[0])
     assert np.allclose(alone, expected[1], rtol=1e-4, atol=1e-7)
-    assert np.array_equal(again, expected[2])
+    assert np.array_equal(restarted, expected[2])
 
 
-def test_a_spent_budget_ends_the_run_with_its_name(bench: Bench) -> None:
+def test_a_spent_budget_ends_the_run_and_is_named(bench: Bench) -> None:
     faults = [Fault("kill", 1, "compute", AT, times=2)]
     group = bench.group(2, 1, faults, max_worker_failures=1)
     try:
@@ -163,7 +162,7 @@ def test_a_spent_budget_ends_the_run_with_its_name(bench: Bench) -> None:
         group.close()
 
 
-def test_a_worker_lost_in_evaluation_costs_only_its_own_part(bench: Bench) -> None:
+def test_after_a_loss_in_evaluation_only_the_missing_chunks_are_scored_again(bench: Bench) -> None:
     checkpoints = {task.name: str(task.checkpoint) for task in bench.world.parse().tasks}
     request = EvaluateRequest(checkpoints)
     scores = []
@@ -173,5 +172,5 @@ def test_a_worker_lost_in_evaluation_costs_only_its_own_part(bench: Bench) -> No
             scores.append(group.evaluate(request))
         finally:
             group.close()
-    assert struck(bench.marks) == 1
+    assert count_injected(bench.marks) == 1
     assert scores[0] == scores[1]

@@ -1,4 +1,4 @@
-"""Workers that fail on purpose: which one, in which phase of which step, and how."""
+"""Workers that fail on purpose, in a given phase of a given step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Kind = Literal["kill", "freeze", "exit", "break"]
 
 @dataclass(frozen=True)
 class Fault:
-    """Befalls worker ``rank`` when it begins ``phase`` of ``step``, once (``times``).
+    """A fault of worker ``rank`` when it begins ``phase`` of ``step``, injected ``times`` times.
 
     ``kill``: SIGKILL. ``freeze``: SIGSTOP. ``exit``: the process ends by itself. ``break``: the
     connection to its peers breaks.
@@ -39,7 +39,7 @@ class Fault:
 
 
 class FaultyWorker(MergeWorker):
-    """Made by ``faulty``: a class of its own for every plan, as Ray sends classes by value."""
+    """Base of the classes that ``faulty_worker`` makes, one per list of faults."""
 
     faults: Sequence[Fault] = ()
     marks = ""
@@ -50,20 +50,20 @@ class FaultyWorker(MergeWorker):
             if (fault.rank, fault.phase, fault.step) == (self.spec.rank, phase, step):
                 for attempt in range(fault.times):
                     if _first(Path(self.marks) / f"{fault.name}-{attempt}"):
-                        _befall(fault)
+                        _inject(fault)
                         break
 
 
-def faulty(faults: Sequence[Fault], marks: Path) -> type[FaultyWorker]:
-    """``marks``: an empty folder, where the faults that have struck are noted."""
+def faulty_worker(faults: Sequence[Fault], marks: Path) -> type[FaultyWorker]:
+    """Return a worker class with these faults; each injected one leaves a file in ``marks``."""
     marks.mkdir(parents=True, exist_ok=True)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not know this folder
     members = {"faults": tuple(faults), "marks": str(marks)}
     return type("FaultyWorker", (FaultyWorker,), members)
 
 
-def struck(marks: Path) -> int:
-    """How many faults have struck."""
+def count_injected(marks: Path) -> int:
+    """Return the number of faults that were injected."""
     return len(list(marks.iterdir()))
 
 
@@ -75,7 +75,7 @@ def _first(mark: Path) -> bool:
     return True
 
 
-def _befall(fault: Fault) -> None:
+def _inject(fault: Fault) -> None:
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.kind == "freeze":
