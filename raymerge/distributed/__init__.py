@@ -1,1 +1,1 @@
-"""The only place that imports Ray: connecting, placing workers, calling them, mapping tasks."""
+"""The only room that imports Ray: it connects, places and calls workers, and maps tasks."""

@@ -1,4 +1,4 @@
-"""Connect to Ray: an address if there is one, else a private cluster on this machine."""
+"""Connect to Ray at an address, or else start a private cluster on this machine."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import ray
 from raymerge.distributed.placement import Resources, environment_address
 from raymerge.errors import RunError, one_line
 
-_OBJECT_STORE_BYTES = 200_000_000  # only coefficients and scores travel, a few megabytes at most
+_OBJECT_STORE_BYTES = 200_000_000  # requests and results are a few megabytes at most
 
 
 @contextmanager
 def connect(address: str | None, local_cpus: int) -> Iterator[Resources]:
-    """Yield what the cluster has. A cluster started here ends here; one that was there stays.
+    """Yield the cluster's resources. A cluster that was started here is stopped at the end.
 
     ``local_cpus``: logical CPUs that a private local cluster declares.
     """
@@ -33,28 +33,28 @@ def connect(address: str | None, local_cpus: int) -> Iterator[Resources]:
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         _connect(remote, local_cpus)
-    except Exception as error:  # ConnectionError, ValueError, RuntimeError, by Ray's mood
+    except Exception as error:  # Ray raises ConnectionError, ValueError or RuntimeError
         where = f"the Ray cluster at {remote}" if remote else "a local Ray"
         raise RunError(
             f"cannot reach {where}: {one_line(error, 200)}; check cluster.address, "
             "and RAY_AUTH_MODE and RAY_AUTH_TOKEN if the cluster asks for a token"
         ) from error
-    _restore(terminate)
-    with redirect_stdout(sys.stderr):  # Ray prints what it has to say of a worker's end
+    _restore_sigterm(terminate)
+    with redirect_stdout(sys.stderr):  # Ray prints there when a worker dies
         try:
             yield _resources(is_elastic=remote is None)
         finally:
             ray.shutdown()
 
 
-def _restore(handler: Any) -> None:
-    """Ray puts its own handler for SIGTERM, which exits without a word; ours keeps the state."""
+def _restore_sigterm(handler: Any) -> None:
+    """Undo Ray's own handler for SIGTERM, which would exit without saving the state."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
 
 
 def _connect(remote: str | None, local_cpus: int) -> None:
-    # A worker that is freed from a call which a lost peer has spoilt fails it, and nobody asks.
+    # An aborted call fails after its result has been given up, which Ray would report.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if remote:

@@ -1,6 +1,6 @@
-"""A run in Ray's own metrics, for Prometheus; ``cluster/grafana/raymerge.json`` draws them.
+"""Metrics of a run for Prometheus, through Ray; ``cluster/grafana/raymerge.json`` plots them.
 
-Ray puts ``ray_`` before each name and adds labels of its own.
+Ray prefixes each name with ``ray_`` and adds labels of its own.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class RayMetrics:
     def __init__(self, run: str, steps: int) -> None:
         self._run, self._planned = {"run": run}, steps
         self._steps = _gauge("steps", "The steps to take")
-        self._step = _gauge("step", "The last step that was taken")
+        self._step = _gauge("step", "The last completed step")
         self._loss = _gauge("loss", "The loss, in nats, summed over the tasks")
         self._entropy = _gauge("entropy", "Mean entropy of a task's predictions, in nats", "task")
         self._lambda = _gauge("lambda", "Mean coefficient of a task's model", "task")
-        self._workers = _gauge("workers", "Workers with a part in the work")
+        self._workers = _gauge("workers", "Workers that take part")
         self._step_seconds = Histogram(
             "raymerge_step_seconds", "Seconds a step", boundaries=_STEP_BOUNDS_S, tag_keys=("run",)
         )
@@ -34,9 +34,9 @@ class RayMetrics:
             "phase_seconds_total", "Seconds of the slowest worker, by phase of a step", "phase"
         )
         self._skipped = _counter("skipped_steps_total", "Steps that gave NaN or infinity")
-        self._failures = _counter("failures_total", "Failures that were survived", "kind")
+        self._failures = _counter("failures_total", "Failures that the run survived", "kind")
         self._lost_seconds = _counter(
-            "lost_seconds_total", "Seconds until failures were known and all were ready", "kind"
+            "lost_seconds_total", "Seconds from failures until all workers were ready again", "kind"
         )
 
     def observe(self, record: StepRecord, workers: int, incidents: Sequence[Incident]) -> None:
@@ -62,10 +62,10 @@ class RayMetrics:
             self._lost_seconds.inc(incident.detect_s + incident.recover_s, kind)
 
     def finish(self, scores: Mapping[str, TaskScore]) -> None:
-        """The process ends now, and with it what it told: nobody would come to fetch the scores."""
+        """Do nothing: the process ends now, before Prometheus would scrape the scores."""
 
     def close(self, *, failed: bool) -> None:
-        """Nothing is open."""
+        """Do nothing: no file or connection is open."""
 
 
 def _gauge(name: str, description: str, *labels: str) -> Gauge:

@@ -1,4 +1,7 @@
-"""How many workers, and what each one gets: a pure decision, tested without a cluster."""
+"""Decide how many workers a run has, and how many CPUs and GPUs each of them gets.
+
+These are pure decisions, tested without a cluster; ``placement_groups`` asks Ray for the slots.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from raymerge.errors import UserError
 
 @dataclass(frozen=True)
 class Resources:
-    """What there is to place workers on: logical CPUs and GPUs, and nodes, of the whole cluster.
+    """Logical CPUs, GPUs and nodes of the whole cluster.
 
     ``is_elastic``: a private local cluster, which may declare more CPUs than the machine has.
     """
@@ -22,16 +25,16 @@ class Resources:
     nodes: int = 1
     is_elastic: bool = True
     per_node: tuple[tuple[int, int], ...] = ()
-    """(CPUs, GPUs) of each node, if known."""
+    """CPUs and GPUs of each node, if known."""
     memory_bytes: int | None = None
-    """Of this machine; None where the workers run elsewhere."""
+    """Memory of this machine; None if the workers run elsewhere."""
     gpu_bytes: int | None = None
-    """Of the smallest GPU of this machine; None where there is none or it is not known."""
+    """Memory of this machine's smallest GPU; None if there is none or it is unknown."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """W workers in G groups of S shards; 0 workers means one, in this process."""
+    """W workers in G groups of S shards; 0 workers means one worker in this process."""
 
     workers: int
     shards: int
@@ -44,26 +47,27 @@ class Placement:
 
     @property
     def processes(self) -> int:
-        """Workers that hold data: at least the one in this process."""
+        """Number of processes that hold data: at least this one."""
         return max(1, self.workers)
 
 
 def environment_address() -> str | None:
-    """RAY_ADDRESS, unless it is the dashboard's http address that ``ray job submit`` reads."""
+    """Return RAY_ADDRESS, unless it is the dashboard's URL, which ``ray job submit`` uses."""
     address = os.environ.get("RAY_ADDRESS") or None
     return None if address is None or address.startswith("http") else address
 
 
 def on_ray() -> bool:
-    """Whether this process is connected to Ray, which is not imported to find out."""
+    """Return whether this process is connected to Ray, without importing it."""
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def choose_placement(config: ClusterConfig, resources: Resources, slots: int | None) -> Placement:
-    """Decide W, and each worker's CPUs and GPUs. ``slots``: images of one step (None: no steps).
+    """Return the number of workers and what each of them gets.
 
-    ``workers: auto`` is one worker per GPU, else one per node; a single worker on a local machine
-    needs no Ray, so it becomes 0. Raises :class:`UserError` when it does not fit.
+    ``slots``: images per step, None if there are no steps. ``workers: auto`` is one worker per GPU,
+    else one per node; a single worker on a local machine needs no Ray, so it becomes 0. Raises
+    :class:`UserError` if the cluster is too small.
     """
     auto = config.workers == "auto"
     workers = _auto_workers(config, resources, slots) if auto else int(config.workers)
@@ -83,16 +87,16 @@ def choose_placement(config: ClusterConfig, resources: Resources, slots: int | N
 
 
 def regroup(placement: Placement, alive: int) -> Placement:
-    """The same with ``alive`` workers: whole groups of as many shards, or one smaller group.
+    """Return the placement for ``alive`` workers: complete groups, or a single smaller one.
 
-    A smaller group's members hold more each, so all tasks and all vectors are always covered.
+    Each worker of a smaller group holds more, so that all tasks and vectors are still covered.
     """
     shards = min(placement.shards, alive)
     return replace(placement, workers=alive - alive % shards, shards=shards)
 
 
 def require_work(workers: int, slots: int | None) -> None:
-    """Raise :class:`UserError` when a step has fewer images than there are workers."""
+    """Raise :class:`UserError` if a step has fewer images than there are workers."""
     if slots is not None and workers > slots:
         raise UserError(
             f"cluster.workers: {workers} workers for {slots} images per step would leave "
@@ -126,7 +130,7 @@ def _cpus_per_worker(config: ClusterConfig, resources: Resources, workers: int) 
 
 
 def _fair_cpus(resources: Resources, workers: int) -> int:
-    """CPUs of one worker on the narrowest node that will hold some: GPU nodes, if there are any."""
+    """Return the CPUs per worker on the smallest node with workers: a GPU node, if any exist."""
     hosts = [(c, g) for c, g in resources.per_node if g or not resources.gpus]
     if not hosts:
         return resources.cpus

@@ -1,4 +1,4 @@
-"""The identity of a submitted run among a cluster's jobs, and the job that it continues."""
+"""Identify a submitted run among a cluster's jobs, and choose the job to follow or to start."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from pathlib import PurePosixPath
 from raymerge.errors import UserError
 
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-"""Where ``ray job submit`` finds the cluster's dashboard, the first before the second."""
+"""Environment variables with the dashboard's address, in the order of their precedence."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A merge as a job. ``text``: the config; ``output``: the run's folder, on the cluster."""
+    """A merge as a job. ``text``: the config. ``output``: the run's folder on the cluster."""
 
     text: str
     output: str
 
     @property
     def name(self) -> str:
-        """Of all jobs of this run, but for their number: by the folder, which they continue."""
+        """The name of all jobs of this run, without their numbers; it depends on ``output`` only."""
         word = re.sub(r"[^A-Za-z0-9]+", "-", PurePosixPath(self.output).name).strip("-")[:40]
         return "-".join(filter(None, ("raymerge", word, _hash(self.output)[:8])))
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What is told of a job to whoever lists the cluster's jobs."""
+        """The metadata that everyone can read who lists the cluster's jobs."""
         return {"raymerge_output": self.output, "raymerge_config": _hash(self.text)}
 
 
 @dataclass(frozen=True)
 class KnownJob:
-    """A job that the cluster has, or had."""
+    """A job of the cluster, running or ended."""
 
     id: str
     running: bool
@@ -43,10 +43,10 @@ class KnownJob:
 
 
 def choose(submission: Submission, jobs: Iterable[KnownJob]) -> tuple[str, bool]:
-    """The id of the run's job, and whether it is there already: one that has not ended is followed,
-    else the next number is taken, which goes on from the output folder.
+    """Return the id of the run's job, and whether it is running already.
 
-    Raises :class:`UserError` when another config is at work in the same folder.
+    A running job is followed. Otherwise the id has the next number, and that job resumes the output
+    folder. Raises :class:`UserError` if a running job writes the same folder with another config.
     """
     number = 0
     for job in jobs:

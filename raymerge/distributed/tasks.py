@@ -1,4 +1,4 @@
-"""Map a function over items as Ray tasks."""
+"""Run a function on many arguments as Ray tasks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raymerge.errors import RaymergeError, RunError, WorkerLostError, one_line
 
 T = TypeVar("T")
 
-_WATCH_S = 1.0
+_POLL_S = 1.0
 
 
 def run_tasks(
@@ -25,23 +25,23 @@ def run_tasks(
     at_once: int | None = None,
     watch: Callable[[], None] | None = None,
 ) -> Iterator[T]:
-    """Results as they finish, in no order; the first error is raised. Needs a connected Ray.
+    """Yield the results in the order in which they finish. Ray must be connected.
 
-    Each task has ``cpus`` and ``gpus``; at most ``at_once`` run (default: as many as have room).
-    ``watch`` is called about once a second. An error of ours is raised as it was, any other as
-    :class:`RunError`; a task whose process died raises :class:`WorkerLostError`.
+    Each task gets ``cpus`` and ``gpus``; at most ``at_once`` run at a time (default: as many as
+    have room). ``watch`` is called about once a second. The first error is raised: one of raymerge
+    unchanged, any other as :class:`RunError`, and :class:`WorkerLostError` if a process died.
     """
     remote = ray.remote(function).options(num_cpus=cpus, num_gpus=gpus, max_retries=0)
-    left = deque(arguments)
+    waiting = deque(arguments)
     running: list[Any] = []
-    while left or running:
-        while left and (at_once is None or len(running) < at_once):
-            running.append(remote.remote(*left.popleft()))
-        done, running = ray.wait(running, timeout=None if watch is None else _WATCH_S)
+    while waiting or running:
+        while waiting and (at_once is None or len(running) < at_once):
+            running.append(remote.remote(*waiting.popleft()))
+        done, running = ray.wait(running, timeout=None if watch is None else _POLL_S)
         if watch is not None:
             watch()
-        for each in done:
-            yield _result(each)
+        for reference in done:
+            yield _result(reference)
 
 
 def _result(reference: Any) -> Any:
@@ -54,5 +54,5 @@ def _result(reference: Any) -> Any:
     except RayError as error:
         raise WorkerLostError(
             "a task's process died (killed, out of memory, or its node was lost): "
-            f"{one_line(error)}; what is finished is kept, run again"
+            f"{one_line(error)}; finished tasks are kept, run again"
         ) from error

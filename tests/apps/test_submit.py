@@ -417,7 +417,7 @@ def test_a_cluster_that_stays_away_is_given_up(run: _Run, monkeypatch: pytest.Mo
     from raymerge.distributed import jobs
 
     monkeypatch.setattr(jobs, "_LOST_S", 0.0)
-    with pytest.raises(RunError, match=r"lost the cluster .* may go on, and the same command"):
+    with pytest.raises(RunError, match=r"lost the cluster .* may still be running, and the same"):
         run(_Client(tails=[[OSError("no route")]]))
 
 
@@ -431,7 +431,7 @@ def test_a_closed_stdout_is_not_a_lost_cluster(run: _Run) -> None:
     [
         ("SUCCEEDED", 0, 0, "succeeded"),
         ("FAILED", 1, 1, "failed with exit code 1; the same command resumes it"),
-        ("FAILED", 2, 2, "failed with exit code 2; mend its input"),
+        ("FAILED", 2, 2, "failed with exit code 2; fix its input"),
         ("FAILED", -9, 137, "failed with exit code -9; the same command resumes it"),
         ("FAILED", None, 1, "failed: its node died"),
         ("STOPPED", None, 130, "was stopped; the same command resumes it"),
@@ -468,7 +468,7 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_stop_it(run: _Run) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(_Client(tails=[["one\n", KeyboardInterrupt()]]))
     assert run.log[-1] == (
-        f"job {job} goes on; the same command follows it again, and "
+        f"job {job} keeps running; the same command follows it again, and "
         f"`ray job stop --address {HEAD} {job}` ends it"
     )
 

@@ -91,7 +91,7 @@ def test_a_stopped_run_is_resumed_by_the_same_command(
     _, told = followed.communicate(timeout=60)
     assert followed.returncode == 130, told
     assert told.startswith(f"raymerge: job {job} at {cluster.address}: is running already\n")
-    assert re.search(rf"job {job} goes on; .*\nraymerge: interrupted\n$", told)
+    assert re.search(rf"job {job} keeps running; .*\nraymerge: interrupted\n$", told)
 
     details = _stop(cluster, job)
     assert secret not in details
@@ -161,7 +161,7 @@ def test_what_the_job_finds_wrong_is_its_line_and_exit_code(
     done = cluster.run("raymerge", "submit", config)
     assert done.returncode == 2, done.stderr
     assert f"\nraymerge: error: output {tmp_path}/taken: is a file; name a folder\n" in done.stdout
-    assert done.stderr.endswith("failed with exit code 2; mend its input\n")
+    assert done.stderr.endswith("failed with exit code 2; fix its input\n")
 
 
 @pytest.mark.parametrize(
