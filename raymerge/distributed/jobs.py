@@ -113,7 +113,8 @@ def _explain_errors(address: str) -> Iterator[None]:
         ) from None
     except BrokenPipeError:  # our own stdout was closed
         raise
-    except (RuntimeError, ValueError, KeyError) as error:  # ValueError: invalid JSON
+    # Before OSError, because invalid JSON is a ValueError and an OSError.
+    except (RuntimeError, ValueError, KeyError) as error:
         raise RunError(
             f"the cluster at {address} refuses ({_sentence(error)}); is this a Ray dashboard, of "
             "about the Ray version that is installed here?"

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from raymerge.errors import UserError
 
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-"""Environment variables with the dashboard's address, in the order of their precedence."""
+"""Variables with the address of the dashboard, in order of precedence."""
 
 
 @dataclass(frozen=True)

@@ -416,7 +416,7 @@ def test_a_broken_connection_is_made_again_and_prints_nothing_twice(
 def test_a_cluster_that_stays_away_is_given_up(run: _Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from raymerge.distributed import jobs
 
-    monkeypatch.setattr(jobs, "_LOST_S", 0.0)
+    monkeypatch.setattr(jobs, "_RECONNECT_TIMEOUT_S", 0.0)
     with pytest.raises(RunError, match=r"lost the cluster .* may still be running, and the same"):
         run(_Client(tails=[[OSError("no route")]]))
 
