@@ -23,13 +23,13 @@ class Submission:
 
     @property
     def name(self) -> str:
-        """The name of all jobs of this run, without their numbers; it depends on ``output`` only."""
+        """The name of all jobs of this run, without their numbers; depends on ``output`` only."""
         word = re.sub(r"[^A-Za-z0-9]+", "-", PurePosixPath(self.output).name).strip("-")[:40]
         return "-".join(filter(None, ("raymerge", word, _hash(self.output)[:8])))
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The metadata that everyone can read who lists the cluster's jobs."""
+        """The metadata, which everyone can read who lists the cluster's jobs."""
         return {"raymerge_output": self.output, "raymerge_config": _hash(self.text)}
 
 
