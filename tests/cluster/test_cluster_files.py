@@ -1,7 +1,7 @@
-"""The files of cluster/: valid for the tools that read them, safe by default, the shell sound.
+"""The files of cluster/: valid for the tools that read them, safe by default, with sound shell.
 
-No cloud, no Kubernetes, no Docker and no Slurm here: what these tests cannot show stands in
-cluster/README.md.
+Nothing here needs a cloud, Kubernetes, Docker or Slurm; cluster/README.md lists what that leaves
+untested.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _load(name: str) -> Any:
 
 
 def _shellcheck(script: str) -> None:
-    """Quietly passes, or fails with what is wrong."""
+    """Fail with shellcheck's messages if it finds anything."""
     program = Path(sys.executable).with_name("shellcheck")
     done = subprocess.run(
         [program, "-s", "bash", "-"], input=script, capture_output=True, text=True, check=False
@@ -46,7 +46,7 @@ def _shellcheck(script: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
-def test_rays_own_check_takes_the_launcher_files(name: str) -> None:
+def test_ray_accepts_the_launcher_files(name: str) -> None:
     validate_config(prepare_config(_load(name)))
     with pytest.raises(jsonschema.ValidationError):
         validate_config(prepare_config({**_load(name), "worker_nodez": {}}))
@@ -83,7 +83,7 @@ def test_the_launchers_commands_are_sound_shell(name: str) -> None:
     config = _load(name)
     commands = [c for key in config if key.endswith("_commands") for c in config[key]]
     assert len(commands) > 5
-    # Ray sets the head's address, and the venv is not here to be followed.
+    # Ray sets the head's address, and the venv that is sourced does not exist here.
     script = "\n".join(["RAY_HEAD_IP=10.0.0.1", "# shellcheck disable=SC1090,SC1091", "{"])
     _shellcheck("\n".join([script, *commands, "}", ""]))
 
@@ -102,7 +102,7 @@ def test_one_version_of_ray_is_named_everywhere() -> None:
 
 
 @pytest.mark.parametrize("name", KUBERAY)
-def test_the_kuberay_files_say_what_the_operator_knows(name: str) -> None:
+def test_the_kuberay_files_have_only_fields_that_the_operator_knows(name: str) -> None:
     data, schema = _load(f"kuberay/{name}"), resource(KUBERAY[name])
     jsonschema.validate(data, schema)
     data["spec"]["entripoint"] = "x"
@@ -111,7 +111,7 @@ def test_the_kuberay_files_say_what_the_operator_knows(name: str) -> None:
 
 
 def _pods(data: Any) -> Iterator[dict[str, Any]]:
-    """Every pod's spec in a file."""
+    """Return the specs of all pods in a file."""
     if isinstance(data, list):
         for value in data:
             yield from _pods(value)
@@ -158,7 +158,7 @@ def _bytes(quantity: str) -> int:
     return int(quantity.removesuffix("Gi")) * 1024**3
 
 
-def test_a_failed_ray_job_goes_on_in_a_new_cluster() -> None:
+def test_a_failed_ray_job_continues_in_a_new_cluster() -> None:
     spec = _load("kuberay/rayjob")["spec"]
     assert spec["entrypoint"].endswith("--resume")
     assert spec["backoffLimit"] > 0
@@ -176,8 +176,8 @@ def test_the_scripts_are_sound_shell(script: Path) -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Path:
-    """Programs that stand in for Slurm's: they write down what they were asked. `srun` of the step
-    ends with $STEP_CODE."""
+    """Stand-ins for Slurm's programs, which record their arguments. The step's `srun` exits with
+    $STEP_CODE."""
     folder = tmp_path / "bin"
     folder.mkdir()
     programs = {
@@ -194,7 +194,7 @@ def slurm(tmp_path: Path) -> Path:
 def _sbatch(
     slurm: Path, *argv: str, code: int = 0, restarts: int = 0
 ) -> tuple[int, str, list[str]]:
-    """Run the script as Slurm would; its code, the calls of scontrol, and the step's words."""
+    """Run the script as Slurm would; returns its exit code, scontrol's calls, the step's words."""
     calls, step = slurm / "calls", slurm / "step"
     environment = {
         **os.environ,
@@ -239,16 +239,16 @@ def test_only_an_interrupted_run_is_queued_again(
 
 
 def test_the_sbatch_header_asks_for_what_a_restart_needs() -> None:
-    asked = re.findall(r"^#SBATCH (\S+)$", SBATCH.read_text(), flags=re.MULTILINE)
-    assert {"--exclusive", "--requeue", "--open-mode=append", "--ntasks-per-node=1"} < set(asked)
-    (seconds,) = re.findall(r"--signal=TERM@(\d+)", " ".join(asked))
+    options = re.findall(r"^#SBATCH (\S+)$", SBATCH.read_text(), flags=re.MULTILINE)
+    assert {"--exclusive", "--requeue", "--open-mode=append", "--ntasks-per-node=1"} < set(options)
+    (seconds,) = re.findall(r"--signal=TERM@(\d+)", " ".join(options))
     assert int(seconds) >= 60
 
 
 def test_a_driver_below_a_shell_that_ignores_sigterm_still_ends_and_keeps_its_state(
     world: World, tmp_path: Path
 ) -> None:
-    """As in the sbatch script's step: the shell and Ray outlive the signal, the driver obeys."""
+    """As in the sbatch script's step: the shell and Ray ignore the signal, the driver obeys it."""
     config = world.write(tmp_path / "m.yaml", output=str(tmp_path / "merged"))
     program = [sys.executable, "-m", "raymerge", "merge", str(config), "--resume"]
     shell = ["bash", "-c", 'trap "" TERM; exec "$@"', "-", *program, "-o", "optimizer.steps=100000"]

@@ -1,4 +1,4 @@
-"""The dashboard is what Grafana imports, and every panel can be asked for."""
+"""The Grafana dashboard: valid expressions, panels that do not overlap, and a choice of run."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def test_every_expression_is_promql(dashboard: dict[str, Any]) -> None:
         promql_parser.parse("sum by (run (ray_raymerge_step)")
 
 
-def test_every_panel_is_of_raymerge_or_of_what_it_must_keep_small(
+def test_every_panel_plots_a_known_metric(
     dashboard: dict[str, Any],
 ) -> None:
     for panel in dashboard["panels"]:
         assert metric_names({"panels": [panel]}), panel["title"]
 
 
-def test_panels_have_places_of_their_own(dashboard: dict[str, Any]) -> None:
+def test_panels_do_not_overlap(dashboard: dict[str, Any]) -> None:
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     for one, other in combinations([panel["gridPos"] for panel in panels], 2):

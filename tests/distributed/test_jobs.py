@@ -1,4 +1,4 @@
-"""The real thing on one machine: two `ray start` nodes with a token, jobs sent to them, results."""
+"""Jobs on a real cluster: two `ray start` nodes on one machine, with a token."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ pytestmark = pytest.mark.slow
 
 MERGE = ("python", "-m", "raymerge", "merge", "merge.yaml")
 STEPS = 300
-"""So many that the run is met at work; over so many, λ on two nodes drifts a little more."""
+"""Enough that the run is still working when it is stopped; λ on two nodes drifts a little more."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes of one CPU each, so that two workers of one CPU are on two nodes."""
+    """Two nodes of one CPU each, so that two workers must run on both."""
     with ray_nodes(2) as nodes:
         yield nodes
 
@@ -46,7 +46,7 @@ def _require_lambdas(output: Path, expected: torch.Tensor, within: float) -> Non
 
 
 def _nodes_by_job(cluster: Cluster) -> dict[str, list[str]]:
-    """The node of each worker that there has been, by the job that it worked for."""
+    """Return the nodes of all workers so far, by job."""
     listed = cluster.run("ray", "list", "actors", "--address", cluster.address, "--format", "json")
     nodes = defaultdict(list)
     for actor in json.loads(listed.stdout):
@@ -77,8 +77,8 @@ def test_a_job_with_shards_on_two_nodes_merges_as_this_process_does(
 def test_a_stopped_run_is_resumed_by_the_same_command(
     world: World, cluster: Cluster, tmp_path: Path
 ) -> None:
-    """While the job runs the same command follows it, and Ctrl-C leaves it at work; once it has
-    ended, the same command goes on with the run, to the same λ. No secret travels."""
+    """While the job runs, the same command follows it, and Ctrl-C leaves it running. Once it has
+    ended, the same command resumes the run, to the same λ. No secret is sent."""
     output, secret = tmp_path / "merged", secrets.token_hex(16)
     config = write_config(tmp_path / "merge.yaml", _sharded(world, output))
     submit = ("raymerge", "submit", config, "-o", f"optimizer.steps={STEPS}")
@@ -88,10 +88,10 @@ def test_a_stopped_run_is_resumed_by_the_same_command(
     followed = cluster.start(*submit)
     wait_for(lambda: list((output / "state").glob("step-*")))
     followed.send_signal(signal.SIGINT)
-    _, told = followed.communicate(timeout=60)
-    assert followed.returncode == 130, told
-    assert told.startswith(f"raymerge: job {job} at {cluster.address}: is running already\n")
-    assert re.search(rf"job {job} keeps running; .*\nraymerge: interrupted\n$", told)
+    _, messages = followed.communicate(timeout=60)
+    assert followed.returncode == 130, messages
+    assert messages.startswith(f"raymerge: job {job} at {cluster.address}: is running already\n")
+    assert re.search(rf"job {job} keeps running; .*\nraymerge: interrupted\n$", messages)
 
     details = _stop(cluster, job)
     assert secret not in details
@@ -117,16 +117,16 @@ def test_a_stopped_run_is_resumed_by_the_same_command(
 
 
 def _stop(cluster: Cluster, job: str) -> str:
-    """End the job; what the cluster tells of it."""
+    """Stop the job, and return the cluster's details of it."""
     cluster.call("POST", f"/api/jobs/{job}/stop")
     wait_for(lambda: "STOPPED" in cluster.call("GET", f"/api/jobs/{job}"))
     return cluster.call("GET", f"/api/jobs/{job}")
 
 
-def test_what_the_dashboard_draws_is_scraped_from_a_run(
+def test_every_series_of_the_dashboard_is_scraped_from_a_run(
     world: World, cluster: Cluster, tmp_path: Path
 ) -> None:
-    """By way of a survived failure, which is told as well."""
+    """The run survives a failure, which is reported as well."""
     output = tmp_path / "merged"
     config = write_config(tmp_path / "merge.yaml", _sharded(world, output))
     submit = ("raymerge", "submit", config, "-o", "optimizer.steps=100000", "--no-wait")
@@ -135,25 +135,25 @@ def test_what_the_dashboard_draws_is_scraped_from_a_run(
     cluster.nodes[1].workers("MergeWorker")[0].kill()
     expected = metric_names(read_json(GRAFANA)) - {"ray_raymerge_skipped_steps_total"}
     wait_for(lambda: expected <= _scraped(cluster).keys())
-    found = _scraped(cluster)
-    assert found["ray_raymerge_failures_total"] == [({"run": "merged", "kind": "worker"}, 1.0)]
-    assert found["ray_raymerge_steps"] == [({"run": "merged"}, 100000.0)]
-    tasks = {labels["task"] for labels, _ in found["ray_raymerge_entropy"]}
+    series = _scraped(cluster)
+    assert series["ray_raymerge_failures_total"] == [({"run": "merged", "kind": "worker"}, 1.0)]
+    assert series["ray_raymerge_steps"] == [({"run": "merged"}, 100000.0)]
+    tasks = {labels["task"] for labels, _ in series["ray_raymerge_entropy"]}
     assert tasks == {"colour", "shade", "tone", "shape"}
     _stop(cluster, job)
 
 
 def _scraped(cluster: Cluster) -> dict[str, list[tuple[dict[str, str], float]]]:
-    """By name, each series' labels of ours and its value."""
-    found = defaultdict(list)
+    """Return raymerge's labels and the value of each series, by name."""
+    series = defaultdict(list)
     for family in text_string_to_metric_families(cluster.metrics()):
         for sample in family.samples:
             ours = {k: v for k, v in sample.labels.items() if k in ("run", "task", "phase", "kind")}
-            found[sample.name].append((ours, sample.value))
-    return found
+            series[sample.name].append((ours, sample.value))
+    return series
 
 
-def test_what_the_job_finds_wrong_is_its_line_and_exit_code(
+def test_wrong_input_found_by_the_job_gives_its_error_and_exit_code(
     world: World, cluster: Cluster, tmp_path: Path
 ) -> None:
     (tmp_path / "taken").touch()
@@ -165,7 +165,7 @@ def test_what_the_job_finds_wrong_is_its_line_and_exit_code(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"RAY_AUTH_TOKEN": "0" * 64}, "Invalid authentication token"),
         ({"RAY_AUTH_MODE": "disabled"}, "Missing authentication token"),
@@ -173,11 +173,11 @@ def test_what_the_job_finds_wrong_is_its_line_and_exit_code(
     ],
 )
 def test_without_the_token_the_cluster_refuses(
-    changes: dict[str, str], told: str, world: World, cluster: Cluster, tmp_path: Path
+    changes: dict[str, str], message: str, world: World, cluster: Cluster, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path / "merge.yaml", _sharded(world, tmp_path / "merged"))
     done = cluster.run("raymerge", "submit", config, **changes)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
     assert f"cluster at {cluster.address} asks for its token (" in done.stderr
-    assert told in done.stderr
+    assert message in done.stderr
     assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in done.stderr

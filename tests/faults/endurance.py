@@ -1,8 +1,8 @@
-"""One long run watched from beside it: `python tests/faults/endurance.py --steps 10000`.
+"""One long run under observation: `python tests/faults/endurance.py --steps 10000`.
 
-Counted every second, of the driver, of the workers and of Ray's own processes: memory, open files,
-threads; the files of the output folder; the object store and /dev/shm; Ray's logs. Writes JSON;
-exits 1 where anything grew that should not.
+Samples every second the memory, open files and threads of the driver, the workers and Ray's own
+processes, the files of the output folder, /dev/shm, and Ray's logs. Writes JSON; exits 1 if
+anything grew that should not.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ from raymerge.runs.merge import merge
 Sample = dict[str, float]
 MIB = 2**20
 ALLOWED = {"rss_mib": 8.0, "files": 3.0, "threads": 1.0}
-OF_RAY = {**ALLOWED, "threads": 4.0}  # seven processes, whose gRPC pools come and go
-"""By how much the median of the last fifth of a run may lie above that of its second fifth: the
-first is for what is made once."""
+ALLOWED_FOR_RAY = {**ALLOWED, "threads": 4.0}  # seven processes, whose gRPC pools come and go
+"""Allowed growth of the median from the second to the last fifth of a run.
+
+The first fifth is left out, because it allocates what is allocated once.
+"""
 
 
-def of_process(process: psutil.Process) -> Sample:
+def process_figures(process: psutil.Process) -> Sample:
     with process.oneshot():
         return {
             "rss_mib": process.memory_info().rss / MIB,
@@ -50,20 +52,20 @@ def of_process(process: psutil.Process) -> Sample:
 
 
 def kind_of(process: psutil.Process) -> str:
-    """``worker``: an actor of ours; idle ones of Ray are its own."""
+    """Return ``worker`` for raymerge's actors, else ``ray``."""
     return "worker" if " ".join(process.cmdline()).startswith("ray::MergeWorker") else "ray"
 
 
-def of_run(driver: psutil.Process, output: Path, logs: Callable[[], int]) -> Sample:
-    """Sums over the processes of a kind, by ``kind/what``."""
-    sample = {f"driver/{name}": value for name, value in of_process(driver).items()}
+def run_figures(driver: psutil.Process, output: Path, logs: Callable[[], int]) -> Sample:
+    """Return the sums over the processes of each kind, named ``kind/figure``."""
+    sample = {f"driver/{name}": value for name, value in process_figures(driver).items()}
     for child in driver.children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             kind = kind_of(child)
-            for name, value in of_process(child).items():
+            for name, value in process_figures(child).items():
                 sample[f"{kind}/{name}"] = sample.get(f"{kind}/{name}", 0.0) + value
-    kept = [file for file in output.rglob("*") if file.is_file()]
-    sample["output/files"] = float(len(kept))
+    files = [file for file in output.rglob("*") if file.is_file()]
+    sample["output/files"] = float(len(files))
     sample["output/metrics_mib"] = size_of(output / "metrics.jsonl") / MIB
     shm = os.statvfs("/dev/shm")
     sample["shm/used_mib"] = (shm.f_blocks - shm.f_bfree) * shm.f_frsize / MIB
@@ -78,7 +80,7 @@ def size_of(file: Path) -> int:
 
 
 def session_logs() -> int:
-    """Bytes of the logs of this process's Ray."""
+    """Return the bytes of the logs of the Ray that this process started."""
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess, StopIteration):
             words = child.cmdline()
@@ -88,24 +90,24 @@ def session_logs() -> int:
 
 
 @contextmanager
-def watched(output: Path, every_s: float) -> Iterator[list[tuple[int, Sample]]]:
-    """(step, sample) as the block runs."""
+def sampled(output: Path, every_s: float) -> Iterator[list[tuple[int, Sample]]]:
+    """Collect pairs of step and sample while the block runs."""
     samples: list[tuple[int, Sample]] = []
-    driver, end = psutil.Process(), threading.Event()
+    driver, stop = psutil.Process(), threading.Event()
 
-    def look() -> None:
-        while not end.wait(every_s):
+    def sample() -> None:
+        while not stop.wait(every_s):
             with suppress(psutil.NoSuchProcess, FileNotFoundError):
                 step = steps_in(output / "metrics.jsonl")
                 if step:
-                    samples.append((step, of_run(driver, output, session_logs)))
+                    samples.append((step, run_figures(driver, output, session_logs)))
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=sample, daemon=True)
     thread.start()
     try:
         yield samples
     finally:
-        end.set()
+        stop.set()
         thread.join()
 
 
@@ -115,7 +117,7 @@ def steps_in(metrics: Path) -> int:
 
 
 def growth(samples: Sequence[tuple[int, Sample]], steps: int) -> dict[str, dict[str, float]]:
-    """Of each figure: the medians of the second and of the last fifth of the steps, the largest."""
+    """Return each figure's median in the second and last fifth of the steps, and its maximum."""
     early = [sample for step, sample in samples if steps / 5 < step <= 2 * steps / 5]
     late = [sample for step, sample in samples if 4 * steps / 5 < step < steps]
     out = {}
@@ -130,12 +132,14 @@ def growth(samples: Sequence[tuple[int, Sample]], steps: int) -> dict[str, dict[
     return out
 
 
-def too_much(figures: dict[str, dict[str, float]]) -> list[str]:
-    """What grew more than is allowed to."""
+def excessive_growth(figures: dict[str, dict[str, float]]) -> list[str]:
+    """Return the names of the figures that grew by more than is allowed."""
     grew = []
     for name, figure in figures.items():
         kind, _, what = name.partition("/")
-        if figure["growth"] > (OF_RAY if kind == "ray" else ALLOWED).get(what, float("inf")):
+        if figure["growth"] > (ALLOWED_FOR_RAY if kind == "ray" else ALLOWED).get(
+            what, float("inf")
+        ):
             grew.append(name)
     return grew
 
@@ -146,7 +150,7 @@ def endure(steps: int, workers: int, shards: int, every_s: float) -> dict[str, A
         cluster = {"workers": workers, "shards": shards}
         config = world.parse(output, optimizer={"steps": steps, "lr": 1e-4}, cluster=cluster)
         began = time.monotonic()
-        with watched(output, every_s) as samples:
+        with sampled(output, every_s) as samples:
             result = merge(config)
         figures = growth(samples, steps)
         return {
@@ -157,7 +161,7 @@ def endure(steps: int, workers: int, shards: int, every_s: float) -> dict[str, A
             "steps_seconds": result.seconds["steps"],
             "samples": len(samples),
             "figures": figures,
-            "grew": too_much(figures),
+            "grew": excessive_growth(figures),
             "course": samples,
         }
 

@@ -1,8 +1,8 @@
 """Hundreds of seeded faults in whole runs of learning: `python tests/faults/soak.py --faults 200`.
 
-Every campaign learns λ on the tests' tiny world, with faults at random (worker, phase, step).
-Counted is how it ended; λ, the moments and every step's loss are compared with those of an
-undisturbed run on as many workers and shards. Writes JSON; exits 1 if anything hung or was wrong.
+Every campaign learns λ on the tests' tiny world, with faults of random workers, phases and steps.
+λ, the moments and every step's loss are compared with those of an undisturbed run on as many
+workers and shards. Writes JSON; exits 1 if a campaign hung or gave wrong results.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from raymerge.merging.optimizer import Adam, AdamState
 
 SHAPES = ((2, 1), (2, 2), (4, 2))
 KINDS: dict[Kind, int] = {"kill": 4, "exit": 2, "freeze": 1, "break": 3}
-"""How often each is drawn."""
+"""Relative frequencies of the kinds of fault."""
 FAULTS_PER_CAMPAIGN, SILENT_S = 20, 240
 
 
 @dataclass
-class Course:
-    """One run of learning: its end, and the loss and λ of every step."""
+class Trajectory:
+    """One run of learning: its final state, and the loss of every step."""
 
     state: AdamState
     losses: list[float | None] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Course:
 
 @dataclass(frozen=True)
 class Campaign:
-    """``ended``: recovered, failed (with ``error``) or hung. ``deviation``: the largest |Δλ|."""
+    """The outcome of one campaign; ``deviation`` is the largest |Δλ|."""
 
     workers: int
     shards: int
@@ -73,11 +73,11 @@ class Campaign:
 
 
 class SilentError(Exception):
-    """No step has ended for ``SILENT_S``."""
+    """No step has finished for ``SILENT_S``."""
 
 
 def draw(rng: random.Random, workers: int, count: int) -> list[Fault]:
-    """``count`` faults in as many steps, but one step in eight has two, of two workers."""
+    """Draw ``count`` faults, one per step; one step in eight has two, of different workers."""
     faults, step = [], 0
     while len(faults) < count:
         step += 1
@@ -91,58 +91,62 @@ def draw(rng: random.Random, workers: int, count: int) -> list[Fault]:
 
 def run(
     world: World, shape: tuple[int, int], faults: Sequence[Fault], marks: Path, steps: int
-) -> Course:
-    """The :class:`Course` of ``steps`` steps; raises what ends it."""
+) -> Trajectory:
+    """Learn for ``steps`` steps; raises the error of a run that fails."""
     config = ClusterConfig(hang_timeout_s=3.0, max_worker_failures=None, max_start_failures=None)
     layers = layer_names(world)
     group = ActorGroup(
         worker_spec(world), Placement(*shape, 1, 0.0), config, faulty_worker(faults, marks)
     )
-    course = Course(AdamState.start(torch.full((4, len(layers)), 0.3)))
+    trajectory = Trajectory(AdamState.start(torch.full((4, len(layers)), 0.3)))
     names = world.parse().task_names
 
     def observe(record: StepRecord, state: AdamState) -> None:
         signal.alarm(SILENT_S)
-        course.losses.append(record.loss)
+        trajectory.losses.append(record.loss)
 
     try:
         signal.alarm(SILENT_S)
         group.load(load_request(world, steps=steps))
-        course.state = learn(
-            group, Adam(lr=0.01), course.state, steps, Watch(names, range(4), "ignore"), observe
+        trajectory.state = learn(
+            group, Adam(lr=0.01), trajectory.state, steps, Watch(names, range(4), "ignore"), observe
         )
-        course.incidents = list(group.incidents)
-        return course
+        trajectory.incidents = list(group.incidents)
+        return trajectory
     finally:
         signal.alarm(0)
         group.close()
 
 
 def campaign(
-    world: World, shape: tuple[int, int], faults: Sequence[Fault], folder: Path, reference: Course
+    world: World,
+    shape: tuple[int, int],
+    faults: Sequence[Fault],
+    folder: Path,
+    reference: Trajectory,
 ) -> Campaign:
     marks, steps = folder / "marks", len(reference.losses)
     ended, error, same, deviation = "recovered", "", False, float("nan")
-    course = None
+    trajectory = None
     try:
-        course = run(world, shape, faults, marks, steps)
+        trajectory = run(world, shape, faults, marks, steps)
     except SilentError:
         ended = "hung"
     except RaymergeError as failure:
         ended, error = "failed", str(failure)
-    if course is not None:
+    if trajectory is not None:
         pairs = [
-            (getattr(course.state, n), getattr(reference.state, n))
+            (getattr(trajectory.state, n), getattr(reference.state, n))
             for n in ("lambdas", "mean", "square")
         ]
-        same = course.losses == reference.losses and all(torch.equal(*pair) for pair in pairs)
+        same = trajectory.losses == reference.losses and all(torch.equal(*pair) for pair in pairs)
         deviation = float((pairs[0][0] - pairs[0][1]).abs().max())
-    incidents = () if course is None else tuple(asdict(i) for i in course.incidents)
+    incidents = () if trajectory is None else tuple(asdict(i) for i in trajectory.incidents)
     return Campaign(*shape, count_injected(marks), ended, error, same, deviation, incidents)
 
 
 def soak(count: int, seed: int) -> dict[str, Any]:
-    """Campaigns until ``count`` faults have been drawn, the shapes in turn."""
+    """Run campaigns, over the shapes in turn, until ``count`` faults have been drawn."""
     rng, steps = random.Random(seed), FAULTS_PER_CAMPAIGN + 4
     campaigns: list[Campaign] = []
     drawn: list[Fault] = []
@@ -167,7 +171,7 @@ def soak(count: int, seed: int) -> dict[str, Any]:
 
 
 def summary(campaigns: Sequence[Campaign], drawn: Sequence[Fault], seed: int) -> dict[str, Any]:
-    """The figures of the reliability report."""
+    """Return the figures of docs/reliability.md."""
     incidents = [incident for one in campaigns for incident in one.incidents]
     good = [one for one in campaigns if one.ended == "recovered"]
     failed = [one for one in campaigns if one.ended == "failed"]
@@ -197,7 +201,7 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def left_behind(before: set[int]) -> list[str]:
-    """Children of this process that its workers' end should have taken along."""
+    """Return the names of child processes that should have ended with the workers."""
     return [p.name() for p in psutil.Process().children(recursive=True) if p.pid not in before]
 
 

@@ -1,6 +1,6 @@
-"""Nodes lost under a run: `ray start` nodes of this machine, of two workers that share one model.
+"""Nodes lost during a run: `ray start` nodes on this machine, with two shards of one group.
 
-The head holds no worker, so that any other node may go.
+The head has no worker, so that any other node may be lost.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from world import World
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 STEPS = 200
-"""So many that the run is met at work."""
+"""Enough that the run is still working when a node is lost."""
 EVERY = 10
 """Steps between two states."""
-QUICK_TO_NOTICE = {
+FAST_DETECTION = {
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "500",
@@ -35,24 +35,24 @@ QUICK_TO_NOTICE = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head without CPUs and two nodes of one each."""
+    """A head without CPUs, and two nodes with one CPU each."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in QUICK_TO_NOTICE.items():
+        for name, value in FAST_DETECTION.items():
             patch.setenv(name, value)
         with ray_nodes(3, head_cpus=0) as nodes:
             yield nodes
 
 
 class Run:
-    """``raymerge merge`` on the cluster, as a process of its own."""
+    """``raymerge merge`` on the cluster, as a separate process."""
 
     def __init__(self, cluster: Cluster, world: World, output: Path, **settings: Any) -> None:
         self.cluster, self.output = cluster, output
-        given = {"workers": 2, "shards": 2, "cpus_per_worker": 1, "max_worker_failures": 0}
+        defaults = {"workers": 2, "shards": 2, "cpus_per_worker": 1, "max_worker_failures": 0}
         data = config_data(
             world,
             output=str(output),
-            cluster={**given, "address": cluster.head, **settings},
+            cluster={**defaults, "address": cluster.head, **settings},
             optimizer={"steps": STEPS},
         )
         self.config = write_config(output.with_suffix(".yaml"), data)
@@ -71,7 +71,7 @@ class Run:
         assert read_steps(self.output / "metrics.jsonl") == list(range(1, STEPS + 1))
 
     def saved(self) -> int:
-        """The newest step whose state is kept; 0 where none is."""
+        """Return the step of the newest state, 0 if there is none."""
         states = (self.output / "state").glob("step-*")
         return max((int(state.name.removeprefix("step-")) for state in states), default=0)
 
@@ -94,14 +94,14 @@ def undisturbed(
 
 
 def node_id(node: Node) -> str:
-    """Ray's name of it, as its raylet was given it."""
-    (given,) = [word for word in node.raylet.cmdline() if word.startswith("--node_id=")]
-    return given.removeprefix("--node_id=")
+    """Return Ray's id of the node, from its raylet's arguments."""
+    (argument,) = [word for word in node.raylet.cmdline() if word.startswith("--node_id=")]
+    return argument.removeprefix("--node_id=")
 
 
 @contextmanager
-def stopped(process: subprocess.Popen[str]) -> Iterator[None]:
-    """The run takes no step meanwhile, so that it is not over before its time."""
+def suspended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Suspend the run, so that it does not finish before the fault."""
     process.send_signal(signal.SIGSTOP)
     try:
         yield
@@ -109,15 +109,15 @@ def stopped(process: subprocess.Popen[str]) -> Iterator[None]:
         process.send_signal(signal.SIGCONT)
 
 
-def test_a_drained_node_is_saved_before_and_lost_for_nothing(
+def test_the_loss_of_a_draining_node_is_a_preemption_and_costs_no_step(
     cluster: Cluster, undisturbed: torch.Tensor, world: World, tmp_path: Path
 ) -> None:
-    """It is announced that a node will go: every step is saved from then on. It goes before its
-    time: a preemption, though no failure of a worker is allowed."""
+    """From the announcement on every step is saved. The node is lost before its deadline, which
+    counts as a preemption: no worker failure is allowed here."""
     run, drained = Run(cluster, world, tmp_path / "merged"), cluster.nodes[1]
     process = run.start()
     wait_for(run.saved)
-    with stopped(process):
+    with suspended(process):
         cluster.join(1)
         done = cluster.run(
             *("ray", "drain-node", "--address", cluster.head, "--node-id", node_id(drained)),
@@ -136,11 +136,11 @@ def test_a_drained_node_is_saved_before_and_lost_for_nothing(
 def test_a_lost_raylet_is_a_lost_worker(
     cluster: Cluster, undisturbed: torch.Tensor, world: World, tmp_path: Path
 ) -> None:
-    """Ray's own process on a node dies and takes the worker with it: another node takes over."""
+    """Ray's own process on a node dies, and the worker with it: another node takes over."""
     run = Run(cluster, world, tmp_path / "merged", max_worker_failures=1)
     process = run.start()
     wait_for(run.saved)
-    with stopped(process):
+    with suspended(process):
         cluster.join(1)
     cluster.nodes[2].raylet.kill()
     run.require(process)
@@ -150,14 +150,14 @@ def test_a_lost_raylet_is_a_lost_worker(
 
 
 @pytest.mark.long
-def test_a_node_that_falls_silent_is_left_behind_even_when_it_comes_back(
+def test_a_frozen_node_is_given_up_even_if_it_returns(
     cluster: Cluster, undisturbed: torch.Tensor, world: World, tmp_path: Path
 ) -> None:
-    """As when its network is cut, and mended once the run has found another node."""
+    """As if its network were cut, and restored once the run has moved to another node."""
     run = Run(cluster, world, tmp_path / "merged", max_worker_failures=1, hang_timeout_s=3)
     process = run.start()
     wait_for(run.saved)
-    with stopped(process):
+    with suspended(process):
         cluster.join(1)
     silent = next(node for node in cluster.nodes if node.workers("MergeWorker"))
     silent.freeze()
@@ -171,10 +171,10 @@ def test_a_node_that_falls_silent_is_left_behind_even_when_it_comes_back(
     wait_for(lambda: not silent.workers("MergeWorker"))
 
 
-def test_calls_lost_on_their_way_cost_nothing(
+def test_lost_calls_are_interruptions(
     cluster: Cluster, undisturbed: torch.Tensor, world: World, tmp_path: Path
 ) -> None:
-    """Of the driver's calls one in fifty never arrives, and of one in fifty the answer is lost."""
+    """One in fifty of the driver's calls is lost, and one in fifty of the results."""
     lost = {"num_failures": 4, "req_failure_prob": 2, "resp_failure_prob": 2}
     run = Run(cluster, world, tmp_path / "merged")
     faults = json.dumps({"CoreWorkerService.grpc_client.PushTask": lost})
@@ -195,10 +195,10 @@ time.sleep(600)
 
 
 @pytest.mark.long
-def test_an_object_store_that_others_have_filled_is_not_missed(
+def test_a_full_object_store_has_no_effect(
     cluster: Cluster, undisturbed: torch.Tensor, world: World, tmp_path: Path
 ) -> None:
-    """Requests and results are small: they travel with the calls."""
+    """Requests and results are small enough to be sent with the calls."""
     hog = cluster.start("python", "-c", FILL, cluster.head)
     try:
         assert hog.stdout is not None
@@ -211,11 +211,11 @@ def test_an_object_store_that_others_have_filled_is_not_missed(
     assert torch.equal(run.lambdas, undisturbed)
 
 
-def test_a_run_whose_head_is_lost_goes_on_until_ray_ends_it_and_is_resumed_elsewhere(
+def test_without_its_head_a_run_continues_until_ray_ends_it_and_can_be_resumed(
     cluster: Cluster, world: World, tmp_path: Path
 ) -> None:
-    """Last of all, for the cluster is gone then. Every step is saved once the head says nothing;
-    one process goes on with what is kept."""
+    """The last test, because it ends the cluster. Every step is saved once the head is silent, and
+    a single process resumes from the saved state."""
     output = tmp_path / "merged"
     run = Run(cluster, world, output)
     process = run.start("-o", "optimizer.steps=100000", RAY_gcs_rpc_server_reconnect_timeout_s="25")

@@ -1,4 +1,4 @@
-"""What a group of workers is asked, in the tests' world."""
+"""Requests to a group of workers, for the tests' tiny world."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def worker_spec(world: World) -> WorkerSpec:
 
 
 def load_request(world: World, **changes: object) -> LoadRequest:
-    given = {
+    settings = {
         "models": tuple(task.checkpoint for task in world.parse().tasks),
         "granularity": "tensor",
         "loss": Loss(),
@@ -24,7 +24,7 @@ def load_request(world: World, **changes: object) -> LoadRequest:
         "steps": 5,
         "seed": 1,
     }
-    return LoadRequest(**{**given, **changes})  # type: ignore[arg-type]
+    return LoadRequest(**{**settings, **changes})  # type: ignore[arg-type]
 
 
 def layer_names(world: World) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, as `ray start` makes one, with a token."""
+"""A Ray cluster of several nodes on this machine, started by `ray start`, with a token."""
 
 from __future__ import annotations
 
@@ -30,45 +30,45 @@ class Node:
 
     @property
     def raylet(self) -> psutil.Process:
-        (found,) = [one for one in self.process.children() if one.name() == "raylet"]
-        return found
+        (raylet,) = [child for child in self.process.children() if child.name() == "raylet"]
+        return raylet
 
     def workers(self, actor: str) -> list[psutil.Process]:
-        """The processes of the actors of this class."""
-        found = []
-        for process in self._below():
-            with suppress(psutil.NoSuchProcess):  # nor is a zombie any
+        """Return the processes of the actors of this class."""
+        workers = []
+        for process in self._descendants():
+            with suppress(psutil.NoSuchProcess):  # raised for zombies too
                 if " ".join(process.cmdline()).startswith(f"ray::{actor}"):
-                    found.append(process)
-        return found
+                    workers.append(process)
+        return workers
 
     def lose(self) -> None:
-        """SIGKILL all of it at once, as when a machine's plug is pulled."""
+        """SIGKILL all processes at once, as if the machine lost power."""
         self._each(psutil.Process.kill)
 
     def _each(self, act: Callable[[psutil.Process], None]) -> None:
-        _each([self.process, *self._below()], act)
+        _each([self.process, *self._descendants()], act)
 
     def freeze(self) -> None:
-        """SIGSTOP all of it: as when its network is cut, it says nothing and knows of nothing."""
+        """SIGSTOP all processes: the node is silent, as if its network were cut."""
         self._each(psutil.Process.suspend)
 
     def thaw(self) -> None:
         self._each(psutil.Process.resume)
 
-    def _below(self) -> list[psutil.Process]:
-        """Its processes; none once it has ended."""
+    def _descendants(self) -> list[psutil.Process]:
+        """Return its processes; none once it has ended."""
         with suppress(psutil.NoSuchProcess):
             return list(self.process.children(recursive=True))
         return []
 
     def end(self) -> None:
-        """As its user does; what a fault has left of it is killed."""
-        left = self._below()
+        """Stop the node normally, and kill what a fault has left of it."""
+        descendants = self._descendants()
         with suppress(psutil.NoSuchProcess):
             self.process.terminate()
             self.process.wait(timeout=60)
-        _each(left, psutil.Process.kill)
+        _each(descendants, psutil.Process.kill)
 
 
 def _each(processes: Sequence[psutil.Process], act: Callable[[psutil.Process], None]) -> None:
@@ -79,17 +79,19 @@ def _each(processes: Sequence[psutil.Process], act: Callable[[psutil.Process], N
 
 @dataclass(frozen=True)
 class Cluster:
-    """``environment``: reaches it, by RAY_ADDRESS and the token; ``head``: its GCS, host:port."""
+    """``environment``: has RAY_ADDRESS and the token. ``head``: its GCS, as host:port."""
 
     environment: Mapping[str, str]
     head: str
     metrics_port: int
-    """Of the head, where its drivers' metrics are."""
+    """The head's port for metrics, which has those of its drivers."""
     nodes: list[Node] = field(default_factory=list)
 
     def join(self, cpus: int) -> Node:
-        """One more node. Of nodes of one machine that start at once some may never join, so this
-        returns when it has."""
+        """Start one more node, and return once it has joined.
+
+        Of several nodes that start at once on one machine, some may never join.
+        """
         return self._start(cpus, f"--address={self.head}", "--metrics-export-port=0")
 
     def _start(self, cpus: int, *options: str) -> Node:
@@ -102,7 +104,7 @@ class Cluster:
         return self.environment["RAY_ADDRESS"]
 
     def start(self, *argv: object, **env: str) -> subprocess.Popen[str]:
-        """A command of the venv, with the environment that reaches the cluster."""
+        """Start a command of the venv, with the environment for this cluster."""
         program, *args = map(str, argv)
         return subprocess.Popen(
             [str(BIN / program), *args],
@@ -113,25 +115,25 @@ class Cluster:
         )
 
     def run(self, *argv: object, **env: str) -> subprocess.CompletedProcess[str]:
-        """The same, to its end."""
+        """Run such a command to its end."""
         return finished(self.start(*argv, **env))
 
     def metrics(self) -> str:
-        """The head's, as Prometheus scrapes them."""
+        """Return the head's metrics, as Prometheus scrapes them."""
         url = f"http://127.0.0.1:{self.metrics_port}/metrics"
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            return str(answer.read().decode())
+        with urllib.request.urlopen(url, timeout=60) as response:
+            return str(response.read().decode())
 
     def call(self, method: str, path: str) -> str:
-        """Ask the dashboard's API."""
+        """Send a request to the dashboard's API and return the response."""
         token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
         request = urllib.request.Request(self.address + path, headers=token, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return str(answer.read().decode())
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return str(response.read().decode())
 
 
 def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    """Wait for a command's end."""
+    """Wait for a command to end, and return its result."""
     try:
         out, err = process.communicate(timeout=300)
     finally:
@@ -139,17 +141,17 @@ def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def wait_for(found: Callable[[], object]) -> None:
-    """Until it is true; fails after two minutes."""
+def wait_for(condition: Callable[[], object]) -> None:
+    """Wait until the condition holds; fails after two minutes."""
     deadline = time.monotonic() + 120
-    while not found():
-        assert time.monotonic() < deadline, "nothing within 120 s"
+    while not condition():
+        assert time.monotonic() < deadline, "the condition does not hold after 120 s"
         time.sleep(0.02)
 
 
 @contextmanager
 def ray_nodes(count: int, cpus: int = 1, head_cpus: int | None = None) -> Iterator[Cluster]:
-    """``count`` nodes of ``cpus`` logical CPUs each (head: ``head_cpus``), ended by their ids."""
+    """Yield a cluster of ``count`` nodes with ``cpus`` logical CPUs each (head: ``head_cpus``)."""
     port, dashboard = free_port(), free_port()
     environment = {
         **{key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
@@ -160,7 +162,7 @@ def ray_nodes(count: int, cpus: int = 1, head_cpus: int | None = None) -> Iterat
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_metrics_report_interval_ms": "500",
     }
-    # A short path: Ray's sockets live below it, and a socket's path has at most 107 characters.
+    # A short path, because Ray's sockets are below it, and their paths have at most 107 characters.
     folder = f"/tmp/rm-{os.getpid()}-{port}"
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
     cluster = Cluster(environment, f"127.0.0.1:{port}", free_port())
@@ -187,40 +189,40 @@ def _node(environment: Mapping[str, str], cpus: int, *options: str) -> Node:
     started = subprocess.Popen(
         [
             *(str(BIN / "ray"), "start", "--block", f"--num-cpus={cpus}", *options),
-            # Nodes of one machine, and another Ray on it, would take the same default ports.
+            # Several nodes on one machine would use the same default ports.
             f"--dashboard-agent-listen-port={free_port()}",
             *("--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=100000000"),
         ],
-        # A node is given the address of its own; RAY_ADDRESS would say otherwise.
+        # RAY_ADDRESS would override the address that the node is given.
         env={key: value for key, value in environment.items() if key != "RAY_ADDRESS"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     node = Node(psutil.Process(started.pid))
-    told = _told_until(started, "Ray runtime started")
-    if "Ray runtime started" not in told:
+    output = _output_until(started, "Ray runtime started")
+    if "Ray runtime started" not in output:
         node.end()
-        raise AssertionError(f"a node did not start:\n{told}")
+        raise AssertionError(f"a node did not start:\n{output}")
     return node
 
 
-def _told_until(process: subprocess.Popen[str], mark: str) -> str:
-    """What it prints until then, or until it ends; the rest is read and dropped."""
-    told, found = [], threading.Event()
+def _output_until(process: subprocess.Popen[str], mark: str) -> str:
+    """Return what it prints until ``mark`` or its end; the rest is read and dropped."""
+    lines, is_done = [], threading.Event()
 
     def read() -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            if not found.is_set():
-                told.append(line)
+            if not is_done.is_set():
+                lines.append(line)
                 if mark in line:
-                    found.set()
-        found.set()
+                    is_done.set()
+        is_done.set()
 
     threading.Thread(target=read, daemon=True).start()
-    assert found.wait(_START_S), f"nothing of {mark!r} within {_START_S:g} s: {''.join(told)}"
-    return "".join(told)
+    assert is_done.wait(_START_S), f"no {mark!r} within {_START_S:g} s: {''.join(lines)}"
+    return "".join(lines)
 
 
 def _wait_for_dashboard(port: int) -> None:
