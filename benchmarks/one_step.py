@@ -54,7 +54,7 @@ def _wait(args: argparse.Namespace) -> None:
 def _raymerge(args: argparse.Namespace) -> None:
     from raymerge.config import load_config
     from raymerge.engine.driver.loop import StepRecord, learn
-    from raymerge.merging.optimizer import AdamState
+    from raymerge.engine.driver.state import LearningState
     from raymerge.runs.inputs import Merging
     from raymerge.runs.workers import open_group
 
@@ -79,15 +79,15 @@ def _raymerge(args: argparse.Namespace) -> None:
         say(ready=True)
         _wait(args)
 
-        def observe(record: StepRecord, state: AdamState) -> None:
+        def observe(record: StepRecord, state: LearningState) -> None:
             phases.append(record.phases)
             say(step=record.step - 1, seconds=record.seconds)
             if record.step < args.steps:
                 _wait(args)
 
-        start = AdamState.start(merging.start())
-        watch = merging.watch()
-        state = learn(group, merging.optimizer(), start, args.steps, watch, observe)
+        start = LearningState.at(merging.start())
+        learning = merging.learning(group)
+        state = learn(group, learning.optimizer, start, args.steps, learning.monitor, observe)
     if args.out:
         np.savez(args.out, lambdas=state.lambdas.numpy(), names=np.array(merging.layers.names))
     say(

@@ -5,14 +5,14 @@ A class's ``name`` is the one written in YAML.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union, get_args
+from typing import Annotated, ClassVar, Literal, Union, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Clamp = Literal["projected", "forward", "none"]
 Granularity = Literal["task", "block", "tensor"]
 TrimScope = Literal["visual", "full", "tensor"]
-Objective = Literal["entropy", "kl", "infomax", "cross_entropy"]
+ObjectiveName = Literal["entropy", "kl", "infomax", "cross_entropy"]
 Reference = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 """A path or what stands for one; no path is empty or holds a zero byte."""
 
@@ -31,24 +31,34 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class ZeroShot(Frozen):
+class MethodOptions(Frozen):
+    """The options of one method; ``name`` is its row in ``merging.registry``."""
+
+    adapts_models_only: ClassVar[bool] = True
+    """Whether a task's images serve its own checkpoint; images without one are then a mistake."""
+    may_skip_steps: ClassVar[bool] = True
+    """Whether a step that is not finite may be left out."""
+    name: str
+
+
+class ZeroShot(MethodOptions):
     name: Literal["zero_shot"]
 
 
-class Individual(Frozen):
+class Individual(MethodOptions):
     name: Literal["individual"]
 
 
-class Average(Frozen):
+class Average(MethodOptions):
     name: Literal["average"]
 
 
-class TaskArithmetic(Frozen):
+class TaskArithmetic(MethodOptions):
     name: Literal["task_arithmetic"]
     scaling: float = 0.3
 
 
-class Ties(Frozen):
+class Ties(MethodOptions):
     name: Literal["ties"]
     density: float = Field(default=0.2, gt=0, le=1)
     scaling: float | None = None
@@ -63,7 +73,7 @@ class Ties(Frozen):
         return 0.3 if self.merge == "sum" else 1.0
 
 
-class Dare(Frozen):
+class Dare(MethodOptions):
     name: Literal["dare"]
     density: float = Field(default=0.2, gt=0, le=1)
     """Share of the entries that are kept, at random; they are divided by it."""
@@ -72,32 +82,32 @@ class Dare(Frozen):
     """Keep only what agrees with its column's sum, as TIES does after trimming."""
 
 
-class Tsv(Frozen):
+class Tsv(MethodOptions):
     name: Literal["tsv"]
     scaling: float = 1.0
 
 
-class IsoC(Frozen):
+class IsoC(MethodOptions):
     name: Literal["iso_c"]
     scaling: float = 1.3
     """The paper's for ViT-B/32 and 8 tasks; 1.4 for B/16, 1.5 for L/14."""
 
 
-class IsoCts(Frozen):
+class IsoCts(MethodOptions):
     name: Literal["iso_cts"]
     scaling: float = 1.5
     common_fraction: float = Field(default=0.8, gt=0, le=1)
     """Share of the singular directions that is common to all tasks."""
 
 
-class Wudi(Frozen):
+class Wudi(MethodOptions):
     name: Literal["wudi"]
     scaling: float = 1.0
     iterations: int = Field(default=300, ge=1)
     lr: float = Field(default=1e-5, gt=0)
 
 
-class Fisher(Frozen):
+class Fisher(MethodOptions):
     name: Literal["fisher"]
     images: int = Field(default=256, ge=1)
     """Of each task, unlabeled."""
@@ -105,33 +115,33 @@ class Fisher(Frozen):
     """Labels drawn from the model's own prediction per image; ``exact``: all classes, weighted."""
 
 
-class RegMean(Frozen):
+class RegMean(MethodOptions):
     name: Literal["regmean"]
     images: int = Field(default=256, ge=1)
     alpha: float = Field(default=0.95, ge=0, le=1)
     """What is left of the Gram matrices off their diagonal."""
 
 
-class RegMeanPP(Frozen):
+class RegMeanPP(MethodOptions):
     name: Literal["regmean_pp"]
     images: int = Field(default=256, ge=1)
     alpha: float = Field(default=0.95, ge=0, le=1)
 
 
-class Joint(Frozen):
+class Joint(MethodOptions):
     """The reference that was trained on all tasks at once, to be compared with."""
 
     name: Literal["joint"]
     checkpoint: Reference
 
 
-class AdaMerging(Frozen):
+class AdaMerging(MethodOptions):
     name: Literal["adamerging"]
     granularity: Granularity = "tensor"
     task_vectors: Literal["raw", "ties", "dare", "tsv", "iso"] = "raw"
     """``ties`` is AdaMerging++: trimmed, sign-agreeing vectors, one coefficient row each. ``tsv``
     and ``iso``: bases whose sum is TSV-M and Iso-CTS."""
-    objective: Objective = "entropy"
+    objective: ObjectiveName = "entropy"
     temperature: float = Field(default=2.0, gt=0)
     """Of ``kl``."""
     normalise: bool = False
@@ -157,7 +167,9 @@ class AdaMerging(Frozen):
         return 1.0 if self.task_vectors in ("tsv", "iso") else 0.3
 
 
-class _FrankWolfe(Frozen):
+class _FrankWolfe(MethodOptions):
+    adapts_models_only: ClassVar[bool] = False  # the images are the objective's
+    may_skip_steps: ClassVar[bool] = False  # every iteration counts in the next step's size
     granularity: Literal["task", "tensor"] = "tensor"
     """Choose one model for all tensors, or one for each."""
     oracle: Literal["inner", "cosine"] = "inner"

@@ -13,8 +13,6 @@ from raymerge.config.methods import (
     AdaMerging,
     Betas,
     Frozen,
-    FwHard,
-    FwSoft,
     MethodConfig,
     Reference,
 )
@@ -307,8 +305,7 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _images_are_for_a_model(self) -> Config:
-        """Of Frank-Wolfe they are the objective's, whatever its candidates were trained for."""
-        if isinstance(self.method, FwHard | FwSoft):
+        if not self.method.adapts_models_only:
             return self
         for k, task in enumerate(self.tasks):
             if task.checkpoint is None and task.adapt is not None:
@@ -319,8 +316,8 @@ class Config(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _frank_wolfe_takes_every_step(self) -> Config:
-        if isinstance(self.method, FwHard | FwSoft) and self.optimizer.nonfinite == "skip":
+    def _steps_may_be_skipped(self) -> Config:
+        if not self.method.may_skip_steps and self.optimizer.nonfinite == "skip":
             raise ValueError(
                 f"optimizer.nonfinite: skip is not for {self.method.name}, whose every iteration "
                 "counts in the next one's step size; remove it"

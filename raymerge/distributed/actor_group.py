@@ -26,8 +26,8 @@ from raymerge.engine.messages import (
     Incident,
     LoadReport,
     LoadRequest,
-    Statistics,
     StatisticsRequest,
+    StatisticsResult,
     StepRequest,
     StepResult,
     WorkerSpec,
@@ -153,7 +153,7 @@ class ActorGroup:
 
         return self._recovery.retry("evaluate", attempt)
 
-    def statistics(self, requests: Sequence[StatisticsRequest]) -> Iterator[Statistics]:
+    def statistics(self, requests: Sequence[StatisticsRequest]) -> Iterator[StatisticsResult]:
         """Yield one result per request, in their order.
 
         At most two requests are pending at each worker, which bounds the memory for any number of
@@ -168,9 +168,9 @@ class ActorGroup:
         while pending:
             yield self._take_oldest(pending)
 
-    def _take_oldest(self, pending: deque[_PendingRequest]) -> Statistics:
+    def _take_oldest(self, pending: deque[_PendingRequest]) -> StatisticsResult:
         """Remove the oldest request and return its result, sent again as failures require."""
-        results: list[Statistics] = []
+        results: list[StatisticsResult] = []
         oldest = pending[0]
 
         def attempt() -> None:

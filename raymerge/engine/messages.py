@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from raymerge.config import (
     Granularity,
     ModelConfig,
-    Objective,
     TaskConfig,
     VectorDtype,
     VectorLocation,
 )
 from raymerge.merging.basis import Basis
+from raymerge.merging.method import Objective
 
 FloatArray = NDArray[np.float64]
 
@@ -61,16 +61,6 @@ class VectorStorage:
 
 
 @dataclass(frozen=True)
-class Loss:
-    """What is minimised, of each image's logits; see ``config.AdaMerging``."""
-
-    objective: Objective = "entropy"
-    temperature: float = 2.0
-    normalise: bool = False
-    filter: float | None = None
-
-
-@dataclass(frozen=True)
 class LoadRequest:
     """Get ready to learn λ: which vectors to pin, and which images the steps will use.
 
@@ -79,7 +69,7 @@ class LoadRequest:
 
     models: tuple[str, ...]
     granularity: Granularity
-    loss: Loss
+    objective: Objective
     images_per_step: int
     batches: int
     steps: int
@@ -215,7 +205,7 @@ class StatisticsRequest:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class StatisticsResult:
     """Of one task: arrays by tensor name, or the flat Fisher diagonal as ``fisher``."""
 
     task: int

@@ -15,6 +15,20 @@ from typing import Protocol
 from torch import Tensor
 
 from raymerge.merging.layout import Piece
+from raymerge.merging.ties import TiesStatistics
+
+
+@dataclass(frozen=True)
+class BasisInputs:
+    """What a basis may depend on besides its options.
+
+    ``names``: the models', in the order of the rows. ``ties``: computes the statistics of TIES over
+    the checkpoints (``models.checkpoints.task_vectors.ties_statistics``, bound to the files).
+    """
+
+    names: tuple[str, ...]
+    seed: int
+    ties: Callable[..., TiesStatistics]
 
 
 class Basis(Protocol):

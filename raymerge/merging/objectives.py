@@ -13,6 +13,8 @@ from math import log
 import torch
 from torch import Tensor
 
+from raymerge.merging.method import Objective
+
 
 def entropy(logits_BC: Tensor) -> Tensor:
     """H(p) = −Σ_c p_c log p_c per image, (B,), in nats (AdaMerging §3.2.2).
@@ -109,3 +111,30 @@ def task_scale(classes: int, normalise: bool) -> float:
     One class has no entropy to scale: 1.
     """
     return 1 / log(classes) if normalise and classes > 1 else 1.0
+
+
+def image_losses(
+    objective: Objective,
+    logits_BC: Tensor,
+    target: Tensor | None = None,
+    marginal_C: Tensor | None = None,
+) -> Tensor:
+    """(B,): the objective, filtered and scaled as ``objective`` says.
+
+    ``target``: the expert's logits (B, C) for kl, the labels (B,) for cross_entropy.
+    ``marginal_C``: for infomax; without it, as before the first step, that is the entropy.
+    """
+    classes = logits_BC.shape[1]
+    if objective.name == "kl":
+        assert target is not None
+        loss_B = kl(logits_BC, target, objective.temperature)
+    elif objective.name == "cross_entropy":
+        assert target is not None
+        loss_B = cross_entropy(logits_BC, target.to(logits_BC.device))
+    elif objective.name == "infomax" and marginal_C is not None:
+        loss_B = infomax(logits_BC, marginal_C)
+    else:
+        loss_B = entropy(logits_BC)
+    if objective.filter is not None:
+        loss_B = loss_B * eata_weights(entropy(logits_BC), classes, objective.filter)
+    return loss_B * task_scale(classes, objective.normalise)

@@ -6,8 +6,7 @@ Everything is float64 and tiny (K·L numbers), so the driver's arithmetic adds n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,20 +18,19 @@ from raymerge.config import Clamp
 class AdamState:
     """λ (K, L) float64 with its two moments, after ``step`` steps.
 
-    ``memory``: what else the loop remembers from step to step, by name; ``skipped`` of it counts
-    the steps that were taken back.
+    ``skipped``: how many of the steps left λ as it was.
     """
 
     lambdas: Tensor
     mean: Tensor
     square: Tensor
     step: int = 0
-    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    skipped: int = 0
 
     @property
     def updates(self) -> int:
-        """How often λ was updated: in every step but the skipped."""
-        return self.step - int(self.memory.get("skipped", 0))
+        """The number of updates of λ: one in every step but the skipped ones."""
+        return self.step - self.skipped
 
     @classmethod
     def start(cls, lambdas_KL: Tensor) -> AdamState:
@@ -87,7 +85,7 @@ class Adam:
         lambdas = state.lambdas - rate * mean / denominator
         if self.clamp == "projected":
             lambdas = lambdas.clamp(0, 1)
-        return AdamState(lambdas, mean, square, state.step + 1, state.memory)
+        return AdamState(lambdas, mean, square, state.step + 1, state.skipped)
 
 
 def clamp_gradient(lambdas_KL: Tensor) -> Tensor:

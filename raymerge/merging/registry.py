@@ -1,204 +1,307 @@
-"""Every method by name: its title, its paper, and what kind of work it is.
+"""The table of merging methods: one complete row each.
 
-- ``constant``: θ₀ + Σ λ V with one constant λ, from the checkpoints alone;
-- ``statistics``: the merged vector follows from statistics of each expert on its own images;
-- ``learned``: λ by gradient steps on images;
-- ``frank_wolfe``: λ by Frank-Wolfe steps, one expert (or one of each task) at a time;
-- ``reference``: nothing is merged.
+    METHODS["tsv"] = Method("TSV-Merge", "Gargiulo et al., CVPR 2025", Tsv, basis=_tsv)
+
+A row says how the merge comes about and what it needs; every other room asks the row, and nothing
+else tests of which class a method's options are. Importing the table costs no torch: the maths is
+imported when a basis is asked for.
+
+Legend: K models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from raymerge.config import (
     AdaMerging,
+    Average,
     Config,
     Dare,
     Fisher,
     FwHard,
     FwSoft,
-    Granularity,
+    Individual,
+    IsoC,
+    IsoCts,
     Joint,
     MethodConfig,
+    OptimizerConfig,
     RegMean,
     RegMeanPP,
     TaskArithmetic,
     Ties,
+    Tsv,
+    Wudi,
+    ZeroShot,
 )
+from raymerge.merging import describe as words
+from raymerge.merging.method import Images, Method, Monitoring, Objective, Schedule
 
-Kind = Literal["constant", "statistics", "learned", "frank_wolfe", "reference"]
-Images = Literal["none", "unlabeled", "labelled"]
-
-
-@dataclass(frozen=True)
-class Method:
-    """``scaling(method, K)`` is the constant λ, or the initial one of a learned one."""
-
-    title: str
-    paper: str
-    kind: Kind = "constant"
-    scaling: Callable[[Any, int], float] = lambda method, models: float(method.scaling)
-    images: Callable[[Any], Images] = lambda method: "none"
-    """Which images of every merged task it needs."""
-    rows: bool = True
-    """Whether its λ has a row for each model."""
-
-    @property
-    def learned(self) -> bool:
-        return self.kind == "learned"
-
-    @property
-    def merges(self) -> bool:
-        return self.kind != "reference"
+if TYPE_CHECKING:
+    from raymerge.merging.basis import Basis, BasisInputs
 
 
-def _unlabeled(method: Any) -> Images:
+# --- the rows that λ multiplies ------------------------------------------------------------------
+
+
+def _ties(options: Ties, inputs: BasisInputs) -> Basis:
+    mean = options.merge == "mean"
+    return inputs.ties(density=options.density, scope=options.trim_scope, mean=mean)
+
+
+def _dare(options: Dare, inputs: BasisInputs) -> Basis:
+    from raymerge.merging.dare import Dare as DareBasis
+
+    return DareBasis(inputs.names, inputs.seed, options.density, options.elect_sign)
+
+
+def _tsv(options: Any, inputs: BasisInputs) -> Basis:
+    from raymerge.merging.basis import MatrixBasis
+    from raymerge.merging.spectral import tsv
+
+    return MatrixBasis(tsv)
+
+
+def _iso_c(options: IsoC, inputs: BasisInputs) -> Basis:
+    from raymerge.merging.basis import MatrixBasis
+    from raymerge.merging.spectral import iso_c
+
+    return MatrixBasis(iso_c, separate=False)
+
+
+def _iso_cts(options: IsoCts | AdaMerging, inputs: BasisInputs) -> Basis:
+    from raymerge.merging.basis import MatrixBasis
+    from raymerge.merging.spectral import iso_cts
+
+    return MatrixBasis(partial(iso_cts, common_fraction=options.common_fraction))
+
+
+def _wudi(options: Wudi, inputs: BasisInputs) -> Basis:
+    from raymerge.merging.basis import MatrixBasis
+    from raymerge.merging.wudi import wudi
+
+    solve = partial(wudi, iterations=options.iterations, lr=options.lr)
+    return MatrixBasis(solve, separate=False)
+
+
+def _adamerging(options: AdaMerging, inputs: BasisInputs) -> Basis | None:
+    """The basis that ``task_vectors`` names; Φ of TIES keeps a row for each model."""
+    if options.task_vectors == "ties":
+        scope = options.trim_scope
+        return inputs.ties(density=options.density, scope=scope, count_signs=True)
+    if options.task_vectors == "dare":
+        from raymerge.merging.dare import Dare as DareBasis
+
+        return DareBasis(inputs.names, inputs.seed, options.density)
+    if options.task_vectors == "tsv":
+        return _tsv(options, inputs)
+    return _iso_cts(options, inputs) if options.task_vectors == "iso" else None
+
+
+# --- what a method needs, and how it learns ----------------------------------------------------
+
+
+def _unlabeled(options: Any) -> Images:
     return "unlabeled"
 
 
-def _by_objective(method: AdaMerging | FwHard | FwSoft) -> Images:
-    return "labelled" if method.objective == "cross_entropy" else "unlabeled"
+def _by_objective(options: AdaMerging | FwHard | FwSoft) -> Images:
+    return "labelled" if options.objective == "cross_entropy" else "unlabeled"
 
 
-def _zero(method: Any, models: int) -> float:
+def _zero(options: Any, models: int) -> float:
     return 0.0
 
 
-def _one(method: Any, models: int) -> float:
+def _one(options: Any, models: int) -> float:
     return 1.0
 
 
+def _once(options: Fisher | RegMean | RegMeanPP, optimizer: OptimizerConfig) -> Schedule:
+    return Schedule(steps=0, images=options.images)
+
+
+def _iterations(options: FwHard | FwSoft, optimizer: OptimizerConfig) -> Schedule:
+    return Schedule(options.iterations, options.images)
+
+
+def _monitored(options: AdaMerging, optimizer: OptimizerConfig) -> Monitoring:
+    return Monitoring(options.collapse, optimizer.nonfinite)
+
+
+def _adamerging_objective(options: AdaMerging) -> Objective:
+    return Objective(options.objective, options.temperature, options.normalise, options.filter)
+
+
+_STATISTICS: dict[str, Any] = {
+    "scaling": _one,
+    "rows": False,
+    "images": _unlabeled,
+    "schedule": _once,
+    "account": words.statistics_account,
+}
+_FRANK_WOLFE: dict[str, Any] = {
+    "scaling": _zero,
+    "images": _by_objective,
+    "every_model_needs_images": False,
+    "whole_gradient": lambda options: options.oracle == "cosine",
+    # A coefficient for each tensor, whatever is chosen at once: the start may be of a finer run.
+    "granularity": lambda options: "tensor",
+    "schedule": _iterations,
+    "objective": lambda options: Objective(options.objective),
+    "start": lambda options: options.start,
+    "steps_key": "method.iterations",
+}
+
 METHODS: dict[str, Method] = {
-    "zero_shot": Method("Zero-shot (pretrained)", "Radford et al., ICML 2021", scaling=_zero),
-    "individual": Method(
-        "Individual experts", "Ilharco et al., ICLR 2023", "reference", scaling=_zero
+    "zero_shot": Method(
+        "Zero-shot (pretrained)",
+        "Radford et al., ICML 2021",
+        ZeroShot,
+        scaling=_zero,
+        reference="The pretrained model as it is",
+        account=words.reference_account,
     ),
-    "joint": Method("Traditional MTL", "Caruana, Machine Learning 1997", scaling=_one, rows=False),
+    "individual": Method(
+        "Individual experts",
+        "Ilharco et al., ICLR 2023",
+        Individual,
+        scaling=_zero,
+        merges=False,
+    ),
+    "joint": Method(
+        "Traditional MTL",
+        "Caruana, Machine Learning 1997",
+        Joint,
+        scaling=_one,
+        rows=False,
+        reference="One model that was trained on all tasks at once",
+        checkpoint=lambda options: str(options.checkpoint),
+        account=words.reference_account,
+    ),
     "average": Method(
         "Weight averaging",
         "Wortsman et al., ICML 2022",
-        scaling=lambda method, models: 1.0 / models,
+        Average,
+        scaling=lambda options, models: 1.0 / models,
     ),
-    "task_arithmetic": Method("Task arithmetic", "Ilharco et al., ICLR 2023"),
+    "task_arithmetic": Method(
+        "Task arithmetic",
+        "Ilharco et al., ICLR 2023",
+        TaskArithmetic,
+        describe=words.task_arithmetic,
+    ),
     "ties": Method(
         "TIES-Merging",
         "Yadav et al., NeurIPS 2023",
-        scaling=lambda method, models: float(method.effective_scaling),
+        Ties,
+        describe=words.ties,
+        scaling=lambda options, models: float(options.effective_scaling),
+        basis=_ties,
     ),
-    "dare": Method("DARE", "Yu et al., ICML 2024"),
+    "dare": Method("DARE", "Yu et al., ICML 2024", Dare, describe=words.dare, basis=_dare),
     "fisher": Method(
         "Fisher merging",
         "Matena and Raffel, NeurIPS 2022",
-        "statistics",
-        scaling=_one,
-        images=_unlabeled,
-        rows=False,
+        Fisher,
+        statistics="fisher",
+        **_STATISTICS,
     ),
     "regmean": Method(
         "RegMean",
         "Jin et al., ICLR 2023",
-        "statistics",
-        scaling=_one,
-        images=_unlabeled,
-        rows=False,
+        RegMean,
+        statistics="regmean",
+        open_clip_linears=True,
+        **_STATISTICS,
     ),
     "regmean_pp": Method(
         "RegMean++",
         "Nguyen et al., arXiv 2508.03121",
-        "statistics",
-        scaling=_one,
-        images=_unlabeled,
-        rows=False,
+        RegMeanPP,
+        statistics="regmean_pp",
+        open_clip_linears=True,
+        **_STATISTICS,
     ),
-    "tsv": Method("TSV-Merge", "Gargiulo et al., CVPR 2025"),
-    "iso_c": Method("Iso-C", "Marczak et al., ICML 2025", rows=False),
-    "iso_cts": Method("Iso-CTS", "Marczak et al., ICML 2025"),
-    "wudi": Method("WUDI-Merging", "Cheng et al., ICML 2025", rows=False),
+    "tsv": Method("TSV-Merge", "Gargiulo et al., CVPR 2025", Tsv, basis=_tsv),
+    "iso_c": Method(
+        "Iso-C",
+        "Marczak et al., ICML 2025",
+        IsoC,
+        basis=_iso_c,
+        rows=False,
+        account=words.checkpoints_account,
+    ),
+    "iso_cts": Method("Iso-CTS", "Marczak et al., ICML 2025", IsoCts, basis=_iso_cts),
+    "wudi": Method(
+        "WUDI-Merging",
+        "Cheng et al., ICML 2025",
+        Wudi,
+        basis=_wudi,
+        rows=False,
+        account=words.checkpoints_account,
+    ),
     "adamerging": Method(
         "AdaMerging",
         "Yang et al., ICLR 2024",
-        "learned",
-        scaling=lambda method, models: float(method.effective_init),
+        AdaMerging,
+        describe=words.adamerging,
+        scaling=lambda options, models: float(options.effective_init),
+        basis=_adamerging,
+        loop="adam",
         images=_by_objective,
+        granularity=lambda options: options.granularity,
+        objective=_adamerging_objective,
+        clamp=lambda options: options.clamp,
+        monitoring=_monitored,
+        account=words.adamerging_account,
     ),
     "fw_hard": Method(
-        "FW-Merging (hard)",
+        "FW-Merging",
         "Chen et al., ICCV 2025",
-        "frank_wolfe",
-        scaling=_zero,
-        images=_by_objective,
+        FwHard,
+        describe=words.frank_wolfe,
+        loop="frank_wolfe_hard",
+        account=words.frank_wolfe_hard_account,
+        **_FRANK_WOLFE,
     ),
     "fw_soft": Method(
-        "FW-Merging (soft)",
+        "FW-Merging",
         "Chen et al., ICCV 2025",
-        "frank_wolfe",
-        scaling=_zero,
-        images=_by_objective,
+        FwSoft,
+        describe=words.frank_wolfe,
+        loop="frank_wolfe_soft",
+        inner_steps=True,
+        account=words.frank_wolfe_soft_account,
+        **_FRANK_WOLFE,
     ),
 }
 
 
-def method_of(config: MethodConfig) -> Method:
-    return METHODS[config.name]
+def method_of(options: MethodConfig) -> Method:
+    return METHODS[options.name]
+
+
+def describe(options: MethodConfig) -> str:
+    """The method in words: ``AdaMerging++ (layer-wise)``, ``TIES-Merging (20%, sum, λ=0.3)``."""
+    method = method_of(options)
+    return method.title + method.describe(options)
 
 
 def needed_images(config: Config) -> Images:
-    """Which images of every merged task this config's method needs."""
+    """The kind of images that this config's method needs of every merged task."""
     return method_of(config.method).images(config.method)
 
 
+def schedule_of(config: Config) -> Schedule:
+    return method_of(config.method).schedule(config.method, config.optimizer)
+
+
 def merged_checkpoints(config: Config) -> tuple[str, ...]:
-    """What is merged, in the order of the rows of λ."""
-    if isinstance(config.method, Joint):
-        return (config.method.checkpoint,)
+    """The checkpoints that are merged, in the order of the rows of λ."""
+    own = method_of(config.method).checkpoint(config.method)
+    if own is not None:
+        return (own,)
     return tuple(str(task.checkpoint) for task in config.models)
-
-
-def steps_of(config: Config) -> int:
-    """Updates of λ in a method that takes steps."""
-    if isinstance(config.method, FwHard | FwSoft):
-        return config.method.iterations
-    return config.optimizer.steps
-
-
-def images_per_step(config: Config) -> int:
-    """Of every task that has images."""
-    if isinstance(config.method, FwHard | FwSoft | Fisher | RegMean | RegMeanPP):
-        return config.method.images
-    return config.optimizer.images_per_step
-
-
-def granularity_of(config: MethodConfig) -> Granularity:
-    """What one coefficient covers."""
-    if isinstance(config, AdaMerging):
-        return config.granularity
-    return "tensor" if isinstance(config, FwHard | FwSoft) else "task"
-
-
-def describe(config: MethodConfig) -> str:
-    """The method in words: ``AdaMerging++ (layer-wise)``, ``TIES-Merging (20 %, sum, λ=0.3)``."""
-    title = METHODS[config.name].title
-    if isinstance(config, AdaMerging):
-        return _adamerging(config, title)
-    if isinstance(config, Ties):
-        return f"{title} ({config.density:.0%}, {config.merge}, λ={config.effective_scaling:g})"
-    if isinstance(config, Dare):
-        elect = ", elected signs" if config.elect_sign else ""
-        return f"{title} ({config.density:.0%}{elect}, λ={config.scaling:g})"
-    if isinstance(config, TaskArithmetic):
-        return f"{title} (λ={config.scaling:g})"
-    if isinstance(config, FwHard | FwSoft):
-        wise = {"task": "task-wise", "tensor": "layer-wise"}[config.granularity]
-        return f"{title[:-1]}, {wise}, {config.iterations} iterations)"
-    return title
-
-
-def _adamerging(config: AdaMerging, title: str) -> str:
-    bases = {"raw": "", "ties": "++", "dare": " on DARE", "tsv": " on TSV", "iso": " on Iso-CTS"}
-    wise = {"task": "task-wise", "block": "block-wise", "tensor": "layer-wise"}
-    names = {"entropy": "", "kl": ", KL", "infomax": ", infomax", "cross_entropy": ", labels"}
-    objective = names[config.objective]
-    return f"{title}{bases[config.task_vectors]} ({wise[config.granularity]}{objective})"

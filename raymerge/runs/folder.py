@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from raymerge.config import Config, dump_config, load_config
 from raymerge.engine.driver.loop import StepRecord
+from raymerge.engine.driver.state import LearningState
 from raymerge.engine.messages import Incident
 from raymerge.engine.scores import TaskScore, results_json
 from raymerge.errors import RunError, UserError
 from raymerge.files.atomic import write_atomically, write_json, write_text
 from raymerge.files.output_folder import require_output
 from raymerge.files.urls import is_remote, public, redacted
-from raymerge.merging.optimizer import AdamState
 from raymerge.merging.registry import describe, merged_checkpoints, method_of
 from raymerge.models.checkpoints.digests import remember, sha256
 from raymerge.models.checkpoints.locate import files_of, locate
@@ -187,7 +187,7 @@ class Recorder:
         folder: RunFolder,
         store: StateStore[AdamState],
         every: int,
-        start: AdamState,
+        start: LearningState,
         steps: int,
         urgent: Callable[[], bool] = lambda: False,
         also: Callable[[StepRecord], None] = lambda record: None,
@@ -208,7 +208,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         return self
 
-    def observe(self, record: StepRecord, state: AdamState) -> None:
+    def observe(self, record: StepRecord, state: LearningState) -> None:
         try:
             self._metrics.write(json.dumps(asdict(record)) + "\n")
             self._metrics.flush()

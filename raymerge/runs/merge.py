@@ -18,14 +18,13 @@ from torch import Tensor
 
 from raymerge.config import (
     Config,
-    FwHard,
-    FwSoft,
     Individual,
     TrackingConfig,
     ZeroShot,
 )
 from raymerge.engine.driver.groups import WorkerGroup
-from raymerge.engine.driver.loop import learn
+from raymerge.engine.driver.loops import learn_lambdas
+from raymerge.engine.driver.state import LearningState
 from raymerge.engine.messages import EvaluateRequest
 from raymerge.engine.scores import TaskScore, summarise
 from raymerge.errors import RunError, UserError
@@ -33,10 +32,7 @@ from raymerge.files.atomic import staged
 from raymerge.files.output_folder import nearest_folder
 from raymerge.files.progress import progress_bar
 from raymerge.files.urls import is_remote
-from raymerge.merging.optimizer import AdamState
-from raymerge.merging.registry import (
-    steps_of,
-)
+from raymerge.merging.registry import schedule_of
 from raymerge.models.checkpoints.locate import locate
 from raymerge.models.checkpoints.visual_tower import open_visual
 from raymerge.models.convert import Also, require_also, write_also
@@ -45,7 +41,7 @@ from raymerge.runs.folder import Recorder, RunFolder
 from raymerge.runs.inputs import Merging
 from raymerge.runs.plan.checks import require_one_group
 from raymerge.runs.plan.make import make_plan
-from raymerge.runs.state import adam_states, fingerprint
+from raymerge.runs.state import fingerprint, learning_states
 from raymerge.runs.tracking import Tracking
 from raymerge.runs.workers import group_or_new, known_resources, open_group
 
@@ -92,11 +88,14 @@ def merge(
     plan = make_plan(config, known_resources(config))
     require_also(plan.resolved, also)
     merging = Merging(config, plan)
-    if also and not merging.merges:
+    if also and not merging.method.merges:
         raise UserError(f"--also {also[0]}: method {config.method.name} writes no model")
     needs_workers = merging.needs_images or any(task.test for task in config.tasks)
     workers = group_or_new(group, config, merging.slots) if needs_workers else nullcontext(None)
-    with workers as group, Tracking(config, folder.path, group, steps_of(config)) as tracking:
+    with (
+        workers as group,
+        Tracking(config, folder.path, group, schedule_of(config).steps) as tracking,
+    ):
         return _run(merging, folder, group, tracking, resume=resume, also=also)
 
 
@@ -116,7 +115,7 @@ def _run(
     lambdas_JL = merging.start()
     if merging.needs_images:
         assert group is not None
-        if merging.method.kind == "statistics":
+        if merging.method.statistics is not None:
             merging.gather(group)
             clock.lap("statistics")
         else:
@@ -124,7 +123,7 @@ def _run(
             clock.lap("load")
             lambdas_JL = _learn(merging, folder, group, tracking, lambdas_JL, resume=resume)
             clock.lap("steps")
-    if merging.merges:
+    if merging.method.merges:
         # Every file is read before anything is replaced.
         with staged(folder.weights, nearest_folder(folder.path)) as (temporary, commit):
             merging.write(temporary, lambdas_JL)
@@ -138,7 +137,7 @@ def _run(
     folder.prepare(config, resume=resume)
     scores: dict[str, TaskScore] = {}
     if group is not None and any(task.test for task in config.tasks):
-        scores = _score_written(config, group, str(folder.path) if merging.merges else None)
+        scores = _score_written(config, group, str(folder.path) if merging.method.merges else None)
         clock.lap("evaluate")
     incidents = () if group is None else group.incidents
     folder.write_results(config, merging.plan, scores, clock.laps, incidents)
@@ -146,7 +145,7 @@ def _run(
     return MergeResult(
         config=config,
         layers=merging.layers.names,
-        lambdas=lambdas_JL if merging.merges and merging.method.rows else None,
+        lambdas=lambdas_JL if merging.method.merges and merging.method.rows else None,
         scores=scores,
         seconds=clock.laps,
         output=folder.path,
@@ -180,16 +179,17 @@ def _learn(
     resume: bool,
 ) -> Tensor:
     """The adaptive loop with state, metrics and a progress bar; the effective λ (K, L)."""
-    config, optimizer, watch = merging.config, merging.optimizer(), merging.watch()
-    store = adam_states(
+    config, loop = merging.config, merging.method.loop
+    assert loop is not None
+    store = learning_states(
         folder.state,
         fingerprint(config),
         config.model_names,
         merging.layers.names,
         config.state.keep,
     )
-    state = (store.newest() if resume else None) or AdamState.start(start_KL)
-    steps, key = steps_of(config), merging.steps_key
+    state = (store.newest() if resume else None) or LearningState.at(start_KL)
+    steps, key = schedule_of(config).steps, merging.method.steps_key
     if state.step > steps:
         raise UserError(
             f"{key}: {steps}, but the run in {folder.path} has taken {state.step}; "
@@ -204,20 +204,7 @@ def _learn(
     every = config.state.every_steps
     urgent, also = lambda: group.preemption_pending, tracking.observe
     with Recorder(folder, store, every, state, steps, urgent, also) as recorder:
-        if isinstance(config.method, FwHard):
-            from raymerge.engine.driver.frank_wolfe import hard
-
-            return hard(group, config.method, state, watch, recorder.observe).lambdas
-        if isinstance(config.method, FwSoft):
-            from raymerge.engine.driver.frank_wolfe import soft
-
-            loads = (merging.load_request(), merging.inner_load_request())
-            return soft(
-                group, config.method, state, watch, recorder.observe, loads, optimizer,
-                config.optimizer.steps,
-            ).lambdas  # fmt: skip
-        state = learn(group, optimizer, state, steps, watch, recorder.observe)
-    return optimizer.effective(state.lambdas)
+        return learn_lambdas(loop, merging.learning(group), state, recorder.observe)
 
 
 def evaluate(config: Config, model: str | None = None) -> dict[str, TaskScore]:

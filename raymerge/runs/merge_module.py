@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from raymerge.config import AdaMerging, MethodConfig, OptimizerConfig, Ties
+from raymerge.config import MethodConfig, OptimizerConfig
 from raymerge.config.wording import explain
 from raymerge.engine.driver.groups import Stepper
 from raymerge.engine.driver.loop import StepRecord, learn
-from raymerge.engine.driver.monitor import Watch
-from raymerge.engine.messages import Incident, Loss, StepRequest, StepResult
+from raymerge.engine.driver.monitor import Monitor
+from raymerge.engine.driver.state import LearningState
+from raymerge.engine.messages import Incident, StepRequest, StepResult
 from raymerge.engine.worker.modules import (
     Batch,
     Expert,
@@ -34,13 +36,12 @@ from raymerge.engine.worker.modules import (
 )
 from raymerge.errors import UserError
 from raymerge.files.progress import progress_bar
-from raymerge.merging.bases import basis_of
-from raymerge.merging.basis import Basis
+from raymerge.merging.basis import Basis, BasisInputs
 from raymerge.merging.layout import LayerMap
-from raymerge.merging.optimizer import Adam, AdamState
-from raymerge.merging.registry import granularity_of, method_of
-from raymerge.merging.ties import TiesStatistics
+from raymerge.merging.method import Method
+from raymerge.merging.registry import method_of
 from raymerge.models.checkpoints.task_vectors import ties_statistics
+from raymerge.runs.inputs import first_lambdas, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,17 @@ def merge_module(
         raise UserError("experts: is empty; give at least one fine-tuned model by its task's name")
     files = _Files.open(model, experts, merged)
     kept = method_of(chosen)
-    basis = basis_of(chosen, list(experts), seed, lambda: _ties(chosen, files))
-    layers = files.layout.layers(granularity_of(chosen))
-    rows = len(experts) if kept.rows else 1
-    scaling = kept.scaling(chosen, len(experts))
-    start = torch.full((rows, len(layers.names)), scaling, dtype=torch.float64)
+    ties = partial(ties_statistics, files.pretrained, files.experts)
+    basis = kept.basis(chosen, BasisInputs(tuple(experts), seed, ties))
+    layers = files.layout.layers(kept.granularity(chosen))
+    start = first_lambdas(kept, chosen, len(experts), layers)
     records: list[StepRecord] = []
     incidents: Sequence[Incident] = ()
-    if isinstance(chosen, AdaMerging):
-        task = _Task(model, files, basis, layers, _loss(chosen), options.batches, seed)
-        start, incidents = _learn(task, chosen, options, batches, logits, start, workers, records)
+    if kept.loop is not None:
+        task = _Task(model, files, basis, layers, kept.objective(chosen), options.batches, seed)
+        start, incidents = _learn(
+            task, kept, chosen, options, batches, logits, start, workers, records
+        )
     state = _merged_state(model, files, basis, layers, start)
     return MergedModule(state, start, layers.names, records, incidents)
 
@@ -131,32 +133,18 @@ def _validated(schema: Any, data: Mapping[str, Any], where: str) -> Any:
 def _method(given: str | Mapping[str, Any] | MethodConfig) -> MethodConfig:
     data = {"name": given} if isinstance(given, str) else given
     method: MethodConfig = _validated(_Method, {"method": data}, "method").method
-    if method_of(method).kind not in ("constant", "learned") or method.name == "joint":
+    row = method_of(method)
+    if not row.merges or row.reference or row.statistics or row.loop not in (None, "adam"):
         raise UserError(
             f"method: {method.name} is for CLIP's image encoders alone; merge_module knows "
             "adamerging and the methods that need no data"
         )
-    if isinstance(method, AdaMerging) and method.objective == "cross_entropy":
+    if row.images(method) == "labelled":
         raise UserError(
             "method.objective: cross_entropy needs labels, which merge_module is not given; use "
             "entropy, kl or infomax"
         )
     return method
-
-
-def _loss(method: AdaMerging) -> Loss:
-    return Loss(method.objective, method.temperature, method.normalise, method.filter)
-
-
-def _ties(method: MethodConfig, files: _Files) -> TiesStatistics:
-    assert isinstance(method, Ties | AdaMerging)
-    return ties_statistics(
-        files.pretrained,
-        files.experts,
-        density=method.density,
-        scope=method.trim_scope,
-        mean=isinstance(method, Ties) and method.merge == "mean",
-    )
 
 
 # --- the merge ---------------------------------------------------------------------------------
@@ -184,7 +172,8 @@ def _merged_state(
 
 def _learn(
     task: _Task,
-    method: AdaMerging,
+    row: Method,
+    method: MethodConfig,
     options: OptimizerConfig,
     batches: Mapping[str, Sequence[Batch]] | None,
     logits: Logits | None,
@@ -195,25 +184,19 @@ def _learn(
     """λ after ``options.steps`` steps, as the merge uses it, and what was survived."""
     names = task.files.names
     given = _given(task, names, batches, logits)
-    optimizer = Adam(
-        options.lr,
-        options.betas,
-        options.eps,
-        method.clamp,
-        options.steps if options.schedule == "cosine" else None,
-        options.sharpness,
-    )
-    watch = Watch(names, range(len(names)), method.collapse, method.objective == "infomax")
+    optimizer = make_optimizer(row, method, options)
+    infomax = row.objective(method).name == "infomax"
+    monitor = Monitor(names, range(len(names)), row.monitoring(method, options), infomax)
     with (
         _group(task, given, workers) as group,
         progress_bar("merging", unit="step", total=options.steps) as progress,
     ):
 
-        def observe(record: StepRecord, state: AdamState) -> None:
+        def observe(record: StepRecord, state: LearningState) -> None:
             records.append(record)
             progress(1)
 
-        state = learn(group, optimizer, AdamState.start(start_KL), options.steps, watch, observe)
+        state = learn(group, optimizer, LearningState.at(start_KL), options.steps, monitor, observe)
         return optimizer.effective(state.lambdas), tuple(group.incidents)
 
 

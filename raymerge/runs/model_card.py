@@ -9,15 +9,9 @@ from typing import Any
 
 import yaml
 
-from raymerge.config import AdaMerging, Config, FwHard, FwSoft, Joint, ZeroShot
+from raymerge.config import Config
 from raymerge.engine.scores import TaskScore
-from raymerge.merging.registry import (
-    describe,
-    images_per_step,
-    merged_checkpoints,
-    method_of,
-    needed_images,
-)
+from raymerge.merging.registry import describe, merged_checkpoints, method_of
 from raymerge.runs.plan.plan import Plan
 
 _HUB_MODEL = re.compile(r"(?:hf-hub:|hf://(?!datasets/|spaces/|buckets/))([^/@]+/[^/@]+)")
@@ -82,24 +76,22 @@ def _count(config: Config) -> str:
 
 
 def _title(config: Config) -> str:
-    if isinstance(config.method, ZeroShot | Joint):
+    if method_of(config.method).reference:
         return describe(config.method)
     return f"{_count(config)} merged by {describe(config.method)}"
 
 
 def _what(config: Config, plan: Plan) -> str:
-    model, paper = f"`{Path(plan.model).name}`", method_of(config.method).paper
-    if isinstance(config.method, ZeroShot):
-        return f"The pretrained model, {model} ({paper}), as it is: a reference."
+    method, model = method_of(config.method), f"`{Path(plan.model).name}`"
     text = f"the text tower is that of the pretrained model, {model}."
-    if isinstance(config.method, Joint):
+    if method.reference:
         return (
-            f"One model that was trained on all tasks at once ({paper}): a reference.\n"
+            f"{method.reference}: a reference ({method.paper}).\n"
             f"Only its image encoder is used; {text}"
         )
     return (
         f"{_count(config).replace(' ', ' fine-tuned ')} merged into one by "
-        f"**{describe(config.method)}** ({paper}) with raymerge.\n"
+        f"**{describe(config.method)}** ({method.paper}) with raymerge.\n"
         f"Only the image encoder is merged; {text}"
     )
 
@@ -187,62 +179,5 @@ def _spread(lambdas_L: Sequence[float]) -> str:
 
 def _note(config: Config, plan: Plan) -> str:
     """Where the numbers come from, and which images were used."""
-    method = config.method
-    if isinstance(method, ZeroShot | Joint):
-        return "Nothing was merged, and no images were used."
-    return {
-        "constant": _constant,
-        "statistics": _statistics,
-        "learned": _learned,
-        "frank_wolfe": _frank_wolfe,
-    }[method_of(method).kind](config) + "".join(f" It {note}." for note in plan.notes)
-
-
-def _constant(config: Config) -> str:
-    if _has_lambdas(config):
-        return "The coefficients are constants of the method; no images were used."
-    return "The merged weights follow from the checkpoints alone; no images were used."
-
-
-def _statistics(config: Config) -> str:
-    return (
-        "The merged weights follow from statistics of each model on up to "
-        f"{images_per_step(config)} unlabeled images of its own task, seed {config.seed}."
-    )
-
-
-def _learned(config: Config) -> str:
-    method, given = config.method, config.optimizer
-    labelled = needed_images(config) == "labelled"
-    teacher = isinstance(method, AdaMerging) and method.objective == "kl"
-    return (
-        f"The coefficients were learned {'from' if labelled else 'without'} labels"
-        f"{', each task from its own model' if teacher else ''}: {given.steps} steps of "
-        f"{_adam(config)} on {given.images_per_step} {needed_images(config)} images of each task "
-        f"per step, seed {config.seed}."
-    )
-
-
-def _frank_wolfe(config: Config) -> str:
-    method, given = config.method, config.optimizer
-    assert isinstance(method, FwHard | FwSoft)
-    most = "up to " if isinstance(method, FwHard) else ""
-    text = (
-        f"The coefficients are those of {most}{method.iterations} Frank-Wolfe iterations, with "
-        f"gradients of {method.objective.replace('_', '-')} on up to {method.images} "
-        f"{needed_images(config)} images of each task that has some, seed {config.seed}"
-    )
-    if method.start is not None:
-        text += f", from those of `{Path(method.start).name}`"
-    if isinstance(method, FwSoft):
-        text += (
-            f". Each iteration merged the models that the tasks chose by {given.steps} steps of "
-            f"{_adam(config)}, without labels, on {given.images_per_step} images of each task"
-        )
-    return text + "."
-
-
-def _adam(config: Config) -> str:
-    given = config.optimizer
-    sharpness = f", sharpness-aware {given.sharpness:g}" if given.sharpness else ""
-    return f"Adam (lr {given.lr:g}, {given.schedule}{sharpness})"
+    account = method_of(config.method).account(config.method, config)
+    return account + "".join(f" It {note}." for note in plan.notes)

@@ -5,7 +5,7 @@
 
 A state is a step and named tensors. Its folder appears by one rename, so it is complete or absent;
 a damaged one is skipped with a warning and the one before it is used. Which tensors a state holds
-is decided by its owner: :func:`adam_states` for merging, the trainer for fine-tuning.
+is decided by its owner: :func:`learning_states` for merging, the trainer for fine-tuning.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raymerge.config import Config, FwHard, FwSoft
+from raymerge.config import Config
+from raymerge.engine.driver.state import LearningState
 from raymerge.errors import RunError, UserError
 from raymerge.files.atomic import sync
 from raymerge.files.attempts import claim_attempt, newest_attempt, numbers
 from raymerge.files.urls import redacted_values
-from raymerge.merging.optimizer import AdamState
+from raymerge.merging.registry import method_of
 from raymerge.models.checkpoints.digests import file_sha256
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,6 @@ SavedTensors = tuple[int, Mapping[str, Tensor]]
 _STEP = re.compile(r"step-(\d{8,})")
 _TENSORS = "state.safetensors"
 _MANIFEST = "manifest.json"
-_MEMORY = "memory."
 _DAMAGE = (ValueError, LookupError, TypeError, RecursionError, SafetensorError)
 
 
@@ -193,32 +193,30 @@ def _write_synced(path: Path, payload: bytes) -> None:
 # --- the state of a merge ------------------------------------------------------------------------
 
 
-def adam_states(
+def learning_states(
     folder: Path, fingerprint: str, tasks: Sequence[str], layers: Sequence[str], keep: int
-) -> StateStore[AdamState]:
-    """Return the store of one merge: λ (K, L) and its moments, for these tasks and layers."""
+) -> StateStore[LearningState]:
+    """Return the store of one merge: λ (K, L) and what learning remembers beside it."""
     identity = {"config": fingerprint, "tasks": list(tasks), "layers": list(layers)}
     shape = (len(tasks), len(layers))
     return StateStore(
-        folder, identity, keep, _adam_tensors, lambda saved: _adam_state(saved, shape)
+        folder, identity, keep, _learning_tensors, lambda saved: _learning_state(saved, shape)
     )
 
 
-def _adam_tensors(state: AdamState) -> SavedTensors:
-    tensors = {"lambdas": state.lambdas, "mean": state.mean, "square": state.square}
-    tensors |= {_MEMORY + name: value for name, value in state.memory.items()}
+def _learning_tensors(state: LearningState) -> SavedTensors:
     # safetensors accepts neither strides nor two tensors that share memory.
     plain = torch.contiguous_format
-    return state.step, {name: t.clone(memory_format=plain) for name, t in tensors.items()}
+    tensors = {name: t.clone(memory_format=plain) for name, t in state.tensors().items()}
+    return state.step, tensors
 
 
-def _adam_state(saved: SavedTensors, shape: tuple[int, int]) -> AdamState:
+def _learning_state(saved: SavedTensors, shape: tuple[int, int]) -> LearningState:
     step, tensors = saved
     for name in ("lambdas", "mean", "square"):
         if tensors[name].shape != shape or tensors[name].dtype != torch.float64:
             raise ValueError(f"{name} is not {shape} float64")
-    memory = {k.removeprefix(_MEMORY): v for k, v in tensors.items() if k.startswith(_MEMORY)}
-    return AdamState(tensors["lambdas"], tensors["mean"], tensors["square"], step, memory)
+    return LearningState.from_tensors(step, tensors)
 
 
 def fingerprint(config: Config) -> str:
@@ -229,11 +227,11 @@ def fingerprint(config: Config) -> str:
     """
     left_out = {"card", "cluster", "output", "state", "finetune", "tracking"}
     data = redacted_values(config.model_dump(mode="json", exclude=left_out))
-    if isinstance(config.method, FwHard | FwSoft):
-        del data["method"]["iterations"]
+    method = method_of(config.method)
+    if method.steps_key.startswith("method."):
+        del data["method"][method.steps_key.removeprefix("method.")]
     del data["optimizer"]["nonfinite"]  # a stopped run continues from the state it stopped at
-    # Soft Frank-Wolfe runs all of the optimizer's steps in every iteration.
-    if config.optimizer.schedule == "constant" and not isinstance(config.method, FwSoft):
+    if config.optimizer.schedule == "constant" and not method.inner_steps:
         del data["optimizer"]["steps"]
     for task in data["tasks"]:
         del task["test"], task["train"]

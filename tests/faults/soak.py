@@ -38,10 +38,11 @@ from raymerge.config import ClusterConfig
 from raymerge.distributed.actor_group import ActorGroup
 from raymerge.distributed.placement import Placement
 from raymerge.engine.driver.loop import StepRecord, learn
-from raymerge.engine.driver.monitor import Watch
+from raymerge.engine.driver.monitor import Monitor
+from raymerge.engine.driver.state import LearningState
 from raymerge.engine.messages import Incident
 from raymerge.errors import RaymergeError
-from raymerge.merging.optimizer import Adam, AdamState
+from raymerge.merging.optimizer import Adam
 
 SHAPES = ((2, 1), (2, 2), (4, 2))
 KINDS: dict[Kind, int] = {"kill": 4, "exit": 2, "freeze": 1, "break": 3}
@@ -53,7 +54,7 @@ FAULTS_PER_CAMPAIGN, SILENT_S = 20, 240
 class Trajectory:
     """One run of learning: its final state, and the loss of every step."""
 
-    state: AdamState
+    state: LearningState
     losses: list[float | None] = field(default_factory=list)
     incidents: Sequence[Incident] = ()
 
@@ -98,10 +99,10 @@ def run(
     group = ActorGroup(
         worker_spec(world), Placement(*shape, 1, 0.0), config, faulty_worker(faults, marks)
     )
-    trajectory = Trajectory(AdamState.start(torch.full((4, len(layers)), 0.3)))
+    trajectory = Trajectory(LearningState.at(torch.full((4, len(layers)), 0.3)))
     names = world.parse().task_names
 
-    def observe(record: StepRecord, state: AdamState) -> None:
+    def observe(record: StepRecord, state: LearningState) -> None:
         signal.alarm(SILENT_S)
         trajectory.losses.append(record.loss)
 
@@ -109,7 +110,7 @@ def run(
         signal.alarm(SILENT_S)
         group.load(load_request(world, steps=steps))
         trajectory.state = learn(
-            group, Adam(lr=0.01), trajectory.state, steps, Watch(names, range(4), "ignore"), observe
+            group, Adam(lr=0.01), trajectory.state, steps, Monitor(names, range(4)), observe
         )
         trajectory.incidents = list(group.incidents)
         return trajectory

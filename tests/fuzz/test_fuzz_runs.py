@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from raymerge.report import write_report
 from raymerge.runs.lambdas import read_lambdas
-from raymerge.runs.state import StateStore, adam_states
+from raymerge.runs.state import StateStore, learning_states
 
 TASKS, LAYERS = ("a", "b"), ("x", "y", "z")
 LAMBDAS = {"tasks": list(TASKS), "layers": list(LAYERS), "values": [[0.1, 0.2, 0.3]] * 2}
@@ -60,7 +60,7 @@ def write_state(folder: Path, payload: bytes, told: bytes) -> None:
 
 def resume(folder: Path) -> None:
     """Both kinds of state. A damaged one counts as none, and a sound one has its shapes."""
-    state = adam_states(folder, "abc", TASKS, LAYERS, 3).newest()
+    state = learning_states(folder, "abc", TASKS, LAYERS, 3).newest()
     assert state is None or state.lambdas.shape == (2, 3)
     states = StateStore(folder, {"fingerprint": "f"}, 2, lambda saved: saved, lambda saved: saved)
     states.require_same_run()

@@ -21,7 +21,7 @@ from raymerge.config import (
     Wudi,
     ZeroShot,
 )
-from raymerge.merging.registry import METHODS, describe, granularity_of, method_of
+from raymerge.merging.registry import METHODS, describe, method_of
 
 
 def test_the_table_and_the_config_name_the_same_methods():
@@ -83,11 +83,11 @@ def test_the_images_that_a_method_needs(config, images):
     ],
 )
 def test_what_one_coefficient_covers(config, granularity):
-    assert granularity_of(config) == granularity
+    assert method_of(config).granularity(config) == granularity
 
 
 def test_only_adamerging_learns_and_only_individual_does_not_merge():
-    assert [name for name, method in METHODS.items() if method.learned] == ["adamerging"]
+    assert [name for name, method in METHODS.items() if method.loop == "adam"] == ["adamerging"]
     assert [name for name, method in METHODS.items() if not method.merges] == ["individual"]
 
 

@@ -16,11 +16,12 @@ from world import World
 
 from raymerge.config import load_config
 from raymerge.engine.driver.loop import StepRecord
+from raymerge.engine.driver.state import LearningState
 from raymerge.errors import ConfigError, RunError, UserError
 from raymerge.merging.optimizer import AdamState
 from raymerge.runs.folder import Recorder, RunFolder
 from raymerge.runs.merge import merge
-from raymerge.runs.state import StateStore, adam_states
+from raymerge.runs.state import StateStore, learning_states
 
 
 @pytest.fixture(autouse=True)
@@ -215,9 +216,9 @@ def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- the recorder ------------------------------------------------------------------------------
 
 
-def _state(step: int) -> AdamState:
+def _state(step: int) -> LearningState:
     values = torch.full((2, 3), float(step), dtype=torch.float64)
-    return AdamState(values, values + 0.1, values + 0.2, step)
+    return LearningState(AdamState(values, values + 0.1, values + 0.2, step))
 
 
 def _record(step: int) -> StepRecord:
@@ -232,7 +233,7 @@ class _StoppedError(Exception):
 @pytest.fixture
 def store(folder: RunFolder) -> StateStore[AdamState]:
     folder.path.mkdir()
-    store = adam_states(folder.state, "fingerprint", ("a", "b"), ("x", "y", "z"), keep=3)
+    store = learning_states(folder.state, "fingerprint", ("a", "b"), ("x", "y", "z"), keep=3)
     store.claim()
     return store
 
@@ -291,7 +292,7 @@ def test_an_interrupted_run_loses_no_step(
     newest = store.newest()
     assert newest is not None
     assert newest.step == stop
-    assert torch.equal(newest.square, _state(stop).square)
+    assert torch.equal(newest.adam.square, _state(stop).adam.square)
 
 
 def test_a_run_without_a_step_leaves_no_state(
@@ -358,7 +359,7 @@ def test_an_interrupt_while_a_line_is_written_leaves_no_state_without_its_line(
 def test_a_state_that_cannot_be_saved_does_not_hide_why_the_run_ended(
     folder: RunFolder, store: StateStore[AdamState], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save(state: AdamState) -> None:
+    def save(state: LearningState) -> None:
         raise RunError("state not saved")
 
     monkeypatch.setattr(store, "save", save)

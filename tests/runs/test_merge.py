@@ -21,13 +21,13 @@ from world import World
 import raymerge
 from raymerge.config import Config
 from raymerge.engine.driver.loop import StepRecord
+from raymerge.engine.driver.state import LearningState
 from raymerge.errors import RunError, UserError
 from raymerge.merging.guard import CollapseGuard
-from raymerge.merging.optimizer import AdamState
 from raymerge.runs.folder import Recorder
 from raymerge.runs.inputs import Merging
 from raymerge.runs.merge import MergeResult, evaluate, merge
-from raymerge.runs.state import adam_states
+from raymerge.runs.state import learning_states
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -545,7 +545,7 @@ def _stop_at(monkeypatch: pytest.MonkeyPatch, step: int, *, recorded: bool) -> N
     """Ctrl-C in the middle of a step, before or after its record is written."""
     observe = Recorder.observe
 
-    def interrupted(self: Recorder, record: StepRecord, state: AdamState) -> None:
+    def interrupted(self: Recorder, record: StepRecord, state: LearningState) -> None:
         if record.step == step and not recorded:
             raise KeyboardInterrupt
         observe(self, record, state)
@@ -600,7 +600,7 @@ def test_a_resumed_run_is_the_undisturbed_one(
 def test_no_step_is_done_twice(run: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     observe, seen = Recorder.observe, []
 
-    def counted(self: Recorder, record: StepRecord, state: AdamState) -> None:
+    def counted(self: Recorder, record: StepRecord, state: LearningState) -> None:
         seen.append(record.step)
         observe(self, record, state)
 
@@ -763,9 +763,9 @@ def test_a_second_driver_fences_off_the_first(
 ) -> None:
     observe = Recorder.observe
 
-    def rivalled(self: Recorder, record: StepRecord, state: AdamState) -> None:
+    def rivalled(self: Recorder, record: StepRecord, state: LearningState) -> None:
         if record.step == 2:
-            adam_states(tmp_path / "out" / "state", "", (), (), 1).claim()
+            learning_states(tmp_path / "out" / "state", "", (), (), 1).claim()
         observe(self, record, state)
 
     monkeypatch.setattr(Recorder, "observe", rivalled)
@@ -777,16 +777,15 @@ def test_a_second_driver_fences_off_the_first(
 def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_step(
     run: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from raymerge.merging import objectives
 
     calls = 0
 
     def explode(logits_BC: Tensor) -> Tensor:
         nonlocal calls
         calls += logits_BC.requires_grad  # as the loss, not as what is reported
-        return objectives.entropy(logits_BC) * (float("nan") if calls > 8 + 1 else 1.0)
+        return entropy(logits_BC) * (float("nan") if calls > 8 + 1 else 1.0)
 
-    monkeypatch.setattr("raymerge.engine.worker.losses.entropy", explode)
+    monkeypatch.setattr("raymerge.merging.objectives.entropy", explode)
     with pytest.raises(RunError, match=r"step 3: the loss of task shade, tone, shape is NaN"):
         run(untested=True)
     assert read_steps(tmp_path / "out" / "metrics.jsonl") == [1, 2]

@@ -20,27 +20,31 @@ from safetensors.torch import save
 
 from raymerge import __version__
 from raymerge.config import Config, parse_config
+from raymerge.engine.driver.state import LearningState, MonitorState
 from raymerge.errors import RunError, UserError
 from raymerge.files.attempts import claim_attempt
+from raymerge.merging.guard import GuardState
 from raymerge.merging.optimizer import AdamState
-from raymerge.runs.state import SavedTensors, StateStore, adam_states, fingerprint
+from raymerge.runs.state import SavedTensors, StateStore, fingerprint, learning_states
 
 TASKS, LAYERS = ("a", "b"), ("x", "y", "z")
 
 
-def _state(step: int) -> AdamState:
+def _state(step: int) -> LearningState:
     generator = torch.Generator().manual_seed(step)
     parts = [torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(3)]
-    return AdamState(parts[0], parts[1], parts[2].square(), step)
+    return LearningState(AdamState(parts[0], parts[1], parts[2].square(), step))
 
 
-def _store(folder: Path, config: str = "abc", keep: int = 3, **changes) -> StateStore[AdamState]:
-    return adam_states(
+def _store(
+    folder: Path, config: str = "abc", keep: int = 3, **changes
+) -> StateStore[LearningState]:
+    return learning_states(
         folder, config, changes.get("tasks", TASKS), changes.get("layers", LAYERS), keep
     )
 
 
-def _saved(folder: Path, *steps: int, keep: int = 3) -> StateStore[AdamState]:
+def _saved(folder: Path, *steps: int, keep: int = 3) -> StateStore[LearningState]:
     store = _store(folder, keep=keep)
     store.claim()
     for step in steps:
@@ -48,28 +52,24 @@ def _saved(folder: Path, *steps: int, keep: int = 3) -> StateStore[AdamState]:
     return store
 
 
-def _same(one: AdamState | None, two: AdamState) -> bool:
-    return (
-        one is not None
-        and one.step == two.step
-        and all(
-            torch.equal(a, b) and a.dtype == b.dtype
-            for a, b in zip(
-                (one.lambdas, one.mean, one.square),
-                (two.lambdas, two.mean, two.square),
-                strict=True,
-            )
-        )
+def _same(one: LearningState | None, two: LearningState) -> bool:
+    if one is None or one.step != two.step:
+        return False
+    first, second = one.tensors(), two.tensors()
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype
+        for name in first
     )
 
 
 def test_a_state_comes_back_bit_for_bit(tmp_path):
-    state = AdamState(
+    adam = AdamState(
         torch.tensor([[1e-310, -0.0, 0.1], [1 / 3, 1.0, 1e300]], dtype=torch.float64),
         torch.full((2, 3), 5e-324, dtype=torch.float64),
         torch.zeros(2, 3, dtype=torch.float64),
         7,
     )
+    state = LearningState(adam)
     store = _store(tmp_path)
     store.claim()
     store.save(state)
@@ -79,29 +79,22 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
 
 
 def test_what_the_loop_remembers_comes_back_in_its_own_dtype(tmp_path):
-    """By name, also what shares its memory with something else or is part of a larger tensor."""
-    state, shared = _state(7), torch.arange(12, dtype=torch.float64).reshape(3, 4)
-    memory = {
-        "start": state.lambdas,
-        "marginals": shared,
-        "guard.entropy": shared[:, 1],
-        "guard.start_entropy": shared[:, 1],
-        "collapsed": torch.tensor([False, True]),
-    }
+    """Tensors that share their memory with another, or are part of a larger one, included."""
+    shared = torch.arange(12, dtype=torch.float64).reshape(3, 4)
+    column, flags = shared[:, 1], torch.tensor([False, True, False])
+    monitor = MonitorState(shared, GuardState(column, column, column, column), flags, ~flags)
+    plain = _state(7)
+    state = replace(plain, start=plain.lambdas, monitor=monitor, skipped_in_a_row=2)
     store = _store(tmp_path)
     store.claim()
-    store.save(replace(state, memory=memory))
-    found = _store(tmp_path).newest()
-    assert _same(found, state)
-    assert found.memory.keys() == memory.keys()
-    for name, value in memory.items():
-        assert found.memory[name].dtype == value.dtype
-        assert torch.equal(found.memory[name], value)
+    store.save(state)
+    assert _same(_store(tmp_path).newest(), state)
 
 
 def test_coefficients_of_any_stride_are_saved(tmp_path):
     state = _state(7)
-    turned = replace(state, lambdas=state.lambdas.t().contiguous().t())
+    lambdas = state.lambdas.t().contiguous().t()
+    turned = replace(state, adam=replace(state.adam, lambdas=lambdas))
     assert not turned.lambdas.is_contiguous()
     store = _store(tmp_path)
     store.claim()
@@ -359,7 +352,7 @@ def _write_as_before(path: Path, payload: bytes, **manifest) -> None:
 def test_a_state_of_an_earlier_merge_is_resumed(tmp_path):
     """No versions in its manifest, and memory by its prefix."""
     state = _state(5)
-    tensors = {"lambdas": state.lambdas, "mean": state.mean, "square": state.square}
+    tensors = {"lambdas": state.lambdas, "mean": state.adam.mean, "square": state.adam.square}
     payload = save({**tensors, "memory.skipped": torch.tensor(2)})
     identity = {"config": "abc", "tasks": list(TASKS), "layers": list(LAYERS)}
     _write_as_before(tmp_path / "step-00000005", payload, step=5, attempt=1, **identity)
@@ -462,18 +455,18 @@ def _killed(write: Callable[[], None], after_s: float) -> None:
     os.waitpid(child, 0)
 
 
-def _wide(step: int) -> AdamState:
+def _wide(step: int) -> LearningState:
     """A state that takes a while to write; every number of it is ``step``."""
     value = torch.full((2, 40_000), float(step), dtype=torch.float64)
-    return AdamState(value, value.clone(), value.clone(), step)
+    return LearningState(AdamState(value, value.clone(), value.clone(), step))
 
 
-def _wide_store(folder: Path) -> StateStore[AdamState]:
+def _wide_store(folder: Path) -> StateStore[LearningState]:
     return _store(folder, layers=[f"l{n}" for n in range(40_000)])
 
 
-def _whole(state: AdamState | None) -> bool:
-    parts = () if state is None else (state.lambdas, state.mean, state.square)
+def _whole(state: LearningState | None) -> bool:
+    parts = () if state is None else (state.lambdas, state.adam.mean, state.adam.square)
     return state is not None and all((part == state.step).all() for part in parts)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from world import World
 
-from raymerge.engine.messages import LoadRequest, Loss, WorkerSpec
+from raymerge.engine.messages import LoadRequest, WorkerSpec
+from raymerge.merging.method import Objective
 from raymerge.models.pretrained import open_pretrained
 from raymerge.models.resolve import resolve_model
 
@@ -18,7 +19,7 @@ def load_request(world: World, **changes: object) -> LoadRequest:
     settings = {
         "models": tuple(task.checkpoint for task in world.parse().tasks),
         "granularity": "tensor",
-        "loss": Loss(),
+        "objective": Objective(),
         "images_per_step": 4,
         "batches": 1,
         "steps": 5,

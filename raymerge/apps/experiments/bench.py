@@ -16,14 +16,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from raymerge.config import AdaMerging, Config, TaskConfig, parse_config
+from raymerge.config import Config, TaskConfig, parse_config
 from raymerge.engine.driver.groups import WorkerGroup
 from raymerge.engine.scores import TaskScore
 from raymerge.errors import UserError
-from raymerge.merging.registry import describe
+from raymerge.merging.registry import describe, method_of
 from raymerge.runs.folder import RunFolder
 from raymerge.runs.merge import MergeResult, merge
-from raymerge.runs.state import adam_states, fingerprint
+from raymerge.runs.state import fingerprint, learning_states
 from raymerge.runs.workers import open_group
 
 logger = logging.getLogger(__name__)
@@ -104,9 +104,9 @@ class Bench:
 def collapsed(result: MergeResult) -> tuple[str, ...]:
     """The tasks whose predictions the guard saw collapse; none where no λ was learned."""
     config, names = result.config, result.config.task_names
-    if result.output is None or not isinstance(config.method, AdaMerging):
+    if result.output is None or method_of(config.method).loop is None:
         return ()
-    store = adam_states(
+    store = learning_states(
         RunFolder(result.output).state,
         fingerprint(config),
         config.model_names,
@@ -114,8 +114,9 @@ def collapsed(result: MergeResult) -> tuple[str, ...]:
         config.state.keep,
     )
     state = store.newest()
-    flags_M = None if state is None else state.memory.get("collapsed")
-    return () if flags_M is None else tuple(compress(names, flags_M.tolist()))
+    if state is None or state.monitor is None:
+        return ()
+    return tuple(compress(names, state.monitor.collapsed.tolist()))
 
 
 def _exists(config: Config) -> bool:

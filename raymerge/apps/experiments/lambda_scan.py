@@ -80,7 +80,7 @@ def _check(configs: Mapping[str, Config], options: LambdaScan) -> None:
     if not options.scalings:
         raise UserError("experiment.scalings: is empty; list at least one λ")
     for name, config in configs.items():
-        if method_of(config.method).kind != "constant":
+        if not method_of(config.method).constant:
             raise UserError(
                 f"experiment: methods: {name}: {config.method.name} has no one λ to scan; use "
                 "task_arithmetic, ties, dare or another that needs no images"

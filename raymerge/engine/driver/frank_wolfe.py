@@ -6,7 +6,7 @@ Legend: K models, M tasks, L layers, J candidates or chosen models.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,100 +16,80 @@ from torch import Tensor
 from raymerge.config import FwHard, FwSoft
 from raymerge.engine.driver.groups import WorkerGroup
 from raymerge.engine.driver.loop import (
-    StepRecord,
+    Learning,
+    Observe,
     StepTotal,
     learn,
     record,
     require_finite,
     sum_results,
 )
-from raymerge.engine.driver.monitor import Watch
-from raymerge.engine.messages import FloatArray, Incident, LoadRequest, StepRequest, StepResult
+from raymerge.engine.driver.state import LearningState
+from raymerge.engine.messages import FloatArray, Incident, StepRequest, StepResult
 from raymerge.merging import frank_wolfe as fw
-from raymerge.merging.optimizer import Adam, AdamState
-
-Observe = Callable[[StepRecord, AdamState], None]
+from raymerge.merging.method import Monitoring
 
 
-def hard(
-    group: WorkerGroup, method: FwHard, start: AdamState, watch: Watch, observe: Observe
-) -> AdamState:
-    """One model (or one for each layer) an iteration; from ``start``, possibly a resumed state.
+def hard(learning: Learning, start: LearningState, observe: Observe) -> LearningState:
+    """One model (or one for each layer) an iteration, from ``start``, possibly a resumed state.
 
-    Stops early where the gap of the true oracle is at most ``method.gap``.
+    Stops early where the gap of the true oracle is at most ``gap``.
     """
-    state = start
-    first_KL = state.memory.get("start", state.lambdas)
-    for iteration in range(start.step, method.iterations):
+    options: FwHard = learning.options
+    state, cosine = start, options.oracle == "cosine"
+    origin_KL = start.lambdas if start.start is None else start.start
+    candidates_JKL = fw.vertices(origin_KL)
+    for iteration in range(start.step, learning.steps):
         began, used_KL = time.perf_counter(), state.lambdas
-        total = _gradient(group, state, details=method.oracle == "cosine")
-        gradient_KL = torch.from_numpy(total.gradient)
-        candidates_JKL = fw.vertices(first_KL)
-        scores_JL = _scores(method, state, total, candidates_JKL)
-        choice_L = fw.choose(scores_JL, method.granularity == "task")
+        total = _gradient(learning, state, cosine)
+        # Choose the candidate that the oracle scores lowest, and move towards it.
+        scores_JL = _scores(cosine, state, total, candidates_JKL)
+        choice_L = fw.choose(scores_JL, options.granularity == "task")
         chosen_KL = fw.vertex(choice_L, candidates_JKL)
-        gap = fw.gap(gradient_KL, state.lambdas, chosen_KL)
-        if method.oracle == "inner" and gap <= method.gap:
+        gap = fw.gap(torch.from_numpy(total.gradient), state.lambdas, chosen_KL)
+        if not cosine and gap <= options.gap:
             break
-        rate = fw.rate(iteration) * method.step_size * method.scaling
-        memory = {**state.memory, "start": first_KL}
-        if "theta_square" in total.details:
-            memory.setdefault("start_square", torch.from_numpy(total.details["theta_square"]))
-        state = AdamState(
-            fw.move(state.lambdas, chosen_KL, rate),
-            state.mean,
-            state.square,
-            iteration + 1,
-            memory,
-        )
-        observe(record(state, total, used_KL, watch, time.perf_counter() - began), state)
+        rate = fw.rate(iteration) * options.step_size * options.scaling
+        moved_KL = fw.move(state.lambdas, chosen_KL, rate)
+        # The cosines of every iteration compare with the norm of the first θ.
+        start_square_L = state.start_square
+        if cosine and start_square_L is None:
+            start_square_L = torch.from_numpy(total.details["theta_square"])
+        adam = replace(state.adam, lambdas=moved_KL, step=iteration + 1)
+        state = replace(state, adam=adam, start=origin_KL, start_square=start_square_L)
+        seconds = time.perf_counter() - began
+        observe(record(state, total, used_KL, learning.monitor, seconds), state)
     return state
 
 
-def soft(
-    group: WorkerGroup,
-    method: FwSoft,
-    start: AdamState,
-    watch: Watch,
-    observe: Observe,
-    loads: tuple[LoadRequest, LoadRequest],
-    optimizer: Adam,
-    steps: int,
-) -> AdamState:
-    """Each task chooses a model by its own gradient; then AdaMerging of the chosen, from θ.
-
-    ``loads``: the request that gets the workers ready for gradients, and the one for merging;
-    ``optimizer``, ``steps``: of one merging.
-    """
+def soft(learning: Learning, start: LearningState, observe: Observe) -> LearningState:
+    """Each task chooses a model by its own gradient; then AdaMerging of the chosen, from θ."""
+    options: FwSoft = learning.options
     state = start
-    gradients, merging = loads
-    for iteration in range(start.step, method.iterations):
+    for iteration in range(start.step, learning.steps):
         began, used_KL = time.perf_counter(), state.lambdas
-        group.load(gradients)
-        chosen, total = _chosen(group, method, state, watch)
-        group.load(merging)
-        lambdas_KL = _merged(
-            group, chosen, state.lambdas, optimizer, steps, watch,
-            method.init if iteration == 0 else method.later_init,
-        )  # fmt: skip
-        state = AdamState(lambdas_KL, state.mean, state.square, iteration + 1, state.memory)
-        observe(record(state, total, used_KL, watch, time.perf_counter() - began), state)
+        learning.group.load(learning.load)
+        chosen_JKL, total = _chosen(learning, options, state)
+        learning.group.load(learning.inner_load)
+        init = options.init if iteration == 0 else options.later_init
+        lambdas_KL = _merged(learning, chosen_JKL, state.lambdas, init)
+        state = replace(state, adam=replace(state.adam, lambdas=lambdas_KL, step=iteration + 1))
+        seconds = time.perf_counter() - began
+        observe(record(state, total, used_KL, learning.monitor, seconds), state)
     return state
 
 
-def _chosen(
-    group: WorkerGroup, method: FwSoft, state: AdamState, watch: Watch
-) -> tuple[Tensor, StepTotal]:
+def _chosen(learning: Learning, options: FwSoft, state: LearningState) -> tuple[Tensor, StepTotal]:
     """The models that the tasks choose, as coefficients (J, K, L); and the sum of the gradients."""
     candidates_JKL = fw.vertices(state.lambdas)[:-1]
     chosen: list[Tensor] = []
     totals: list[StepTotal] = []
-    whole, taken = method.granularity == "task", torch.zeros(state.lambdas.shape, dtype=torch.bool)
-    for task in _with_images(group, watch):
-        weights_M = np.zeros(len(watch.tasks))
+    whole, taken = options.granularity == "task", torch.zeros(state.lambdas.shape, dtype=torch.bool)
+    for task in learning.adapted:
+        weights_M = np.zeros(len(learning.monitor.tasks))
         weights_M[task] = 1.0
-        total = _gradient(group, state, method.oracle == "cosine", weights_M)
-        scores_JL = _scores(method, state, total, candidates_JKL)
+        total = _gradient(learning, state, options.oracle == "cosine", weights_M)
+        scores_JL = _scores(options.oracle == "cosine", state, total, candidates_JKL)
         if not taken.all():
             scores_JL = scores_JL.masked_fill(taken, torch.inf)
             choice_L = fw.choose(scores_JL, whole)
@@ -119,26 +99,18 @@ def _chosen(
     return torch.stack(chosen), _sum(totals)
 
 
-def _with_images(group: WorkerGroup, watch: Watch) -> list[int]:
-    return [m for m in range(len(watch.tasks)) if group.spec.tasks[m].adapt is not None]
-
-
-def _merged(
-    group: WorkerGroup,
-    chosen_JKL: Tensor,
-    lambdas_KL: Tensor,
-    optimizer: Adam,
-    steps: int,
-    watch: Watch,
-    init: float,
-) -> Tensor:
+def _merged(learning: Learning, chosen_JKL: Tensor, lambdas_KL: Tensor, init: float) -> Tensor:
     """λ after AdaMerging over ``chosen_JKL`` with base θ(``lambdas_KL``): (K, L)."""
-    directions_JKL = chosen_JKL - lambdas_KL
-    mixed = Mixed(group, lambdas_KL, directions_JKL)
-    start = AdamState.start(torch.full((len(chosen_JKL), lambdas_KL.shape[1]), init))
-    quiet = replace(watch, collapse="ignore", rows=(-1,) * len(watch.tasks))
-    state = learn(mixed, optimizer, start, steps, quiet, lambda record, state: None)
-    return mixed.lambdas(optimizer.effective(state.lambdas))
+    mixed = Mixed(learning.group, lambdas_KL, chosen_JKL - lambdas_KL)
+    start_JL = torch.full((len(chosen_JKL), lambdas_KL.shape[1]), init)
+    # Its rows are no models: nothing is reported or restored by task.
+    tasks = learning.monitor.tasks
+    monitor = replace(learning.monitor, reactions=Monitoring(), rows=(-1,) * len(tasks))
+    state = learn(
+        mixed, learning.optimizer, LearningState.at(start_JL), learning.inner_steps, monitor,
+        lambda record, state: None,
+    )  # fmt: skip
+    return mixed.lambdas(learning.optimizer.effective(state.lambdas))
 
 
 class Mixed:
@@ -174,28 +146,24 @@ class Mixed:
 
 
 def _gradient(
-    group: WorkerGroup,
-    state: AdamState,
-    details: bool,
-    weights_M: FloatArray | None = None,
+    learning: Learning, state: LearningState, details: bool, weights_M: FloatArray | None = None
 ) -> StepTotal:
     request = StepRequest(state.step, state.lambdas.numpy(), weights=weights_M, details=details)
+    group = learning.group
     total = sum_results(group.step(request), request, group.workers)
-    require_finite(total, request, group.spec.task_names, group)
+    require_finite(total, request, learning.monitor.tasks, group)
     return total
 
 
-def _scores(
-    method: FwHard | FwSoft, state: AdamState, total: StepTotal, candidates_JKL: Tensor
-) -> Tensor:
+def _scores(cosine: bool, state: LearningState, total: StepTotal, candidates_JKL: Tensor) -> Tensor:
     """(J, L): the lower the better."""
     products_JL = fw.products(torch.from_numpy(total.gradient), candidates_JKL)
-    if method.oracle == "inner":
+    if not cosine:
         return products_JL
-    given = {name: torch.from_numpy(values) for name, values in total.details.items()}
-    start_square_L = state.memory.get("start_square", given["theta_square"])
-    square_JL = torch.cat([given["model_square"], start_square_L[None]])[: len(candidates_JKL)]
-    return fw.cosines(products_JL, given["gradient_base"], given["gradient_square"], square_JL)
+    details = {name: torch.from_numpy(values) for name, values in total.details.items()}
+    start_square_L = details["theta_square"] if state.start_square is None else state.start_square
+    square_JL = torch.cat([details["model_square"], start_square_L[None]])[: len(candidates_JKL)]
+    return fw.cosines(products_JL, details["gradient_base"], details["gradient_square"], square_JL)
 
 
 def _sum(totals: Sequence[StepTotal]) -> StepTotal:

@@ -14,8 +14,8 @@ from raymerge.engine.messages import (
     Incident,
     LoadReport,
     LoadRequest,
-    Statistics,
     StatisticsRequest,
+    StatisticsResult,
     StepRequest,
     StepResult,
     WorkerSpec,
@@ -61,7 +61,7 @@ class WorkerGroup(Stepper, Protocol):
         self, request: EvaluateRequest, progress: Progress | None = None
     ) -> list[ChunkScore]: ...
 
-    def statistics(self, requests: Sequence[StatisticsRequest]) -> Iterator[Statistics]:
+    def statistics(self, requests: Sequence[StatisticsRequest]) -> Iterator[StatisticsResult]:
         """One answer a request, in their order; a task's are all served by one worker."""
         ...
 
@@ -92,7 +92,7 @@ class LocalGroup:
     ) -> list[ChunkScore]:
         return self._worker.evaluate(request, progress)
 
-    def statistics(self, requests: Sequence[StatisticsRequest]) -> Iterator[Statistics]:
+    def statistics(self, requests: Sequence[StatisticsRequest]) -> Iterator[StatisticsResult]:
         return map(self._worker.statistics, requests)
 
     def close(self) -> None:

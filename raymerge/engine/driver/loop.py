@@ -10,20 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raymerge.engine.driver.groups import Stepper
-from raymerge.engine.driver.monitor import Watch
-from raymerge.engine.messages import (
-    FloatArray,
-    StepRequest,
-    StepResult,
-)
+from raymerge.engine.driver.groups import Stepper, WorkerGroup
+from raymerge.engine.driver.monitor import Monitor
+from raymerge.engine.driver.state import LearningState
+from raymerge.engine.messages import FloatArray, LoadRequest, StepRequest, StepResult
 from raymerge.errors import NonFiniteError, RunError
-from raymerge.merging.optimizer import Adam, AdamState
+from raymerge.merging.optimizer import Adam
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,37 @@ class StepRecord:
     skipped: str | None = None
 
 
+Observe = Callable[[StepRecord, LearningState], None]
+"""Called after every step with its record and the state that it led to."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """The inputs of a loop over λ.
+
+    ``steps``: of the loop; ``inner_steps``: of the optimizer within each, for loops that have some.
+    ``adapted``: the indices of the tasks with examples. ``load``: the request that made the workers
+    ready; ``inner_load``: the one for the inner steps.
+    """
+
+    group: WorkerGroup
+    options: Any
+    optimizer: Adam
+    steps: int
+    inner_steps: int
+    monitor: Monitor
+    adapted: Sequence[int]
+    load: LoadRequest
+    inner_load: LoadRequest
+
+
+def adam(learning: Learning, start: LearningState, observe: Observe) -> LearningState:
+    """AdaMerging's loop."""
+    return learn(
+        learning.group, learning.optimizer, start, learning.steps, learning.monitor, observe
+    )
+
+
 def sum_results(results: Sequence[StepResult], request: StepRequest, workers: int) -> StepTotal:
     """Sum in rank order, never in arrival order, so that the same shares give the same bits.
 
@@ -83,49 +112,54 @@ def sum_results(results: Sequence[StepResult], request: StepRequest, workers: in
 def learn(
     group: Stepper,
     optimizer: Adam,
-    start: AdamState,
+    start: LearningState,
     steps: int,
-    watch: Watch,
-    observe: Callable[[StepRecord, AdamState], None],
-) -> AdamState:
+    monitor: Monitor,
+    observe: Observe,
+) -> LearningState:
     """Minimise the objective over λ from ``start`` (possibly a resumed state) to ``steps`` steps.
 
-    ``observe`` is called after each update with the step's record and the new state. A step whose
-    loss or gradient is not finite changes nothing: it raises :class:`NonFiniteError` naming the
-    task, or is skipped, as ``watch`` says.
+    ``observe`` is called after each step with its record and the new state. A step whose loss or
+    gradient is not finite changes nothing: it raises :class:`NonFiniteError` naming the task, or is
+    skipped, as ``monitor`` says.
     """
     state = start
     for _ in range(start.step, steps):
         began = time.perf_counter()
-        used = optimizer.effective(state.lambdas)
+        lambdas_KL = optimizer.effective(state.lambdas)
         try:
-            total, gradient_KL = _descend(group, optimizer, watch, state, used)
-        except NonFiniteError as trouble:
-            state = watch.skip(state, trouble)
-            observe(_skipped(state, used, watch, time.perf_counter() - began, trouble), state)
+            total, gradient_KL = _descend(group, optimizer, monitor, state, lambdas_KL)
+        except NonFiniteError as error:
+            state = monitor.skip(state, error)
+            seconds = time.perf_counter() - began
+            observe(_skipped(state, lambdas_KL, monitor, seconds, error), state)
             continue
-        after = optimizer.update(state, gradient_KL)
-        seen = (torch.from_numpy(total.entropy), torch.from_numpy(total.probabilities))
-        state = watch.observe(state, after, *seen)
-        observe(record(state, total, used, watch, time.perf_counter() - began), state)
+        origin = state.lambdas if state.start is None else state.start
+        adam = optimizer.update(state.adam, gradient_KL)
+        state = replace(state, adam=adam, start=origin, skipped_in_a_row=0)
+        predictions = torch.from_numpy(total.entropy), torch.from_numpy(total.probabilities)
+        state = monitor.observe(state, *predictions)
+        observe(record(state, total, lambdas_KL, monitor, time.perf_counter() - began), state)
     return state
 
 
 def _descend(
-    group: Stepper, optimizer: Adam, watch: Watch, state: AdamState, lambdas_KL: Tensor
+    group: Stepper, optimizer: Adam, monitor: Monitor, state: LearningState, lambdas_KL: Tensor
 ) -> tuple[StepTotal, Tensor]:
-    """What the next step's images give at ``lambdas_KL``, and the gradient (K, L) to follow."""
-    total = _evaluate(group, watch, state, lambdas_KL)
+    """The next step's results at ``lambdas_KL``, and the gradient (K, L) to follow."""
+    total = _evaluate(group, monitor, state, lambdas_KL)
     gradient_KL = torch.from_numpy(total.gradient)
     if optimizer.sharpness:
         above_KL = optimizer.ascend(lambdas_KL, gradient_KL)
-        gradient_KL = torch.from_numpy(_evaluate(group, watch, state, above_KL).gradient)
+        gradient_KL = torch.from_numpy(_evaluate(group, monitor, state, above_KL).gradient)
     return total, gradient_KL
 
 
-def _evaluate(group: Stepper, watch: Watch, state: AdamState, lambdas_KL: Tensor) -> StepTotal:
-    """Loss and gradient of the next step's images at ``lambdas_KL``."""
-    weights_M, marginals_MC = watch.weights(state), watch.marginals(state)
+def _evaluate(
+    group: Stepper, monitor: Monitor, state: LearningState, lambdas_KL: Tensor
+) -> StepTotal:
+    """Loss and gradient of the next step's examples at ``lambdas_KL``."""
+    weights_M, marginals_MC = monitor.weights(state), monitor.marginals(state)
     request = StepRequest(
         state.step,
         lambdas_KL.numpy(),
@@ -133,50 +167,54 @@ def _evaluate(group: Stepper, watch: Watch, state: AdamState, lambdas_KL: Tensor
         marginals=None if marginals_MC is None else marginals_MC.numpy(),
     )
     total = sum_results(group.step(request), request, group.workers)
-    require_finite(total, request, watch.tasks, group)
+    require_finite(total, request, monitor.tasks, group)
     return total
 
 
 def record(
-    state: AdamState, total: StepTotal, lambdas_KL: Tensor, watch: Watch, seconds: float
+    state: LearningState, total: StepTotal, lambdas_KL: Tensor, monitor: Monitor, seconds: float
 ) -> StepRecord:
     """The record of the step that led to ``state`` from ``lambdas_KL``."""
-    marginal_M = state.memory.get("guard.marginal")
-    tasks = [(m, name) for m, name in enumerate(watch.tasks) if total.probabilities[m].any()]
+    tasks = [(m, name) for m, name in enumerate(monitor.tasks) if total.probabilities[m].any()]
+    marginal: dict[str, float] = {}
+    if state.monitor is not None:
+        marginal = {name: float(state.monitor.guard.marginal[m]) for m, name in tasks}
     return StepRecord(
         step=state.step,
         loss=float(total.loss.sum()),
         entropy={name: float(total.entropy[m]) for m, name in tasks},
-        lambdas=_means(lambdas_KL, watch),
-        marginal_entropy={}
-        if marginal_M is None
-        else {name: float(marginal_M[m]) for m, name in tasks},
+        lambdas=_means(lambdas_KL, monitor),
+        marginal_entropy=marginal,
         seconds=seconds,
         phases=total.phases,
     )
 
 
-def _means(lambdas_KL: Tensor, watch: Watch) -> dict[str, float]:
+def _means(lambdas_KL: Tensor, monitor: Monitor) -> dict[str, float]:
     """λ by task, averaged over the layers."""
     return {
         name: float(lambdas_KL[row].mean())
-        for name, row in zip(watch.tasks, watch.rows, strict=True)
+        for name, row in zip(monitor.tasks, monitor.rows, strict=True)
         if row >= 0
     }
 
 
 def _skipped(
-    state: AdamState, lambdas_KL: Tensor, watch: Watch, seconds: float, trouble: NonFiniteError
+    state: LearningState,
+    lambdas_KL: Tensor,
+    monitor: Monitor,
+    seconds: float,
+    error: NonFiniteError,
 ) -> StepRecord:
     return StepRecord(
         step=state.step,
         loss=None,
         entropy={},
-        lambdas=_means(lambdas_KL, watch),
+        lambdas=_means(lambdas_KL, monitor),
         marginal_entropy={},
         seconds=seconds,
         phases={},
-        skipped=trouble.what,
+        skipped=error.what,
     )
 
 

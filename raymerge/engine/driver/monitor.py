@@ -1,7 +1,7 @@
-"""What the loop keeps an eye on: every task's running predictions, and whether they collapse.
+"""The monitor of a learning run: each task's running predictions, and whether they collapse.
 
-All that it remembers is in the state's ``memory``, so that a resumed run goes on as if it had never
-stopped.
+It keeps nothing itself: its memory is a part of the ``LearningState``, so that a resumed run
+continues to the same bits. What a collapse looks like is left to ``merging.guard``.
 
 Legend: K models, M tasks, L layers, C classes of the task with the most.
 """
@@ -9,131 +9,127 @@ Legend: K models, M tasks, L layers, C classes of the task with the most.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from raymerge.engine.driver.state import LearningState, MonitorState
 from raymerge.errors import NonFiniteError, RunError
-from raymerge.merging.guard import CollapseGuard, GuardState
+from raymerge.merging.guard import CollapseGuard
+from raymerge.merging.method import Monitoring
 from raymerge.merging.objectives import marginal_entropy, mix_marginal, momentum_at
-from raymerge.merging.optimizer import AdamState
 
 logger = logging.getLogger(__name__)
 
 _MOMENTUM = 0.1
 _MOST_SKIPPED_IN_A_ROW = 10
 _SKIPS_WORTH_A_WARNING = 5
-_IN_A_ROW = "skipped_in_a_row"
-_GUARD = ("entropy", "marginal", "start_entropy", "start_marginal")
 
 
 @dataclass(frozen=True)
-class Watch:
+class Monitor:
     """``rows[m]``: the row of λ of task m, -1 for one that is not merged.
 
-    ``infomax``: the workers need the running predictions. ``nonfinite``: what to do with a step
-    that is.
+    ``infomax``: the workers need the running predictions.
     """
 
     tasks: Sequence[str]
     rows: Sequence[int]
-    collapse: Literal["ignore", "warn", "stop", "restore"] = "warn"
+    reactions: Monitoring = field(default_factory=Monitoring)
     infomax: bool = False
     guard: CollapseGuard = field(default_factory=CollapseGuard)
-    nonfinite: Literal["stop", "skip"] = "stop"
 
-    def weights(self, state: AdamState) -> Tensor | None:
-        """(M,) of the tasks' losses: 0 once a task was restored; None if all count."""
-        lost_M = state.memory.get("restored")
-        return None if lost_M is None or not lost_M.any() else (~lost_M).double()
+    def weights(self, state: LearningState) -> Tensor | None:
+        """(M,) weights of the tasks' losses: 0 once a task was restored; None if all are 1."""
+        restored_M = None if state.monitor is None else state.monitor.restored
+        return None if restored_M is None or not restored_M.any() else (~restored_M).double()
 
-    def marginals(self, state: AdamState) -> Tensor | None:
+    def marginals(self, state: LearningState) -> Tensor | None:
         """(M, C): the running mean of the predictions, where the objective needs it."""
-        return state.memory.get("marginals") if self.infomax else None
+        return state.monitor.marginals if self.infomax and state.monitor is not None else None
 
-    def observe(
-        self, before: AdamState, state: AdamState, entropy_M: Tensor, mean_p_MC: Tensor
-    ) -> AdamState:
-        """Add the step from ``before`` to ``state``; do what ``collapse`` says.
+    def observe(self, state: LearningState, entropy_M: Tensor, mean_p_MC: Tensor) -> LearningState:
+        """Add the predictions of the step that led to ``state``, and react to a collapse.
 
-        Raises :class:`RunError` if that is to stop.
+        Raises :class:`RunError` where the reaction is to stop.
         """
-        memory = dict(before.memory)
-        memory.setdefault("start", before.lambdas)
-        memory.pop(_IN_A_ROW, None)
-        known_MC = memory.get("marginals", torch.zeros_like(mean_p_MC))
-        momentum = momentum_at(state.updates, _MOMENTUM)
-        memory["marginals"] = mix_marginal(known_MC, mean_p_MC, momentum)
-        entropies = [marginal_entropy(p_C) for p_C in memory["marginals"]]
+        before = state.monitor or MonitorState.start(*mean_p_MC.shape)
+        # Mix the step's mean predictions into the running ones.
+        momentum = momentum_at(state.adam.updates, _MOMENTUM)
+        marginals_MC = mix_marginal(before.marginals, mean_p_MC, momentum)
+        entropies = [marginal_entropy(p_C) for p_C in marginals_MC]
         marginal_M = torch.tensor(entropies, dtype=torch.float64)
-        guard, collapsing = self.guard.observe(_guard_of(memory, state), entropy_M, marginal_M)
-        memory |= {f"guard.{name}": getattr(guard, name) for name in _GUARD}
-        known_M = memory.get("collapsed", torch.zeros(len(self.tasks), dtype=torch.bool))
-        new = [m for m in collapsing if not known_M[m]]
-        known_M = known_M.clone()
-        known_M[new] = True
-        memory["collapsed"] = known_M
-        state = replace(state, memory=memory)
-        for task in new if self.collapse != "ignore" else []:
+        # Report each collapsing task once.
+        guard, collapsing = self.guard.observe(before.guard, entropy_M, marginal_M)
+        new = [task for task in collapsing if not before.collapsed[task]]
+        collapsed_M = before.collapsed.clone()
+        collapsed_M[new] = True
+        state = replace(
+            state, monitor=MonitorState(marginals_MC, guard, collapsed_M, before.restored)
+        )
+        for task in new if self.reactions.collapse != "ignore" else []:
             state = self._react(state, task)
         return state
 
-    def skip(self, state: AdamState, trouble: NonFiniteError) -> AdamState:
-        """Past a step that came to nothing: λ, the moments and all averages are as before it.
+    def skip(self, state: LearningState, error: NonFiniteError) -> LearningState:
+        """The state after a step without an update: λ, the moments and all averages stay.
 
-        Raises ``trouble`` if it is to stop the run, and after ten such steps in a row.
+        Raises ``error`` where a step may not be skipped, and :class:`RunError` after ten such steps
+        in a row.
         """
-        if self.nonfinite == "stop":
-            raise trouble
-        skipped, row = (int(state.memory.get(name, 0)) + 1 for name in ("skipped", _IN_A_ROW))
-        if row > _MOST_SKIPPED_IN_A_ROW:
+        if self.reactions.nonfinite == "stop":
+            raise error
+        adam, in_a_row = state.adam, state.skipped_in_a_row + 1
+        skipped = adam.skipped + 1
+        if in_a_row > _MOST_SKIPPED_IN_A_ROW:
             raise RunError(
-                f"step {state.step + 1}: {trouble.what}, after {_MOST_SKIPPED_IN_A_ROW} steps in a "
-                f"row that were skipped for the like; λ was left at step "
+                f"step {state.step + 1}: {error.what}, after {_MOST_SKIPPED_IN_A_ROW} steps in a "
+                "row that were skipped for the same reason; λ has not changed since step "
                 f"{state.step - _MOST_SKIPPED_IN_A_ROW}: check that task's checkpoint and images, "
                 "or lower optimizer.lr"
             )
         if skipped <= _SKIPS_WORTH_A_WARNING:
             last = skipped == _SKIPS_WORTH_A_WARNING
-            more = " (of further ones see metrics.jsonl)" if last else ""
-            logger.warning("step %d skipped: %s%s", state.step + 1, trouble.what, more)
-        counts = {"skipped": torch.tensor(skipped), _IN_A_ROW: torch.tensor(row)}
-        return replace(state, step=state.step + 1, memory={**state.memory, **counts})
+            more = " (metrics.jsonl lists any further ones)" if last else ""
+            logger.warning("step %d skipped: %s%s", state.step + 1, error.what, more)
+        after = replace(adam, step=adam.step + 1, skipped=skipped)
+        return replace(state, adam=after, skipped_in_a_row=in_a_row)
 
-    def _react(self, state: AdamState, task: int) -> AdamState:
-        memory = state.memory
-        then, now = memory["guard.start_marginal"][task], memory["guard.marginal"][task]
-        what = (
+    def _react(self, state: LearningState, task: int) -> LearningState:
+        """Warn of the collapse of ``task``, stop the run, or restore the task's λ."""
+        assert state.monitor is not None
+        then = state.monitor.guard.start_marginal[task]
+        now = state.monitor.guard.marginal[task]
+        collapse = (
             f"step {state.step}: task {self.tasks[task]} collapses: the entropy of its mean "
             f"prediction fell from {then:.2f} to {now:.2f} nats, so few classes are left"
         )
-        if self.collapse == "stop":
+        if self.reactions.collapse == "stop":
             raise RunError(
-                f"{what}; set method.collapse to warn or restore, or use method.objective: kl"
+                f"{collapse}; set method.collapse to warn or restore, or use method.objective: kl"
             )
-        if self.collapse == "restore":
-            logger.warning("%s; its coefficients are restored and its images count no more", what)
+        if self.reactions.collapse == "restore":
+            logger.warning(
+                "%s; its coefficients are restored and its images no longer count", collapse
+            )
             return self._restored(state, task)
-        logger.warning("%s; consider method.collapse: restore, or method.objective: kl", what)
+        logger.warning("%s; consider method.collapse: restore, or method.objective: kl", collapse)
         return state
 
-    def _restored(self, state: AdamState, task: int) -> AdamState:
-        memory = dict(state.memory)
-        lost_M = memory.get("restored", torch.zeros(len(self.tasks), dtype=torch.bool)).clone()
-        lost_M[task] = True
-        memory["restored"] = lost_M
-        lambdas, mean, square = (t.clone() for t in (state.lambdas, state.mean, state.square))
-        row = self.rows[task]
-        lambdas[row] = memory["start"][row]
+    def _restored(self, state: LearningState, task: int) -> LearningState:
+        """The task's λ as before the first step, without moments; its images no longer count."""
+        assert state.monitor is not None
+        assert state.start is not None
+        restored_M = state.monitor.restored.clone()
+        restored_M[task] = True
+        adam, row = state.adam, self.rows[task]
+        lambdas, mean, square = (t.clone() for t in (adam.lambdas, adam.mean, adam.square))
+        lambdas[row] = state.start[row]
         mean[row], square[row] = 0.0, 0.0
-        return AdamState(lambdas, mean, square, state.step, memory)
-
-
-def _guard_of(memory: Mapping[str, Tensor], state: AdamState) -> GuardState:
-    if "guard.entropy" not in memory:
-        return GuardState.start(len(memory["marginals"]))
-    parts = [memory[f"guard.{name}"] for name in _GUARD]
-    return GuardState(parts[0], parts[1], parts[2], parts[3], state.updates - 1)
+        return replace(
+            state,
+            adam=replace(adam, lambdas=lambdas, mean=mean, square=square),
+            monitor=replace(state.monitor, restored=restored_M),
+        )

@@ -1,27 +1,28 @@
-"""Fisher merging and RegMean: the merged vector from what every expert makes of its own images.
+"""Fisher merging and RegMean: the merged vector from statistics of each expert on its examples.
 
-The driver's side: it asks the workers task by task and adds up in task order, so what it holds does
-not grow with the number of tasks.
+The driver asks the workers task by task and adds up in task order, so its memory does not grow with
+the number of tasks. What the workers compute is left to ``engine.worker``.
 
 Legend: K models, P columns of the flat vector, I and O the inputs and outputs of a linear layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raymerge.config import Config, Fisher, RegMean, RegMeanPP
+from raymerge.config import Fisher, RegMean, RegMeanPP
 from raymerge.engine.driver.groups import WorkerGroup
-from raymerge.engine.messages import Statistics, StatisticsRequest
+from raymerge.engine.messages import StatisticsRequest, StatisticsResult
 from raymerge.files.progress import Progress, progress_bar
 from raymerge.merging.fisher import FisherSum, task_weight
 from raymerge.merging.layout import ParameterLayout
+from raymerge.merging.method import Statistics
 from raymerge.merging.regmean import RegMeanSum
 from raymerge.models.checkpoints.visual_tower import VisualCheckpoint
 
@@ -29,56 +30,63 @@ Arrays = Mapping[str, NDArray[np.float32]]
 
 
 def merged_delta(
-    config: Config,
+    kind: Statistics,
+    options: Any,
     group: WorkerGroup,
+    tasks: Sequence[int],
     pretrained: VisualCheckpoint,
     experts: Sequence[VisualCheckpoint],
+    seed: int,
 ) -> Tensor:
-    """θ − θ₀ on the flat grid, (P,). Raises :class:`~raymerge.errors.UserError` for a bad file."""
-    solve = _Solver(config, group, pretrained, experts)
+    """θ − θ₀ on the flat grid, (P,).
+
+    ``tasks``: the index of each expert's task. Raises :class:`~raymerge.errors.UserError` for a
+    damaged file.
+    """
+    solver = _Solver(group, tasks, pretrained, experts, seed)
+    solve: Mapping[Statistics, Callable[[Any, Progress], Tensor]] = {
+        "fisher": solver.fisher,
+        "regmean": solver.regmean,
+        "regmean_pp": solver.regmean_pp,
+    }
     with progress_bar("statistics", unit="task") as progress:
-        if isinstance(config.method, Fisher):
-            return solve.fisher(config.method, progress)
-        if isinstance(config.method, RegMeanPP):
-            return solve.regmean_pp(config.method, progress)
-        assert isinstance(config.method, RegMean)
-        return solve.regmean(config.method, progress)
+        return solve[kind](options, progress)
 
 
 class _Solver:
     def __init__(
         self,
-        config: Config,
         group: WorkerGroup,
+        tasks: Sequence[int],
         pretrained: VisualCheckpoint,
         experts: Sequence[VisualCheckpoint],
+        seed: int,
     ) -> None:
-        self._config, self._group = config, group
+        self._group, self._tasks, self._seed = group, tasks, seed
         self._experts, self._base_P = experts, pretrained.flat()
         self._layout: ParameterLayout = pretrained.layout
-        self._indices = [k for k, task in enumerate(config.tasks) if task.checkpoint is not None]
 
-    def fisher(self, method: Fisher, progress: Progress) -> Tensor:
+    def fisher(self, options: Fisher, progress: Progress) -> Tensor:
         total = FisherSum(self._layout.columns)
-        samples = None if method.samples == "exact" else method.samples
-        requests = [self._request("fisher", k, method.images, samples) for k in self._indices]
-        for expert, found in self._gather(requests, progress):
-            fisher_P = torch.from_numpy(np.array(found["fisher"]))
+        samples = None if options.samples == "exact" else options.samples
+        requests = [self._request("fisher", k, options.images, samples) for k in self._tasks]
+        for expert, arrays in self._gather(requests, progress):
+            fisher_P = torch.from_numpy(np.array(arrays["fisher"]))
             total.add(fisher_P, self._vector(expert), task_weight(fisher_P))
         return total.delta()
 
-    def regmean(self, method: RegMean, progress: Progress) -> Tensor:
+    def regmean(self, options: RegMean, progress: Progress) -> Tensor:
         sums: dict[str, RegMeanSum] = {}
-        requests = [self._request("grams", k, method.images) for k in self._indices]
+        requests = [self._request("grams", k, options.images) for k in self._tasks]
         mean_P = torch.zeros(self._layout.columns)
-        for expert, found in self._gather(requests, progress):
+        for expert, arrays in self._gather(requests, progress):
             vector_P = self._vector(expert)
             mean_P += vector_P / len(self._experts)
-            _add(sums, found, self._layout.views(vector_P), method.alpha)
+            _add(sums, arrays, self._layout.views(vector_P), options.alpha)
         _write(sums, self._layout.views(mean_P))
         return mean_P
 
-    def regmean_pp(self, method: RegMeanPP, progress: Progress) -> Tensor:
+    def regmean_pp(self, options: RegMeanPP, progress: Progress) -> Tensor:
         """Block by block: the inputs of each are those that the merged blocks before it give."""
         delta_P = torch.zeros(self._layout.columns)
         for expert in self._experts:
@@ -89,13 +97,13 @@ class _Solver:
         for block in range(blocks + 1):
             merged = {name: (base[name] + deltas[name]).numpy() for name in new}
             requests = [
-                self._request("block_grams", k, method.images, block=block, merged=merged)
-                for k in self._indices
+                self._request("block_grams", k, options.images, block=block, merged=merged)
+                for k in self._tasks
             ]
             sums: dict[str, RegMeanSum] = {}
-            for expert, found in self._gather(requests, progress):
-                vectors = self._tensors(expert, list(found))
-                _add(sums, found, vectors, method.alpha)
+            for expert, arrays in self._gather(requests, progress):
+                vectors = self._tensors(expert, list(arrays))
+                _add(sums, arrays, vectors, options.alpha)
             _write(sums, deltas)
             new = [name for name in self._layout.names if _block(name) == block]
         return delta_P
@@ -103,7 +111,7 @@ class _Solver:
     def _gather(
         self, requests: Sequence[StatisticsRequest], progress: Progress
     ) -> Iterator[tuple[VisualCheckpoint, Arrays]]:
-        answers: Iterator[Statistics] = self._group.statistics(requests)
+        answers: Iterator[StatisticsResult] = self._group.statistics(requests)
         for expert, answer in zip(self._experts, answers, strict=True):
             yield expert, answer.values
             progress(1)
@@ -121,7 +129,7 @@ class _Solver:
             kind,
             task,
             images,
-            self._config.seed,
+            self._seed,
             samples,
             block,
             merged or {},
@@ -142,11 +150,11 @@ class _Solver:
 
 
 def _add(
-    sums: dict[str, RegMeanSum], found: Arrays, vectors: Mapping[str, Tensor], alpha: float
+    sums: dict[str, RegMeanSum], arrays: Arrays, vectors: Mapping[str, Tensor], alpha: float
 ) -> None:
     from raymerge.engine.worker.grams import in_by_out
 
-    for name, gram in found.items():
+    for name, gram in arrays.items():
         vector_IO = in_by_out(name, vectors[name])
         if name not in sums:
             inputs, outputs = vector_IO.shape

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from raymerge.data.slots import step_images
-from raymerge.engine.messages import Heartbeat, Loss, StepRequest, StepResult, VectorStorage
-from raymerge.engine.worker.losses import image_losses
+from raymerge.engine.messages import Heartbeat, StepRequest, StepResult, VectorStorage
 from raymerge.engine.worker.vectors import read_vectors
 from raymerge.errors import CheckpointError, UserError
 from raymerge.merging.basis import Basis
 from raymerge.merging.layout import LayerMap, ParameterLayout, Piece
 from raymerge.merging.merge import combine, sum_cells
-from raymerge.merging.objectives import entropy, probability_sum
+from raymerge.merging.method import Objective
+from raymerge.merging.objectives import entropy, image_losses, probability_sum
 from raymerge.models.checkpoints.checkpoint import Checkpoint, TensorSpec
 from raymerge.models.checkpoints.opening import open_stored
 from raymerge.models.checkpoints.task_vectors import stream_rows
@@ -148,7 +148,7 @@ class _Task:
     files: _Files
     basis: Basis | None
     layers: LayerMap
-    loss: Loss
+    objective: Objective
     batches: int
     seed: int
 
@@ -180,7 +180,7 @@ class ModuleWorker:
         self._flat = _FlatModel(task.model, files.layout)
         shard = files.layout.shard(0, 1)
         self._layer_of_cell = task.layers.of_cells(shard)
-        if task.loss.objective == "kl":
+        if task.objective.name == "kl":
             self._teach()
         self._vectors = read_vectors(
             VectorStorage(), files.pretrained, files.experts, task.basis, shard, task.layers,
@@ -239,7 +239,7 @@ class ModuleWorker:
             if request.marginals is not None:
                 marginal_C = torch.from_numpy(request.marginals[task, :classes])
             target = self._teachers.get((task, i))
-            losses_B = image_losses(self.task.loss, logits_BC, target, marginal_C)
+            losses_B = image_losses(self.task.objective, logits_BC, target, marginal_C)
             weight = 1.0 if request.weights is None else float(request.weights[task])
             (losses_B.mean() * weight).backward()
             share = 1 / min(count, len(batches))

@@ -22,11 +22,10 @@ from raymerge.data.sources import labels_in_order, unlabeled_images
 from raymerge.engine.memory import micro_batch, pass_images
 from raymerge.engine.messages import FloatArray, LoadRequest, StepRequest, WorkerSpec
 from raymerge.engine.worker.evaluation import load_weights
-from raymerge.engine.worker.losses import image_losses
 from raymerge.engine.worker.vectors import Vectors, read_vectors
 from raymerge.merging.layout import CELL, Piece
 from raymerge.merging.merge import cell_products, sum_cells
-from raymerge.merging.objectives import entropy, probability_sum
+from raymerge.merging.objectives import entropy, image_losses, probability_sum
 from raymerge.models.checkpoints.task_vectors import stream
 from raymerge.models.checkpoints.visual_tower import open_visual
 from raymerge.models.encoder import FlatEncoder, build_model
@@ -196,7 +195,7 @@ class Share:
 
     def _read_targets(self) -> Mapping[int, Target]:
         """What the loss compares predictions with, by task: the experts' logits, or the labels."""
-        objective = self.request.loss.objective
+        objective = self.request.objective.name
         if objective == "kl":
             return {part.task: self._teach(part) for part in self.slots}
         if objective == "cross_entropy":
@@ -314,7 +313,7 @@ class Share:
         if marginals is not None:
             marginal_C = torch.from_numpy(marginals[task, : logits_bC.shape[1]])
         weight = 1.0 if request.weights is None else float(request.weights[task])
-        return image_losses(self.request.loss, logits_bC, target, marginal_C) * weight
+        return image_losses(self.request.objective, logits_bC, target, marginal_C) * weight
 
     def _slot_images(self, step: int, part: SlotRange) -> NDArray[np.int64]:
         name = self._spec.task_names[part.task]

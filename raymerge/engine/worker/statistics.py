@@ -16,7 +16,7 @@ from torch.func import functional_call
 from raymerge.data.decoding import PinnedImages
 from raymerge.data.slots import step_images
 from raymerge.data.sources import unlabeled_images
-from raymerge.engine.messages import Statistics, StatisticsRequest, WorkerSpec
+from raymerge.engine.messages import StatisticsRequest, StatisticsResult, WorkerSpec
 from raymerge.engine.worker.evaluation import load_weights
 from raymerge.engine.worker.grams import HiddenStates, grams
 from raymerge.engine.worker.shard import ServedModel
@@ -31,11 +31,11 @@ class ExpertStatistics:
         self._spec, self._model = spec, model
         self._states: dict[int, HiddenStates] = {}
 
-    def gather(self, request: StatisticsRequest) -> Statistics:
+    def gather(self, request: StatisticsRequest) -> StatisticsResult:
         """Raises :class:`~raymerge.errors.UserError` for a damaged file or an unfit tower."""
         work = {"fisher": self._fisher, "grams": self._grams, "block_grams": self._block_grams}
         found = work[request.kind](request)
-        return Statistics(request.task, {name: t.cpu().numpy() for name, t in found.items()})
+        return StatisticsResult(request.task, {name: t.cpu().numpy() for name, t in found.items()})
 
     def _fisher(self, request: StatisticsRequest) -> dict[str, Tensor]:
         """The diagonal (P,), zero where the tower has buffers."""

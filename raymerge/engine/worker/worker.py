@@ -20,8 +20,8 @@ from raymerge.engine.messages import (
     LoadReport,
     LoadRequest,
     Rendezvous,
-    Statistics,
     StatisticsRequest,
+    StatisticsResult,
     StepRequest,
     StepResult,
     WorkerSpec,
@@ -169,7 +169,7 @@ class MergeWorker:
             names = self.spec.task_names
             return self._evaluator.scores(request, names, model.head, progress)
 
-    def statistics(self, request: StatisticsRequest) -> Statistics:
+    def statistics(self, request: StatisticsRequest) -> StatisticsResult:
         """What one task's expert makes of its images.
 
         For RegMean++ the calls of a task come block by block, and the worker keeps where its images

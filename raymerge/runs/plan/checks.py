@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from raymerge.config import Config, FwHard, FwSoft, Joint, RegMean, RegMeanPP, TaskConfig
+from raymerge.config import Config, TaskConfig
 from raymerge.data.decoding import check_image
 from raymerge.data.images import ImageList, Item
 from raymerge.data.sources import labelled_images, unlabeled_images
@@ -73,11 +73,11 @@ def _check_images(items: Sequence[Item]) -> None:
 def _check_method(config: Config) -> None:
     """What the method needs and the config does not give."""
     method, needed = method_of(config.method), needed_images(config)
-    if not config.models and config.method.name not in ("zero_shot", "joint"):
+    if not config.models and not method.reference:
         raise UserError("no task has a checkpoint; merging needs at least one")
     missing = [task.name for task in config.models if task.adapt is None]
-    if method.kind == "frank_wolfe" and any(task.adapt for task in config.tasks):
-        missing = []  # a model without images is a candidate
+    if not method.every_model_needs_images and any(task.adapt for task in config.tasks):
+        missing = []
     if needed != "none" and missing:
         raise DataError(
             f"method {config.method.name} learns from {needed} images, but task "
@@ -94,18 +94,19 @@ def _check_method(config: Config) -> None:
 
 def _check_fit(config: Config, pretrained: VisualCheckpoint) -> None:
     """What the method needs of the model, and of the runs that it goes on from."""
-    method, layout = config.method, pretrained.layout
-    if isinstance(method, Joint):
+    method, options, layout = method_of(config.method), config.method, pretrained.layout
+    checkpoint, start = method.checkpoint(options), method.start(options)
+    if checkpoint is not None:
         try:
-            open_visual(method.checkpoint, layout, pretrained)
+            open_visual(checkpoint, layout, pretrained)
         except CheckpointError as error:
             raise CheckpointError(f"method.checkpoint: {error}") from error
-    if isinstance(method, FwHard | FwSoft) and method.start is not None:
-        read_lambdas(method.start, config.model_names, layout.names)
+    if start is not None:
+        read_lambdas(start, config.model_names, layout.names)
     linear = "transformer.resblocks.0.attn.in_proj_weight"
-    if isinstance(method, RegMean | RegMeanPP) and linear not in layout.names:
+    if method.open_clip_linears and linear not in layout.names:
         raise UserError(
-            f"method.name: {method.name} solves for the linear layers of open_clip's vision "
+            f"method.name: {options.name} solves for the linear layers of open_clip's vision "
             "transformers, and this model's image encoder is another kind; choose another method, "
             "such as fisher"
         )
@@ -137,10 +138,8 @@ def _check_groups(config: Config, placement: Placement | None) -> None:
 def require_one_group(config: Config, workers: int) -> None:
     """Raise :class:`UserError` where cosines are wanted of a gradient that is in parts: norms of
     the parts do not add up."""
-    method, shards = config.method, config.cluster.shards
-    if not isinstance(method, FwHard | FwSoft) or method.oracle != "cosine":
-        return
-    if workers > shards:
+    shards = config.cluster.shards
+    if method_of(config.method).whole_gradient(config.method) and workers > shards:
         raise UserError(
             f"method.oracle: cosine needs the whole gradient in one group of workers, and "
             f"{workers} workers with cluster.shards={shards} are {workers // shards} groups; set "

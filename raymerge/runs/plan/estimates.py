@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from raymerge.config import Config, FwSoft
+from raymerge.config import Config
 from raymerge.data.preprocess import make_preprocess
 from raymerge.distributed.placement import Placement, Resources
 from raymerge.engine.memory import (
@@ -24,11 +24,7 @@ from raymerge.engine.memory import (
 )
 from raymerge.engine.messages import VectorStorage
 from raymerge.merging.layout import ParameterLayout
-from raymerge.merging.registry import (
-    images_per_step,
-    method_of,
-    steps_of,
-)
+from raymerge.merging.registry import method_of, schedule_of
 from raymerge.models.checkpoints.task_vectors import STREAM_BYTES
 from raymerge.models.checkpoints.visual_tower import VisualCheckpoint
 from raymerge.models.resolve import ResolvedModel
@@ -53,7 +49,7 @@ def _static_memory(config: Config, layout: ParameterLayout, resolved: ResolvedMo
 
     Statistics are about as large as the model: those of one task, and two sums.
     """
-    sums = 3 if method_of(config.method).kind == "statistics" else 0
+    sums = 3 if method_of(config.method).statistics is not None else 0
     return _Memory(
         {
             **({"statistics": sums * layout.columns * _FLOAT_BYTES} if sums else {}),
@@ -83,7 +79,7 @@ def _learned_memory(
     per_image = activation_bytes(visual)
     slots = -(-sum(row.images_per_step for row in rows) // processes)
     batch = micro_batch(config.cluster.micro_batch, per_image, gpu)
-    shown = max(steps_of(config) * images_per_step(config), _merging_images(config))
+    shown = max(schedule_of(config).steps * schedule_of(config).images, _merging_images(config))
     pinned = sum(min(row.adapt_images, shown) for row in rows)
     export = 0 if gpu or processes > 1 else STREAM_BYTES + _largest_tensor(pretrained)
     needs = WorkerNeeds(
@@ -116,7 +112,7 @@ def _largest_tensor(model: VisualCheckpoint) -> int:
 def _merging_images(config: Config) -> int:
     """Of each task, in the mergings within soft Frank-Wolfe."""
     given = config.optimizer
-    return given.images_per_step * given.steps if isinstance(config.method, FwSoft) else 0
+    return given.images_per_step * given.steps if method_of(config.method).inner_steps else 0
 
 
 def _step_seconds(

@@ -21,12 +21,10 @@ from raymerge.files.urls import public
 from raymerge.merging.layout import ParameterLayout
 from raymerge.merging.registry import (
     describe,
-    granularity_of,
-    images_per_step,
     merged_checkpoints,
     method_of,
     needed_images,
-    steps_of,
+    schedule_of,
 )
 from raymerge.models.checkpoints.visual_tower import VisualCheckpoint
 from raymerge.models.pretrained import open_pretrained, whole_bytes
@@ -154,8 +152,7 @@ def check(
     if pretrained is None or resolved is None:
         return None, found.problems
     found.attempt(lambda: check_heads(config, resolved))
-    kind = method_of(config.method).kind
-    learned = kind in ("learned", "frank_wolfe")
+    learned = method_of(config.method).loop is not None
     step_images = sum(row.images_per_step for row in rows) if learned else 0
     placement = _placement(config, resources, step_images if learned else None, found)
     found.attempt(lambda: _check_groups(config, placement))
@@ -177,7 +174,7 @@ def check(
         models=len(merged_checkpoints(config)),
         tasks=tuple(rows),
         placement=placement,
-        steps=steps_of(config) if learned else 0,
+        steps=schedule_of(config).steps if learned else 0,
         step_images=step_images,
         bytes_per_worker=memory.bytes_per_worker,
         storage=memory.storage,
@@ -220,7 +217,7 @@ def _check_task(
         classes=len(task.classnames),
         adapt_images=population,
         test_images=len(test) if test else 0,
-        images_per_step=slot_counts([population], images_per_step(config))[0],
+        images_per_step=slot_counts([population], schedule_of(config).images)[0],
     )
 
 
@@ -236,9 +233,10 @@ def _placement(
 
 def _layer_count(config: Config, layout: ParameterLayout) -> int:
     """Coefficients of each model; 0 where the method has none."""
-    if not method_of(config.method).rows:
+    method = method_of(config.method)
+    if not method.rows:
         return 0
-    return len(layout.layers(granularity_of(config.method)).names)
+    return len(layout.layers(method.granularity(config.method)).names)
 
 
 def _notes(config: Config) -> tuple[str, ...]:

@@ -21,11 +21,11 @@ from world import World
 import raymerge.engine.driver.frank_wolfe as loops
 from raymerge.config import Config
 from raymerge.engine.driver.loop import StepRecord, sum_results
+from raymerge.engine.driver.state import LearningState
 from raymerge.engine.messages import StepRequest, WorkerSpec
 from raymerge.engine.worker.worker import MergeWorker
 from raymerge.errors import RunError, UserError
 from raymerge.merging import frank_wolfe as fw
-from raymerge.merging.optimizer import AdamState
 from raymerge.runs.folder import Recorder
 from raymerge.runs.inputs import Merging
 from raymerge.runs.merge import MergeResult, merge
@@ -281,7 +281,7 @@ def test_a_gradient_that_is_no_number_ends_the_run(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "raymerge.engine.worker.losses.cross_entropy",
+        "raymerge.merging.objectives.cross_entropy",
         lambda logits_BC, labels_B: logits_BC.sum(-1) * np.nan,
     )
     for method in ("fw_hard", "fw_soft"):
@@ -466,7 +466,7 @@ def test_a_resumed_run_is_the_undisturbed_one(
     options: dict[str, Any] = {"method": METHODS[kind], "optimizer": {"steps": 2}}
     observe = Recorder.observe
 
-    def interrupted(self: Recorder, record: StepRecord, state: AdamState) -> None:
+    def interrupted(self: Recorder, record: StepRecord, state: LearningState) -> None:
         observe(self, record, state)
         if record.step == 2:
             raise KeyboardInterrupt

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from raymerge.engine.driver.loop import StepRecord, learn, sum_results
-from raymerge.engine.driver.monitor import Watch
+from raymerge.engine.driver.monitor import Monitor
+from raymerge.engine.driver.state import LearningState
 from raymerge.engine.messages import StepRequest, StepResult
 from raymerge.errors import NonFiniteError, RunError
-from raymerge.merging.optimizer import Adam, AdamState
+from raymerge.merging.method import Monitoring
+from raymerge.merging.optimizer import Adam
 
 
 def _result(rank: int, gradient: np.ndarray, step: int = 0, loss: float = 1.0) -> StepResult:
@@ -23,8 +25,8 @@ def _result(rank: int, gradient: np.ndarray, step: int = 0, loss: float = 1.0) -
     return StepResult(step, rank, 0, gradient, np.full(tasks, loss), halves, evenly)
 
 
-def _watch(*tasks: str) -> Watch:
-    return Watch(tasks, range(len(tasks)), "ignore")
+def _watch(*tasks: str) -> Monitor:
+    return Monitor(tasks, range(len(tasks)))
 
 
 class Scripted:
@@ -66,7 +68,7 @@ def test_learning_minimises_a_quadratic_and_records_every_step() -> None:
         return _result(rank, request.lambdas - target, request.step)
 
     records = []
-    start = AdamState.start(torch.full((2, 2), 0.3))
+    start = LearningState.at(torch.full((2, 2), 0.3))
     end = learn(
         Scripted(2, answer),  # type: ignore[arg-type]
         Adam(lr=0.05),
@@ -93,7 +95,7 @@ def test_a_step_that_is_not_finite_names_the_task_and_changes_nothing(bad: float
         learn(
             Scripted(1, answer),  # type: ignore[arg-type]
             Adam(),
-            AdamState.start(torch.full((2, 1), 0.3)),
+            LearningState.at(torch.full((2, 1), 0.3)),
             10,
             _watch("sun", "gtsrb"),
             lambda record, state: seen.append(state.step),
@@ -124,14 +126,17 @@ class Spoilt:
 
 
 def _after(
-    spoilt: Spoilt, steps: int, nonfinite: str = "skip", start: AdamState | None = None
-) -> tuple[AdamState, list[StepRecord]]:
+    spoilt: Spoilt, steps: int, nonfinite: str = "skip", start: LearningState | None = None
+) -> tuple[LearningState, list[StepRecord]]:
     records: list[StepRecord] = []
-    watch = replace(_watch("sun", "gtsrb", "dtd"), nonfinite=nonfinite, collapse="warn")
+    watch = replace(
+        _watch("sun", "gtsrb", "dtd"),
+        reactions=Monitoring("warn", nonfinite),  # type: ignore[arg-type]
+    )
     state = learn(
         spoilt,  # type: ignore[arg-type]
         Adam(lr=0.01),
-        start or AdamState.start(torch.full((3, 2), 0.3)),
+        start or LearningState.at(torch.full((3, 2), 0.3)),
         steps,
         watch,
         lambda record, state: records.append(record),
@@ -159,9 +164,9 @@ def test_a_skipped_step_leaves_no_trace(where: str, at: int) -> None:
 
     expected, _ = _after(Without(1, range(0)), 5)
     for name in ("lambdas", "mean", "square"):
-        assert torch.equal(getattr(state, name), getattr(expected, name))
-    assert torch.equal(state.memory["marginals"], expected.memory["marginals"])
-    assert (state.step, state.updates) == (6, 5)
+        assert torch.equal(getattr(state.adam, name), getattr(expected.adam, name))
+    assert torch.equal(state.monitor.marginals, expected.monitor.marginals)
+    assert (state.step, state.adam.updates) == (6, 5)
     assert [record.step for record in records if record.skipped] == [at + 1]
     assert records[at].loss is None
     assert records[at].skipped == f"the {where} of task gtsrb is NaN or infinite"
@@ -169,9 +174,9 @@ def test_a_skipped_step_leaves_no_trace(where: str, at: int) -> None:
 
 def test_ten_steps_in_a_row_may_be_skipped_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
     state, _ = _after(Spoilt(0, range(3, 13)), 20)
-    assert state.updates == 10
+    assert state.adam.updates == 10
     assert len([line for line in caplog.messages if "skipped" in line]) == 5
-    with pytest.raises(RunError, match=r"step 14: .* of task sun .*after 10 steps .* at step 3"):
+    with pytest.raises(RunError, match=r"step 14: .* of task sun .*after 10 steps .* since step 3"):
         _after(Spoilt(0, range(3, 14)), 20)
 
 
@@ -190,7 +195,7 @@ def test_resuming_from_any_step_gives_the_same_bits() -> None:
         return _result(rank, rng.normal(size=(3, 4)) + request.lambdas, request.step)
 
     states = {}
-    start = AdamState.start(torch.full((3, 4), 0.3))
+    start = LearningState.at(torch.full((3, 4), 0.3))
     group, watch = Scripted(2, answer), _watch("a", "b", "c")
     whole = learn(group, Adam(), start, 20, watch, lambda r, s: states.update({s.step: s}))  # type: ignore[arg-type]
     for step in (1, 7, 19):
@@ -228,7 +233,7 @@ def test_a_sharpness_aware_step_takes_its_gradient_up_the_slope(rho, clamp) -> N
     """At λ + ρ g/‖g‖ with the same images; what is recorded is of λ itself."""
     group, optimizer = Quadratic(), Adam(lr=0.05, clamp=clamp, sharpness=rho)
     records: list[StepRecord] = []
-    start = AdamState.start(torch.tensor([[0.3, 0.3], [1.2, -0.1]]))
+    start = LearningState.at(torch.tensor([[0.3, 0.3], [1.2, -0.1]]))
     end = learn(
         group,  # type: ignore[arg-type]
         optimizer,
@@ -246,7 +251,8 @@ def test_a_sharpness_aware_step_takes_its_gradient_up_the_slope(rho, clamp) -> N
         assert here.step == above.step == step
         assert np.array_equal(here.lambdas, used)
         np.testing.assert_allclose(above.lambdas, ascended, rtol=1e-12, atol=1e-12)
-        state = optimizer.update(state, torch.from_numpy(_slope(above.lambdas)))
+        adam = optimizer.update(state.adam, torch.from_numpy(_slope(above.lambdas)))
+        state = replace(state, adam=adam)
         # Two tasks, two workers.
         assert records[step].loss == pytest.approx(4 * np.abs(used).sum())
     assert len(group.asked) == 10
@@ -255,9 +261,10 @@ def test_a_sharpness_aware_step_takes_its_gradient_up_the_slope(rho, clamp) -> N
 
 def test_without_sharpness_each_step_asks_once_and_it_may_end_on_a_plateau() -> None:
     group = Quadratic()
-    learn(group, Adam(), AdamState.start(torch.zeros(2, 2)), 3, _watch("a", "b"), lambda r, s: None)  # type: ignore[arg-type]
+    start = LearningState.at(torch.zeros(2, 2))
+    learn(group, Adam(), start, 3, _watch("a", "b"), lambda r, s: None)  # type: ignore[arg-type]
     assert [request.step for request in group.asked] == [0, 1, 2]
-    flat = AdamState.start(torch.from_numpy(TARGET))  # no slope, so no way up
+    flat = LearningState.at(torch.from_numpy(TARGET))  # no slope, so no way up
     end = learn(group, Adam(sharpness=0.1), flat, 1, _watch("a", "b"), lambda r, s: None)  # type: ignore[arg-type]
     assert torch.equal(end.lambdas, flat.lambdas)
 
@@ -273,9 +280,9 @@ def test_tasks_need_not_be_models() -> None:
     learn(
         Scripted(1, answer),  # type: ignore[arg-type]
         Adam(),
-        AdamState.start(torch.tensor([[0.1], [0.2], [0.3]])),
+        LearningState.at(torch.tensor([[0.1], [0.2], [0.3]])),
         1,
-        Watch(("a", "c", "tested"), (0, 2, -1)),
+        Monitor(("a", "c", "tested"), (0, 2, -1)),
         lambda record, state: records.append(record),
     )
     (record,) = records

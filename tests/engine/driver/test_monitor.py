@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from raymerge.engine.driver.loop import StepRecord, learn
-from raymerge.engine.driver.monitor import Watch
+from raymerge.engine.driver.monitor import Monitor
+from raymerge.engine.driver.state import LearningState
 from raymerge.engine.messages import StepRequest, StepResult
 from raymerge.errors import RunError
 from raymerge.merging.guard import CollapseGuard
-from raymerge.merging.optimizer import Adam, AdamState
-from raymerge.runs.state import adam_states
+from raymerge.merging.method import Monitoring
+from raymerge.merging.optimizer import Adam
+from raymerge.runs.state import learning_states
 
 TASKS = ("sun", "gtsrb", "dtd")
 K, L, C = 3, 2, 4
@@ -31,7 +33,7 @@ START_KL = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]], dtype=torch.float6
 
 def _watch(collapse: str = "warn", infomax: bool = False, rows: tuple[int, ...] = (0, 1, 2)):
     guard = CollapseGuard(momentum=0.5, warmup_steps=3)
-    return Watch(TASKS, rows, collapse, infomax, guard)  # type: ignore[arg-type]
+    return Monitor(TASKS, rows, Monitoring(collapse), infomax, guard)  # type: ignore[arg-type]
 
 
 def _predictions(step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,13 +70,13 @@ class Scripted:
 
 
 def _learn(
-    watch: Watch,
+    watch: Monitor,
     steps: int = 40,
-    start: AdamState | None = None,
-    observe: Callable[[StepRecord, AdamState], None] = lambda record, state: None,
-) -> tuple[AdamState, Scripted]:
+    start: LearningState | None = None,
+    observe: Callable[[StepRecord, LearningState], None] = lambda record, state: None,
+) -> tuple[LearningState, Scripted]:
     group = Scripted()
-    start = start or AdamState.start(START_KL)
+    start = start or LearningState.at(START_KL)
     state = learn(group, Adam(lr=0.01, clamp="none"), start, steps, watch, observe)  # type: ignore[arg-type]
     return state, group
 
@@ -116,22 +118,22 @@ def test_stop_raises_an_error_that_names_the_task_the_step_and_the_remedy():
 @pytest.mark.parametrize("rows", [(0, 1, 2), (2, 0, 1)])
 def test_restore_resets_the_row_and_its_moments_and_counts_its_images_no_more(caplog, rows):
     """Of the task's own row, wherever that is; the others go on as they were."""
-    states: dict[int, AdamState] = {}
+    states: dict[int, LearningState] = {}
     _, group = _learn(
         _watch("restore", rows=rows),
         observe=lambda record, state: states.update({state.step: state}),
     )
     (message,) = _warnings(caplog)
     assert "task gtsrb collapses" in message
-    at = next(step for step, state in states.items() if state.memory.get("restored") is not None)
-    plain: dict[int, AdamState] = {}
+    at = next(step for step, state in states.items() if state.monitor.restored.any())
+    plain: dict[int, LearningState] = {}
     _learn(_watch("ignore"), at, observe=lambda record, state: plain.update({state.step: state}))
     row, others = rows[1], [k for k in range(K) if k != rows[1]]
     assert torch.equal(states[at].lambdas[row], START_KL[row])
-    assert not states[at].mean[row].any()
-    assert not states[at].square[row].any()
+    assert not states[at].adam.mean[row].any()
+    assert not states[at].adam.square[row].any()
     for name in ("lambdas", "mean", "square"):
-        after, unwatched = getattr(states[at], name), getattr(plain[at], name)
+        after, unwatched = getattr(states[at].adam, name), getattr(plain[at].adam, name)
         assert torch.equal(after[others], unwatched[others])
     assert torch.equal(states[at - 1].lambdas, plain[at - 1].lambdas)
     for request in group.requests:
@@ -176,7 +178,7 @@ def test_a_run_resumed_from_a_saved_state_is_the_undisturbed_one_bit_for_bit(
     tmp_path: Path, caplog, collapse: str, infomax: bool
 ):
     watch = _watch(collapse, infomax)
-    store = adam_states(tmp_path, "config", TASKS, ["a", "b"], keep=100)
+    store = learning_states(tmp_path, "config", TASKS, ["a", "b"], keep=100)
     store.claim()
     whole, group = _learn(watch, observe=lambda record, state: store.save(state))
     assert len(_warnings(caplog)) == 1
@@ -184,16 +186,15 @@ def test_a_run_resumed_from_a_saved_state_is_the_undisturbed_one_bit_for_bit(
     for step in stops:
         found = store._read(store._path(step))
         again, resumed = _learn(watch, start=found)
-        for name in ("lambdas", "mean", "square"):
-            assert torch.equal(getattr(again, name), getattr(whole, name)), (step, name)
-        assert again.memory.keys() == whole.memory.keys()
-        for name, value in whole.memory.items():
-            assert torch.equal(again.memory[name], value), (step, name)
+        expected = whole.tensors()
+        assert again.tensors().keys() == expected.keys()
+        for name, value in again.tensors().items():
+            assert torch.equal(value, expected[name]), (step, name)
         for one, two in zip(group.requests[step:], resumed.requests, strict=True):
             assert _same(one.weights, two.weights)
             assert _same(one.marginals, two.marginals)
     # A run that is resumed after the collapse does not speak of it again.
-    saved = {step: store._read(store._path(step)).memory["collapsed"] for step in stops}
+    saved = {step: store._read(store._path(step)).monitor.collapsed for step in stops}
     sound = sum(not collapsed_M.any() for collapsed_M in saved.values())
     assert 2 < sound < len(stops)
     assert len(_warnings(caplog)) == 1 + sound
@@ -204,22 +205,14 @@ def _same(one: np.ndarray | None, two: np.ndarray | None) -> bool:
 
 
 def test_two_tasks_that_collapse_at_once_are_both_restored():
-    watch, state = _watch("restore"), AdamState.start(START_KL)
+    watch, state = _watch("restore"), LearningState.at(START_KL)
     for step in range(40):
         sound = torch.full((3, C), 1 / C, dtype=torch.float64)
         lost = torch.eye(C, dtype=torch.float64)[:3]
         entropy_M = torch.full((3,), 1.0 if step < COLLAPSE else 0.1, dtype=torch.float64)
-        after = Adam(lr=0.01).update(state, torch.ones(K, L, dtype=torch.float64))
-        state = watch.observe(state, after, entropy_M, sound if step < COLLAPSE else lost)
+        after = Adam(lr=0.01).update(state.adam, torch.ones(K, L, dtype=torch.float64))
+        state = replace(state, adam=after, start=START_KL)
+        state = watch.observe(state, entropy_M, sound if step < COLLAPSE else lost)
     weights_M = watch.weights(state)
     assert weights_M is not None
     assert weights_M.tolist() == [0.0, 0.0, 0.0]
-
-
-def test_what_is_remembered_says_nothing_to_the_optimizer():
-    state = AdamState.start(START_KL)
-    kept = replace(state, memory={"start": START_KL})
-    gradient_KL = torch.ones(K, L, dtype=torch.float64)
-    one, other = (Adam().update(start, gradient_KL) for start in (kept, state))
-    assert torch.equal(one.lambdas, other.lambdas)
-    assert one.memory == kept.memory

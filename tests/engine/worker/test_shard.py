@@ -26,7 +26,6 @@ from raymerge.engine.memory import pass_images
 from raymerge.engine.messages import (
     LoadReport,
     LoadRequest,
-    Loss,
     StepRequest,
     StepResult,
     VectorStorage,
@@ -35,6 +34,7 @@ from raymerge.engine.messages import (
 from raymerge.engine.worker.shard import ServedModel, Share, _passes
 from raymerge.engine.worker.worker import MergeWorker
 from raymerge.errors import DataError, RunError
+from raymerge.merging.method import Objective
 from raymerge.models.checkpoints.task_vectors import ties_statistics
 from raymerge.models.checkpoints.visual_tower import open_visual
 from raymerge.models.heads import zero_shot_head
@@ -51,7 +51,7 @@ def config(world) -> Config:
 
 
 def _request(granularity: str = "tensor", **changes) -> LoadRequest:
-    request = LoadRequest((), granularity, Loss(), IMAGES, batches=1, steps=3, seed=1)
+    request = LoadRequest((), granularity, Objective(), IMAGES, batches=1, steps=3, seed=1)
     return replace(request, **changes)
 
 
@@ -336,13 +336,13 @@ def test_kl_is_the_divergence_from_each_tasks_own_expert(lone, literal, teachers
         p_BC = (logits_BC / temperature).softmax(1)
         return temperature**2 * (q_BC * (q_BC / p_BC).log()).sum(1)
 
-    request = _request(loss=Loss("kl", temperature))
+    request = _request(objective=Objective("kl", temperature))
     _assert_flat_gradient(lone["worker"], literal, request, definition)
 
 
 def test_kls_teachers_are_the_experts_on_all_images_that_will_be_shown(lone, literal, teachers):
     """Once for all steps; and whatever the coefficients then are, an expert teaches itself 0."""
-    _load(lone["worker"], _request("task", loss=Loss("kl"), images_per_step=50))
+    _load(lone["worker"], _request("task", objective=Objective("kl"), images_per_step=50))
     targets = lone["worker"]._share._targets
     for task in range(K):
         assert targets[task].images.tolist() == list(range(12))
@@ -362,18 +362,18 @@ def test_infomax_compares_with_the_marginals_of_the_request(lone, literal, norma
         p_BC, m_C = logits_BC.softmax(1), torch.from_numpy(marginals_MC[task, :classes])
         return -(p_BC * (p_BC / m_C).log()).sum(1) / (np.log(classes) if normalise else 1.0)
 
-    request = _request(loss=Loss("infomax", normalise=normalise))
+    request = _request(objective=Objective("infomax", normalise=normalise))
     _assert_flat_gradient(lone["worker"], literal, request, definition, marginals=marginals_MC)
 
 
 def test_infomax_without_marginals_is_entropy(lone, literal):
     """As in the first step, before any prediction is known."""
-    request = _request(loss=Loss("infomax"))
+    request = _request(objective=Objective("infomax"))
     _assert_flat_gradient(lone["worker"], literal, request, lambda task, z_BC: _entropy(z_BC))
 
 
 def test_normalised_each_task_is_divided_by_log_c(lone, literal):
-    request = _request(loss=Loss(normalise=True))
+    request = _request(objective=Objective(normalise=True))
 
     def definition(task: int, logits_BC: Tensor) -> Tensor:
         return _entropy(logits_BC) / np.log(COUNTS[task])
@@ -407,7 +407,7 @@ def test_filtered_only_sure_images_count_the_surer_the_more(lone, literal):
         kept.extend((weights_B > 0).tolist())
         return weights_B * entropy_B
 
-    request = _request(loss=Loss(filter=FILTER), images_per_step=12)
+    request = _request(objective=Objective(filter=FILTER), images_per_step=12)
     _assert_flat_gradient(lone["worker"], literal, request, definition)
     assert 0 < sum(kept) < len(kept)
 
@@ -426,7 +426,7 @@ def _label(config: Config, task: int, path: Path) -> int:
 
 
 def test_labels_follow_the_folders_whatever_the_order_of_classes(labelled):
-    worker = _worker(labelled, _request(loss=Loss("cross_entropy")))
+    worker = _worker(labelled, _request(objective=Objective("cross_entropy")))
     for task, entry in enumerate(labelled.tasks):
         paths = sorted(Path(entry.adapt).rglob("*.png"))
         target = worker._share._targets[task]
@@ -442,7 +442,7 @@ def test_cross_entropy_is_minus_log_p_of_the_folders_class(labelled):
         labels = [_label(labelled, task, path) for path in literal.paths(task, 1, IMAGES)]
         return -logits_BC.log_softmax(1)[range(len(labels)), labels]
 
-    request = _request(loss=Loss("cross_entropy"))
+    request = _request(objective=Objective("cross_entropy"))
     _assert_flat_gradient(_worker(labelled, request), literal, request, definition)
 
 
@@ -452,12 +452,14 @@ def test_an_image_outside_the_class_folders_has_no_label(labelled, tmp_path):
     stray = labelled.tasks[1].model_copy(update={"adapt": str(tmp_path / "adapt")})
     config = labelled.model_copy(update={"tasks": (labelled.tasks[0], stray, *labelled.tasks[2:])})
     with pytest.raises(DataError, match=r"tasks\[1\]\.adapt: .* lie in no class folder"):
-        _worker(config, _request(loss=Loss("cross_entropy")))
+        _worker(config, _request(objective=Objective("cross_entropy")))
 
 
 @pytest.mark.parametrize("objective", ["kl", "infomax", "cross_entropy"])
 def test_the_shares_of_other_objectives_sum_to_one_workers_step(labelled, objective):
-    request = _request(loss=Loss(objective, normalise=True, filter=FILTER), images_per_step=6)
+    request = _request(
+        objective=Objective(objective, normalise=True, filter=FILTER), images_per_step=6
+    )
     step = StepRequest(2, _lambdas(), marginals=_marginals(), weights=np.array([1, 0, 3.0, 0.5]))
     whole = _worker(labelled, request).step(step)
     parts = [_worker(labelled, request, rank, 3).step(step) for rank in range(3)]
