@@ -185,7 +185,7 @@ class Recorder:
     def __init__(
         self,
         folder: RunFolder,
-        store: StateStore[AdamState],
+        store: StateStore[LearningState],
         every: int,
         start: LearningState,
         steps: int,

@@ -778,6 +778,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_step(
     run: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
+    from raymerge.merging.objectives import entropy
+
     calls = 0
 
     def explode(logits_BC: Tensor) -> Tensor:
