@@ -15,8 +15,8 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "
 
 
 @contextmanager
-def told(url: str) -> Iterator[None]:
-    """Whatever a store raises, as one line without credentials (and so without its cause)."""
+def one_line_errors(url: str) -> Iterator[None]:
+    """Raise what a store raises as one line without credentials, and so without its cause."""
     try:
         yield
     except RaymergeError:
@@ -35,7 +35,7 @@ def _reason(error: Exception, url: str) -> str:
     status, kinds = http_status(error), {type(cause).__name__ for cause in _causes(error)}
     if isinstance(error, ImportError):
         extra = _EXTRAS.get(scheme)
-        install = f"pip install 'raymerge[{extra}]'" if extra else short(error, url)
+        install = f"pip install 'raymerge[{extra}]'" if extra else error_line(error, url)
         return f"{scheme}:// needs a package that is missing; {install}"
     if isinstance(error, ValueError) and "rotocol" in str(error):
         return f"{scheme}:// is no known scheme; use hf://, s3://, gs:// or https://"
@@ -48,7 +48,7 @@ def _reason(error: Exception, url: str) -> str:
     if isinstance(error, FileNotFoundError) or status == 404:
         private = f", or no access: {_login(scheme)}" if scheme == "hf" else ""
         return f"no such file or folder{private}"
-    return f"cannot be fetched ({short(error, url)}); run again to go on with it"
+    return f"cannot be fetched ({error_line(error, url)}); run again to go on with it"
 
 
 def _login(scheme: str) -> str:
@@ -84,7 +84,7 @@ def http_status(error: BaseException) -> int | None:
     return None
 
 
-def short(error: BaseException, url: str) -> str:
+def error_line(error: BaseException, url: str) -> str:
     """What an error says, without what the URL keeps secret."""
     text = str(error)
     parts = urlsplit(url)

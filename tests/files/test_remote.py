@@ -18,7 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
 from raymerge.errors import RemoteError
-from raymerge.files import remote
+from raymerge.files import download, remote
 from raymerge.files.remote import fetch, fetch_folder, sha256_of
 
 
@@ -26,8 +26,8 @@ from raymerge.files.remote import fetch, fetch_folder, sha256_of
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the test's own; no waiting between attempts."""
     monkeypatch.setenv("RAYMERGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "_WAIT_S", 0.0)
-    monkeypatch.setattr(remote, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(download, "_WAIT_S", 0.0)
+    monkeypatch.setattr(download, "_CHUNK_BYTES", 1000)
     return tmp_path / "cache" / "remote"
 
 
@@ -192,14 +192,14 @@ def test_a_killed_download_goes_on(tmp_path: Path, cache: Path) -> None:
     source.write_bytes(CONTENT)
     code = """
 import os, signal, sys
-from raymerge.files import remote
-remote._CHUNK_BYTES = 1000
-def chunks(source, start, plain=remote._chunks):
-    for i, chunk in enumerate(plain(source, start)):
+from raymerge.files import download, remote
+download._CHUNK_BYTES = 1000
+def chunks(file, start, plain=download._chunks):
+    for i, chunk in enumerate(plain(file, start)):
         if i == 6:
             os.kill(os.getpid(), signal.SIGKILL)
         yield chunk
-remote._chunks = chunks
+download._chunks = chunks
 remote.fetch(sys.argv[1])
 """
     url = f"file://{source}"
@@ -208,15 +208,15 @@ remote.fetch(sys.argv[1])
     [partial] = (cache / "partial").iterdir()
     left = partial.stat().st_size
     assert 0 < left <= 6000
-    starts: list[int | None] = []
-    plain = remote._chunks
+    starts: list[int] = []
+    plain = download._chunks
 
-    def chunks(source: Any, start: int | None) -> Iterator[bytes]:
+    def chunks(file: Any, start: int) -> Iterator[bytes]:
         starts.append(start)
-        return plain(source, start)
+        return plain(file, start)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote, "_chunks", chunks)
+        patch.setattr(download, "_chunks", chunks)
         assert fetch(url).read_bytes() == CONTENT
     assert starts == [left]
 
@@ -271,21 +271,21 @@ def test_a_remote_that_changes_under_the_download_is_refused(
     store: type[Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = put(CONTENT)
-    plain = remote._chunks
+    plain = download._chunks
 
-    def chunks(source: Any, start: int | None) -> Iterator[bytes]:
-        yield from plain(source, start)
+    def chunks(file: Any, start: int) -> Iterator[bytes]:
+        yield from plain(file, start)
         put(CONTENT[::-1])
 
-    monkeypatch.setattr(remote, "_chunks", chunks)
+    monkeypatch.setattr(download, "_chunks", chunks)
     with pytest.raises(RemoteError, match="changed while it was fetched; run again"):
         fetch(url)
 
 
 def test_no_room(store: type[Store], monkeypatch: pytest.MonkeyPatch) -> None:
     url = put(CONTENT)
-    usage = remote.shutil.disk_usage(".")
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    usage = download.shutil.disk_usage(".")
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     with pytest.raises(RemoteError, match=r"has 10,240 bytes, but .* has 10,000 free.*RAYMERGE_"):
         fetch(url)
 
@@ -312,9 +312,9 @@ def test_processes_share_one_download(tmp_path: Path, cache: Path) -> None:
     code = """
 import sys, time
 from raymerge.files import remote
-def copy(*args, plain=remote._copy):
-    print("fetched"); time.sleep(0.3); plain(*args)
-remote._copy = copy
+def download(*args, plain=remote.download):
+    print("fetched"); time.sleep(0.3); return plain(*args)
+remote.download = download
 remote.fetch(sys.argv[1])
 """
     argv = [sys.executable, "-c", code, f"file://{source}"]

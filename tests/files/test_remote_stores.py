@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from world import World, write_image
 
 from raymerge.errors import RemoteError
-from raymerge.files import remote
+from raymerge.files import download
 from raymerge.files.remote import fetch, fetch_folder
 
 CONTENT = os.urandom(50_000)
@@ -27,8 +27,8 @@ CONFIG = {"model_cfg": {}}
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RAYMERGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "_WAIT_S", 0.0)
-    monkeypatch.setattr(remote, "_CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(download, "_WAIT_S", 0.0)
+    monkeypatch.setattr(download, "_CHUNK_BYTES", 10_000)
     return tmp_path / "cache" / "remote"
 
 
@@ -76,15 +76,15 @@ def test_a_file_of_s3(bucket: Any) -> None:
 
 def test_its_tag_is_checked(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.put_object(Key="a.pt", Body=CONTENT)
-    plain = remote._chunks
+    plain = download._chunks
     damaged = iter([b"damaged!"])
 
-    def chunks(source: Any, start: int | None) -> Iterator[bytes]:
-        assert list(source.sums) == ["md5"]
-        for chunk in plain(source, start):
+    def chunks(file: Any, start: int) -> Iterator[bytes]:
+        assert list(file.checksums) == ["md5"]
+        for chunk in plain(file, start):
             yield next(damaged, chunk[:8]) + chunk[8:]
 
-    monkeypatch.setattr(remote, "_chunks", chunks)
+    monkeypatch.setattr(download, "_chunks", chunks)
     assert fetch(f"s3://{bucket.name}/a.pt").read_bytes() == CONTENT
 
 
