@@ -1,11 +1,11 @@
-"""Other tools' own files, run by them and by raymerge: mergekit's YAML, fusion_bench's pools.
+"""Merge other tools' own files (mergekit's YAML, fusion_bench's pools) with them and raymerge.
 
     python benchmarks/foreign.py --mergekit mergekit-pytorch
     python benchmarks/foreign.py --peers PYTHON --fusion-bench CLONE --mergekit mergekit-pytorch …
 
-Eight experts of 351 MB by default. Each tool in turn, every round; the median without the first
-round, in which raymerge also hashes its inputs. Outputs are compared entry by entry. mergekit's
-random masks (DARE) differ from raymerge's, so of them only norms of the merged vector are compared.
+By default there are eight experts of 351 MB. Every round runs each tool once; the median is printed
+without the first round, in which raymerge also hashes its inputs. Outputs are compared entry by
+entry. For DARE only the norms of the merged vectors mean something, since the random masks differ.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from case import make_case, make_inputs
-from measure import Ran, machine, median, raymerge, run, say
+from case import add_case_arguments, make_case, make_inputs
+from measure import ProcessRun, machine, median, print_json, raymerge, run
 from safetensors import safe_open
 
 HERE = Path(__file__).parent
@@ -38,9 +38,9 @@ FUSION_BENCH: dict[str, dict[str, object]] = {
 
 def main() -> None:
     args = _arguments()
-    case = make_case(args.root, args.tasks, 1)
+    case = make_case(args.root, args.tasks, args.batch, args.arch)
     make_inputs(case)
-    say(**machine())
+    print_json(**machine())
     for name in args.cases:
         with tempfile.TemporaryDirectory(dir=args.root) as folder:
             _compare(args, case, name, Path(folder))
@@ -49,10 +49,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = [*MERGEKIT, *FUSION_BENCH]
-    parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--cases", nargs="+", default=known, choices=known)
-    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir(), "raymerge-cases"))
+    add_case_arguments(parser, batch=1)
     parser.add_argument("--peers", default=sys.executable, help="the Python that has the peers")
     parser.add_argument("--fusion-bench", type=Path, help="a clone")
     parser.add_argument("--mergekit", help="the mergekit-pytorch command")
@@ -72,26 +71,26 @@ def _compare(args: argparse.Namespace, case: Path, name: str, folder: Path) -> N
             theirs = [args.peers, HERE / "peers" / "fusion_bench_static.py", "--case", case]
             theirs += ["--repo", args.fusion_bench, "--method", method, "--out", output]
     ours = [*raymerge(), "merge", config, "--output", folder / "ours"]
-    ran: dict[str, list[Ran]] = {"raymerge": [], "theirs": []}
+    runs: dict[str, list[ProcessRun]] = {"raymerge": [], "theirs": []}
     for turn in range(args.rounds):
         again = ["--overwrite"] if turn else []
-        ran["raymerge"].append(run([*ours, *again], {"RAYMERGE_CACHE": str(folder / "cache")}))
+        runs["raymerge"].append(run([*ours, *again], {"RAYMERGE_CACHE": str(folder / "cache")}))
         if theirs:
-            ran["theirs"].append(run(theirs))
-    for tool, runs in ran.items():
-        if runs:
-            say(
+            runs["theirs"].append(run(theirs))
+    for tool, timed in runs.items():
+        if timed:
+            print_json(
                 case=f"{name} {tool}",
                 tasks=args.tasks,
-                median_s=median([r.seconds for r in runs[1:] or runs]),
-                first_s=runs[0].seconds,
-                peak_gb=max(r.anonymous_gb for r in runs),
-                mapped_gb=max(r.mapped_gb for r in runs),
+                median_s=median([r.seconds for r in timed[1:] or timed]),
+                first_s=timed[0].seconds,
+                peak_gb=max(r.anonymous_gb for r in timed),
+                mapped_gb=max(r.mapped_gb for r in timed),
             )
     if theirs:
-        found = output if output.is_file() else output / "model.safetensors"
+        their_model = output if output.is_file() else output / "model.safetensors"
         base = case / "pretrained" / "open_clip_model.safetensors"
-        say(case=f"{name} difference", **_difference(folder / "ours", found, base))
+        print_json(case=f"{name} difference", **_difference(folder / "ours", their_model, base))
 
 
 def _experts(case: Path) -> list[str]:
@@ -116,7 +115,7 @@ def _pool(case: Path, method: dict[str, object]) -> dict[str, object]:
 
 
 def _difference(ours: Path, theirs: Path, base: Path) -> dict[str, object]:
-    """Entry by entry; how many differ by more than rounding; norms of θ − θ₀ of both."""
+    """Return how far and how often entries differ, and the ratio of the norms of θ − θ₀."""
     largest, differing, total, norms = 0.0, 0, 0, [0.0, 0.0]
     with (
         safe_open(ours / "model.safetensors", "pt") as a,
@@ -124,7 +123,9 @@ def _difference(ours: Path, theirs: Path, base: Path) -> dict[str, object]:
         safe_open(base, "pt") as c,
     ):
         if set(a.keys()) != set(b.keys()):
-            raise SystemExit(f"other tensors: {sorted(set(a.keys()) ^ set(b.keys()))[:4]}")
+            raise SystemExit(
+                f"the outputs have different tensors: {sorted(set(a.keys()) ^ set(b.keys()))[:4]}"
+            )
         for key in b.keys():  # noqa: SIM118
             both = [file.get_tensor(key).double() for file in (a, b)]
             gap = (both[0] - both[1]).abs()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine and its rates, child processes, JSON lines."""
+"""Shared by the benchmarks: the machine and its rates, child processes, JSON lines."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ import psutil
 import torch
 
 
-def say(**line: object) -> dict[str, object]:
+def print_json(**line: object) -> dict[str, object]:
     """Print one JSON line and return it."""
     print(json.dumps(line), flush=True)
     return line
 
 
 def best_of(work: Callable[[], object], times: int = 5) -> float:
-    """Seconds of the fastest of several runs, after one that warms up."""
+    """Return the seconds of the fastest of several runs, after one that warms up."""
     work()
     return min(_timed(work) for _ in range(times))
 
@@ -39,7 +39,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def machine() -> dict[str, object]:
-    """What ran this, and the two rates that limit everything here."""
+    """Return the machine, the versions, and the rates that limit the benchmarks."""
     return {
         "case": "machine",
         "cpu": _cpu_name(),
@@ -55,7 +55,7 @@ def machine() -> dict[str, object]:
 
 
 def rates() -> dict[str, float]:
-    """GFLOP/s of a ViT-B's largest matrix product, and GB/s of a read and of a copy."""
+    """Return GFLOP/s of a ViT-B's largest matrix product, and GB/s of a read and of a copy."""
     out = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(1600, 768, dtype=dtype), torch.randn(3072, 768, dtype=dtype)
@@ -77,13 +77,13 @@ def _cpu_name() -> str:
 
 
 def peak_rss_gb() -> float:
-    """VmHWM of this process, in 1e9 bytes."""
+    """Return the peak resident memory (VmHWM) of this process, in 1e9 bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e9
 
 
 class Stepper:
-    """A child that takes one step for each line it reads, and prints a JSON line for each."""
+    """A child process that takes a step for each line it reads, and prints a JSON line for each."""
 
     def __init__(self, name: str, command: Sequence[object]) -> None:
         self.name = name
@@ -98,18 +98,20 @@ class Stepper:
         )
         self._errors: list[str] = []
         threading.Thread(target=self._drain, daemon=True).start()
-        self._answer()  # it is ready
+        self._answer()  # the child has loaded its inputs
 
     def step(self) -> None:
+        """Let the child take a step, and append its seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         self.seconds.append(self._answer()["seconds"])
 
     def finish(self) -> dict[str, Any]:
-        last = self._answer()
+        """Return the child's last line, once it has ended."""
+        summary = self._answer()
         self.process.wait()
-        return last
+        return summary
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -125,19 +127,19 @@ class Stepper:
 
 
 @dataclass
-class Ran:
-    """A whole process: its seconds, and the peak of what it and its children held."""
+class ProcessRun:
+    """The seconds of a whole process, and the peak memory of it and its children."""
 
     seconds: float
     anonymous_gb: float
-    """Memory of its own: what it cannot run without."""
+    """Memory of its own, which it cannot run without."""
     mapped_gb: float
-    """Pages of mapped files at that moment: the system takes them back when it needs to."""
+    """Pages of mapped files at that moment, which the system takes back when it needs to."""
     output: str = field(repr=False, default="")
 
 
-def run(command: Sequence[object], env: dict[str, str] | None = None) -> Ran:
-    """Run to the end, sampling memory every 0.2 s; SystemExit with its output if it fails."""
+def run(command: Sequence[object], env: dict[str, str] | None = None) -> ProcessRun:
+    """Run a command, sampling memory every 0.2 s; raise SystemExit with its output if it fails."""
     began = time.perf_counter()
     process = subprocess.Popen(
         [str(part) for part in command],
@@ -146,6 +148,7 @@ def run(command: Sequence[object], env: dict[str, str] | None = None) -> Ran:
         text=True,
         env={**os.environ, "TQDM_DISABLE": "1", **(env or {})},
     )
+    # One thread reads the output while this one samples the memory of the whole process tree.
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.append(process.communicate()[0]))
     reader.start()
@@ -159,7 +162,7 @@ def run(command: Sequence[object], env: dict[str, str] | None = None) -> Ran:
     seconds = time.perf_counter() - began
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{output[0][-3000:]}")
-    return Ran(seconds, anonymous / 1e9, mapped / 1e9, output[0])
+    return ProcessRun(seconds, anonymous / 1e9, mapped / 1e9, output[0])
 
 
 def _memory(tree: psutil.Process) -> tuple[float, float]:
@@ -182,4 +185,5 @@ def median(values: Sequence[float]) -> float:
 
 
 def raymerge() -> list[str]:
+    """Return the start of a raymerge command in this Python."""
     return [sys.executable, "-m", "raymerge"]

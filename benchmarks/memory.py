@@ -1,9 +1,9 @@
-"""Peak memory of a learned merge against what ``raymerge plan`` says, for many tasks.
+"""Compare the peak memory of a learned merge with the estimate of ``raymerge plan``.
 
     python benchmarks/memory.py --cases 16:float32:device 16:bfloat16:device 64:bfloat16:device
 
-A case is K:dtype:location of the task vectors, B = 1 image a task. Peak: what the process holds of
-its own (anonymous memory), sampled; pages of mapped files are given beside it.
+A case is K:dtype:location of the task vectors, with B = 1 image a task. The peak is the sampled
+anonymous memory of the process; pages of mapped files are printed beside it.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ import json
 import tempfile
 from pathlib import Path
 
-from case import make_case
-from measure import machine, median, raymerge, run, say
+from case import add_case_arguments, make_case
+from measure import machine, median, print_json, raymerge, run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=["16:float32:device", "16:bfloat16:device"])
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--cases", nargs="+", metavar="K:DTYPE:LOCATION", help="instead of --tasks")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir(), "raymerge-cases"))
+    add_case_arguments(parser, tasks=16, batch=1)
     args = parser.parse_args()
-    say(**machine())
-    for case in args.cases:
+    print_json(**machine())
+    both = [f"{args.tasks}:float32:device", f"{args.tasks}:bfloat16:device"]
+    for case in args.cases or both:
         tasks, dtype, location = case.split(":")
-        say(**measure(args, int(tasks), dtype, location))
+        print_json(**measure(args, int(tasks), dtype, location))
 
 
 def measure(args: argparse.Namespace, tasks: int, dtype: str, location: str) -> dict[str, object]:
-    config = make_case(args.root, tasks, args.batch) / "merge.yaml"
+    """Return the planned and the measured memory of one merge, and its seconds."""
+    config = make_case(args.root, tasks, args.batch, args.arch) / "merge.yaml"
     overrides = [f"vectors.dtype={dtype}", f"vectors.location={location}"]
     overrides += [f"vectors.folder={args.root}", f"optimizer.steps={args.steps}"]
     options = [part for override in overrides for part in ("-o", override)]

@@ -1,9 +1,9 @@
-"""A child of ``step.py``: steps of raymerge, or of a bare forward and backward, one per line read.
+"""Take a step of raymerge, or of a bare forward and backward, for each line read: see step.py.
 
-    python one_step.py --case CASE --what raymerge [--precision bfloat16] [--vectors bfloat16]
+    python one_step.py --case CASE --tool raymerge [--precision bfloat16] [--vectors bfloat16]
 
-``raymerge`` runs the real driver loop on a worker in this process. ``bare`` is open_clip's visual
-tower on the same images with ordinary parameters: all at once, or ``--pass`` images at a time.
+``raymerge`` runs the real driver loop on a worker in this process. ``bare`` is open_clip's image
+encoder on the same images with ordinary parameters: all at once, or ``--pass`` images at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import peak_rss_gb, say
+from measure import peak_rss_gb, print_json
 from safetensors.torch import load_file
 
 
@@ -24,13 +24,13 @@ def main() -> None:
     args = _arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    (_raymerge if args.what == "raymerge" else _bare)(args)
+    (_raymerge if args.tool == "raymerge" else _bare)(args)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", type=Path, required=True)
-    parser.add_argument("--what", choices=["raymerge", "bare"], required=True)
+    parser.add_argument("--tool", choices=["raymerge", "bare"], required=True)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--vectors", default="float32")
     parser.add_argument("--location", default="auto")
@@ -76,12 +76,12 @@ def _raymerge(args: argparse.Namespace) -> None:
     with open_group(config, merging.slots) as group:
         reports = group.load(merging.load_request())
         load_s = time.perf_counter() - began
-        say(ready=True)
+        print_json(ready=True)
         _wait(args)
 
         def observe(record: StepRecord, state: LearningState) -> None:
             phases.append(record.phases)
-            say(step=record.step - 1, seconds=record.seconds)
+            print_json(step=record.step - 1, seconds=record.seconds)
             if record.step < args.steps:
                 _wait(args)
 
@@ -90,7 +90,7 @@ def _raymerge(args: argparse.Namespace) -> None:
         state = learn(group, learning.optimizer, start, args.steps, learning.monitor, observe)
     if args.out:
         np.savez(args.out, lambdas=state.lambdas.numpy(), names=np.array(merging.layers.names))
-    say(
+    print_json(
         peak_rss_gb=peak_rss_gb(),
         load_s=load_s,
         vector_bytes=[report.vector_bytes for report in reports],
@@ -109,7 +109,7 @@ def _bare(args: argparse.Namespace) -> None:
     inputs = load_file(args.case / "inputs.safetensors")
     tasks = sum(name.startswith("pixels.") for name in inputs)
     pixels_B3HW = torch.cat([inputs[f"pixels.{k}"] for k in range(tasks)]).to(device)
-    say(ready=True)
+    print_json(ready=True)
     for step in range(args.steps):
         _wait(args)
         began = time.perf_counter()
@@ -120,8 +120,8 @@ def _bare(args: argparse.Namespace) -> None:
             features_BD.float().square().sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        say(step=step, seconds=time.perf_counter() - began)
-    say(peak_rss_gb=peak_rss_gb())
+        print_json(step=step, seconds=time.perf_counter() - began)
+    print_json(peak_rss_gb=peak_rss_gb())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What bfloat16 costs: λ and accuracy on a demo zoo, against float32 throughout.
+"""Compare λ and accuracy in bfloat16 with those in float32, on a demo zoo.
 
     python benchmarks/precision.py ZOO [ZOO …] [--steps 50 500]
 
-A ZOO is a folder that ``raymerge demo --zoo`` has built. One row per steps, compute and vectors;
-the row ``float32, other seed`` says how far λ moves when only the images of each step change.
+A ZOO is a folder that ``raymerge demo --zoo`` has built. There is one row for each number of steps
+and each dtype of compute and vectors. The row ``float32, other seed`` shows how far λ moves when
+only the images of each step change.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from measure import machine, say
+from measure import machine, print_json
 
 from raymerge.config import load_config
 from raymerge.runs.merge import MergeResult, merge
@@ -32,12 +33,14 @@ def main() -> None:
     parser.add_argument("zoos", nargs="+", type=Path)
     parser.add_argument("--steps", nargs="+", type=int, default=[50, 500])
     args = parser.parse_args()
-    say(**machine())
+    print_json(**machine())
     for zoo in args.zoos:
         for steps in args.steps:
             results = {name: _merge(zoo, steps, options) for name, options in CASES.items()}
             for name, result in results.items():
-                say(case=name, zoo=zoo.name, steps=steps, **_against(result, results["float32"]))
+                print_json(
+                    case=name, zoo=zoo.name, steps=steps, **_differences(result, results["float32"])
+                )
 
 
 def _merge(zoo: Path, steps: int, options: list[str]) -> MergeResult:
@@ -46,7 +49,7 @@ def _merge(zoo: Path, steps: int, options: list[str]) -> MergeResult:
         return merge(load_config(zoo / "zoo.yaml", overrides))
 
 
-def _against(result: MergeResult, reference: MergeResult) -> dict[str, float]:
+def _differences(result: MergeResult, reference: MergeResult) -> dict[str, float]:
     assert result.lambdas is not None
     assert reference.lambdas is not None
     gap_KL: torch.Tensor = (result.lambdas - reference.lambdas).abs()

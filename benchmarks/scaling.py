@@ -1,22 +1,21 @@
-"""Strong scaling on one machine, and the bytes of a step against the formula of docs/scaling.md.
+"""Measure strong scaling on one machine, and a step's bytes against docs/scaling.md's formula.
 
     python benchmarks/scaling.py --tasks 8 --batch 4 --workers 1 2 --shards 1 2
 
-One thread a worker. Bytes of the collectives are read off the loopback interface, so run it alone
-on the machine; bytes through Ray are those of the pickled messages.
+Every worker has one thread. The collectives' bytes are read from the loopback interface, so nothing
+else should use the network of the machine; bytes through Ray are those of the pickled messages.
 """
 
 from __future__ import annotations
 
 import argparse
 import pickle
-import tempfile
 import time
 from pathlib import Path
 
 import psutil
-from case import make_case
-from measure import machine, median, say
+from case import add_case_arguments, make_case
+from measure import machine, median, print_json
 
 from raymerge.config import load_config
 from raymerge.engine.messages import StepRequest
@@ -26,22 +25,21 @@ from raymerge.runs.workers import open_group
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir(), "raymerge-cases"))
+    add_case_arguments(parser, batch=4)
     args = parser.parse_args()
-    case = make_case(args.root, args.tasks, args.batch)
-    say(**machine())
+    case = make_case(args.root, args.tasks, args.batch, args.arch)
+    print_json(**machine())
     for workers in args.workers:
         for shards in args.shards:
             if workers % shards == 0:
-                say(**measure(args, case, workers, shards))
+                print_json(**measure(args, case, workers, shards))
 
 
 def measure(args: argparse.Namespace, case: Path, workers: int, shards: int) -> dict[str, object]:
+    """Return medians of a step's seconds and bytes, without the first step."""
     config = load_config(
         case / "merge.yaml",
         [
@@ -52,7 +50,7 @@ def measure(args: argparse.Namespace, case: Path, workers: int, shards: int) -> 
         ],
     )
     merging = Merging(config)
-    seconds, wire, phases = [], [], []
+    seconds, loopback_bytes, phases = [], [], []
     with open_group(config, merging.slots) as group:
         reports = group.load(merging.load_request())
         lambdas_KL = merging.start().numpy()
@@ -61,7 +59,7 @@ def measure(args: argparse.Namespace, case: Path, workers: int, shards: int) -> 
             request = StepRequest(step, lambdas_KL)
             results = group.step(request)
             seconds.append(time.perf_counter() - began)
-            wire.append(_loopback_bytes() - before)
+            loopback_bytes.append(_loopback_bytes() - before)
             phases.append(results[0].seconds)
     columns = merging.pretrained.layout.shard(0, shards).padded_columns
     return {
@@ -72,7 +70,7 @@ def measure(args: argparse.Namespace, case: Path, workers: int, shards: int) -> 
         "phases": {key: median([p[key] for p in phases[1:]]) for key in phases[0]},
         "load_s": max(report.seconds for report in reports),
         "vector_gb_per_worker": max(report.vector_bytes for report in reports) / 1e9,
-        "loopback_mb": median(wire[1:]) / 1e6,
+        "loopback_mb": median(loopback_bytes[1:]) / 1e6,
         "formula_mb": workers * 2 * (shards - 1) / shards * columns * 4 / 1e6,
         "request_bytes": len(pickle.dumps(request)),
         "result_bytes": len(pickle.dumps(results[0])),

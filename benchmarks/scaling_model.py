@@ -1,7 +1,7 @@
-"""A model on paper of a step's seconds and bytes; docs/scaling.md explains it and checks it.
+"""Estimate a step's seconds and bytes from rates; docs/scaling.md explains and checks the model.
 
     python benchmarks/scaling_model.py --gflops 200 --memory-gb-s 20 --network-gb-s 1 --check
-    python benchmarks/scaling_model.py            # a table for GPUs, from assumed rates
+    python benchmarks/scaling_model.py            # the table for GPUs, from assumed rates
 
 Symbols: K tasks, L layers, P parameters, B images a task, W = G·S workers in G groups of S shards.
 """
@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from measure import say
+from measure import print_json
 
 
 @dataclass(frozen=True)
 class Model:
-    """A tower: parameters, FLOPs of one image forward, tensors, activation bytes of an image."""
+    """Sizes of an encoder; FLOPs and activation bytes are those of one image."""
 
     name: str
     parameters: float
@@ -34,22 +34,22 @@ MODELS = [
 
 @dataclass(frozen=True)
 class Rates:
-    """What one worker can do, per second."""
+    """Rates of one worker, per second."""
 
     flops: float
     memory_bytes: float
     network_bytes: float
     ray_s: float = 2e-3
-    """A round trip through Ray, without the bytes."""
+    """Seconds of a round trip through Ray, without its bytes."""
 
 
 def step(
     model: Model, rates: Rates, tasks: int, batch: int, workers: int, shards: int, vector_bytes: int
 ) -> dict[str, float]:
-    """Seconds and bytes of one step for the slowest worker."""
+    """Return seconds and bytes of one step for the slowest worker."""
     P, S = model.parameters, shards
     compute_s = 3 * model.flops * -(-tasks * batch // workers) / rates.flops
-    # V twice, θ₀ once, θ written, ∂ℒ/∂θ zeroed and read
+    # V is read twice and θ₀ once; θ is written; ∂ℒ/∂θ is zeroed and read.
     vector_s = (2 * tasks * P * vector_bytes / S + 4 * 4 * P / S) / rates.memory_bytes
     sent = 2 * (S - 1) / S * 4 * P
     collective_s = sent / rates.network_bytes
@@ -68,13 +68,13 @@ def step(
 
 
 def memory_bytes(model: Model, tasks: int, shards: int, vector_bytes: int) -> float:
-    """θ and ∂ℒ/∂θ whole, θ₀ and V by the shard; activations and images come on top."""
+    """Return the bytes of whole θ and ∂ℒ/∂θ and of a shard of θ₀ and V, without activations."""
     return 8 * model.parameters + (4 + tasks * vector_bytes) * model.parameters / shards
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gflops", type=float, default=300_000, help="of one worker")
+    parser.add_argument("--gflops", type=float, default=300_000, help="rate of one worker")
     parser.add_argument("--memory-gb-s", type=float, default=2500)
     parser.add_argument("--network-gb-s", type=float, default=40)
     parser.add_argument("--check", action="store_true", help="the cases that scaling.py measures")
@@ -84,7 +84,7 @@ def main() -> None:
     for name, tasks, batch, workers, shards, width in cases:
         model = next(m for m in MODELS if m.name.startswith(name))
         row = step(model, rates, tasks, batch, workers, shards, width)
-        say(case=f"{model.name} K={tasks} B={batch} W={workers} S={shards}", **_rounded(row))
+        print_json(case=f"{model.name} K={tasks} B={batch} W={workers} S={shards}", **_rounded(row))
 
 
 _CHECKED = [

@@ -1,10 +1,10 @@
-"""How many steps it takes: accuracy of short cosine schedules against the paper's 500 steps.
+"""Compare the accuracy of short cosine schedules with that of the paper's 500 steps.
 
     python benchmarks/schedule.py ZOO [ZOO …]
 
-Each ZOO is a folder that ``raymerge demo --zoo DIR --seed N`` has built. Per schedule: mean top-1
-over the zoo's tasks, and the seconds of its steps. ``--image-seeds`` repeats each with other
-images in its steps.
+Each ZOO is a folder that ``raymerge demo --zoo DIR --seed N`` has built. For each schedule, the
+mean top-1 over the zoo's tasks and the seconds of the steps are printed. ``--image-seeds`` repeats
+each schedule with other images in its steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from measure import machine, median, say
+from measure import machine, median, print_json
 
 from raymerge.config import load_config
 from raymerge.runs.merge import merge
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--schedules", nargs="+", default=SCHEDULES, metavar="STEPS:LR:SHAPE")
     parser.add_argument("--image-seeds", nargs="+", type=int, default=[0])
     args = parser.parse_args()
-    say(**machine())
+    print_json(**machine())
     for zoo in args.zoos:
         base = load_config(zoo / "zoo.yaml", ["cluster.workers=0"])
         with open_group(base, None) as group:
@@ -43,7 +43,7 @@ def main() -> None:
                         result = merge(load_config(zoo / "zoo.yaml", overrides), group=group)
                     top1.append(100 * (result.top1 or 0.0))
                     seconds.append(result.seconds["steps"])
-                say(case=schedule, zoo=zoo.name, top1=top1, steps_s=median(seconds))
+                print_json(case=schedule, zoo=zoo.name, top1=top1, steps_s=median(seconds))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From the command to the first step, broken down; and ``--help``.
+"""Measure ``--help``, the imports, and a one-step merge from the command to the results.
 
 python benchmarks/startup.py [--tasks 8] [--rounds 3]
 """
@@ -11,8 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from case import make_case
-from measure import machine, median, raymerge, run, say
+from case import add_case_arguments, make_case
+from measure import machine, median, print_json, raymerge, run
 
 STAGES = {
     "python": "pass",
@@ -28,19 +28,17 @@ STAGES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir(), "raymerge-cases"))
+    add_case_arguments(parser)
     args = parser.parse_args()
-    config = make_case(args.root, args.tasks, args.batch) / "merge.yaml"
-    say(**machine())
+    config = make_case(args.root, args.tasks, args.batch, args.arch) / "merge.yaml"
+    print_json(**machine())
     for name, code in STAGES.items():
         seconds = [run([sys.executable, "-c", code]).seconds for _ in range(args.rounds)]
-        say(case=name, median_s=median(seconds))
+        print_json(case=name, median_s=median(seconds))
     for workers in (0, 1):
         rows = [_first_step(args.root, config, workers) for _ in range(args.rounds)]
-        say(
+        print_json(
             case=f"raymerge merge, workers: {workers}",
             tasks=args.tasks,
             batch=args.batch,
@@ -49,14 +47,14 @@ def main() -> None:
 
 
 def _first_step(root: Path, config: Path, workers: int) -> dict[str, float]:
-    """Seconds of a one-step merge, and of its parts."""
+    """Return the seconds of a one-step merge and of its parts."""
     with tempfile.TemporaryDirectory(dir=root) as folder:
         output = Path(folder, "run")
         options = ["-o", "optimizer.steps=1", "-o", f"cluster.workers={workers}"]
-        ran = run([*raymerge(), "merge", config, "--output", output, *options])
+        process = run([*raymerge(), "merge", config, "--output", output, *options])
         phases = json.loads((output / "results.json").read_text())["timings"]["seconds"]
-    rest = ran.seconds - sum(phases.values())
-    return {"whole_s": ran.seconds, "before_load_and_after_export_s": rest, **phases}
+    rest = process.seconds - sum(phases.values())
+    return {"whole_s": process.seconds, "before_load_and_after_export_s": rest, **phases}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Static merges as whole processes: task arithmetic, average and TIES against the peers.
+"""Measure task arithmetic, average and TIES as whole processes, beside the peers.
 
     python benchmarks/static.py --tasks 8 --rounds 3
     python benchmarks/static.py --peers PYTHON --fusion-bench CLONE --mergekit mergekit-pytorch …
 
-Every round runs each tool once, one after the other; the median over the rounds is given. In the
-first round raymerge also hashes its inputs (it remembers the digests): that one is given apart.
-Outputs are compared entry by entry.
+Every round runs each tool once, one after the other; the median over the rounds is printed. In the
+first round raymerge also hashes its inputs (it remembers the digests), so that round is printed
+apart. Outputs are compared entry by entry.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from case import make_case, make_inputs
-from measure import Ran, machine, median, raymerge, run, say
+from case import add_case_arguments, make_case, make_inputs
+from measure import ProcessRun, machine, median, print_json, raymerge, run
 from safetensors import safe_open
 
 HERE = Path(__file__).parent
@@ -31,9 +31,9 @@ METHODS = {
 
 def main() -> None:
     args = _arguments()
-    case = make_case(args.root, args.tasks, 1)
+    case = make_case(args.root, args.tasks, args.batch, args.arch)
     make_inputs(case)
-    say(**machine())
+    print_json(**machine())
     for method in args.methods:
         with tempfile.TemporaryDirectory(dir=args.root) as folder:
             _compare(args, case, method, Path(folder))
@@ -41,10 +41,9 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=[*METHODS])
-    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir(), "raymerge-cases"))
+    add_case_arguments(parser, batch=1)
     parser.add_argument("--peers", default=sys.executable, help="the Python that has the peers")
     parser.add_argument("--fusion-bench", type=Path, help="a clone")
     parser.add_argument("--mergekit", help="the mergekit-pytorch command")
@@ -57,21 +56,21 @@ def _compare(args: argparse.Namespace, case: Path, method: str, folder: Path) ->
         for name, command in _commands(args, case, method, folder).items()
         if command is not None
     }
-    ran: dict[str, list[Ran]] = {name: [] for name in commands}
+    runs: dict[str, list[ProcessRun]] = {name: [] for name in commands}
     cache = {"RAYMERGE_CACHE": str(folder / "cache")}
     for _ in range(args.rounds):
         for name, command in commands.items():
-            ran[name].append(run(command, cache))
+            runs[name].append(run(command, cache))
     ours = folder / "raymerge" / "open_clip_model.safetensors"
     outputs = {"mergekit": folder / "mergekit" / "model.safetensors", "fusion_bench": folder / "fb"}
-    for name, runs in ran.items():
-        say(
+    for name, timed in runs.items():
+        print_json(
             case=f"{method} {name}",
             tasks=args.tasks,
-            median_s=median([r.seconds for r in runs[1:] or runs]),
-            first_s=runs[0].seconds,
-            peak_gb=max(r.anonymous_gb for r in runs),
-            mapped_gb=max(r.mapped_gb for r in runs),
+            median_s=median([r.seconds for r in timed[1:] or timed]),
+            first_s=timed[0].seconds,
+            peak_gb=max(r.anonymous_gb for r in timed),
+            mapped_gb=max(r.mapped_gb for r in timed),
             **(difference(ours, outputs[name]) if name in outputs else {}),
         )
 
@@ -101,7 +100,7 @@ def _commands(
 
 
 def difference(ours: Path, theirs: Path) -> dict[str, float]:
-    """Largest entry-wise difference, and how many entries differ by more than rounding."""
+    """Return the largest difference of entries, and how many differ by more than rounding."""
     largest, differing, total = 0.0, 0, 0
     with safe_open(ours, "pt") as a, safe_open(theirs, "pt") as b:
         for key in b.keys():  # noqa: SIM118

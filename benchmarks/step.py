@@ -1,11 +1,11 @@
-"""One adaptive step: raymerge, a bare forward and backward, and its peers, on the same inputs.
+"""Measure one adaptive step of raymerge, of a bare forward and backward, and of the peers.
 
     python benchmarks/step.py --tasks 8 --batch 16 --cases bare bare-passes raymerge raymerge-bf16
     python benchmarks/step.py --peers PYTHON --fusion-bench CLONE --adamerging CLONE --cases …
 
-Each case is a process of its own; their steps are interleaved, so that all see the same machine
-(``--one-by-one`` where they do not fit into memory together). The first step of each is left out.
-λ after the last step is compared with raymerge's in float32.
+All have the same inputs. Each case is a process of its own; their steps are interleaved, so that
+all see the same load (use ``--one-by-one`` where they do not fit into memory together). The first
+step of each is left out. λ after the last step is compared with raymerge's in float32.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from case import make_case, make_inputs
-from measure import Stepper, machine, median, say
+from case import add_case_arguments, make_case, make_inputs, model_config
+from measure import Stepper, machine, median, print_json
 
 HERE = Path(__file__).parent
 
@@ -27,36 +27,33 @@ def main() -> None:
     args = _arguments()
     case = make_case(args.root, args.tasks, args.batch, args.arch)
     make_inputs(case)
-    rates = say(**machine())
+    rates = print_json(**machine())
     limit = limit_s(args, rates)
     with tempfile.TemporaryDirectory() as folder:
-        lasts = _run(args, case, Path(folder))
+        summaries = _run(args, case, Path(folder))
         lambdas = {
             name: dict(np.load(path))
-            for name in lasts
+            for name in summaries
             if (path := Path(folder, f"{name}.npz")).exists()
         }
-    bare = lasts["bare"]["median_s"] if "bare" in lasts else None
-    for name, last in lasts.items():
-        say(
+    bare = summaries["bare"]["median_s"] if "bare" in summaries else None
+    for name, summary in summaries.items():
+        print_json(
             case=name,
             tasks=args.tasks,
             batch=args.batch,
             steps=args.steps,
             limit_s=limit["bfloat16" if name.endswith("bf16") else "float32"],
-            ratio_to_bare=last["median_s"] / bare if bare else None,
+            ratio_to_bare=summary["median_s"] / bare if bare else None,
             lambda_difference=_difference(lambdas, name),
-            **last,
+            **summary,
         )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--arch", default="ViT-B-32")
-    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir(), "raymerge-cases"))
+    add_case_arguments(parser)
     parser.add_argument("--cases", nargs="+", default=["bare", "raymerge"], choices=[*_COMMANDS])
     parser.add_argument("--one-by-one", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -66,8 +63,8 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _own(what: str, *more: str) -> list[str]:
-    return [sys.executable, str(HERE / "one_step.py"), "--what", what, *more]
+def _own(tool: str, *more: str) -> list[str]:
+    return [sys.executable, str(HERE / "one_step.py"), "--tool", tool, *more]
 
 
 _COMMANDS = {
@@ -92,18 +89,18 @@ _COMMANDS = {
 
 def _run(args: argparse.Namespace, case: Path, folder: Path) -> dict[str, dict[str, float]]:
     groups = [[name] for name in args.cases] if args.one_by_one else [args.cases]
-    lasts = {}
+    summaries = {}
     for names in groups:
         steppers = [_start(args, name, case, folder) for name in names]
         for _ in range(args.steps):
             for stepper in steppers:
                 stepper.step()
         for stepper in steppers:
-            last = stepper.finish()
-            last.pop("tasks", None), last.pop("batch", None)
+            summary = stepper.finish()
+            summary.pop("tasks", None), summary.pop("batch", None)
             timed = stepper.seconds[1:] or stepper.seconds
-            lasts[stepper.name] = {**last, "median_s": median(timed), "min_s": min(timed)}
-    return lasts
+            summaries[stepper.name] = {**summary, "median_s": median(timed), "min_s": min(timed)}
+    return summaries
 
 
 def _start(args: argparse.Namespace, name: str, case: Path, folder: Path) -> Stepper:
@@ -113,7 +110,7 @@ def _start(args: argparse.Namespace, name: str, case: Path, folder: Path) -> Ste
 
 
 def limit_s(args: argparse.Namespace, rates: dict[str, object]) -> dict[str, float]:
-    """Seconds of a step at the measured rates: FLOPs of the passes plus two reads of V."""
+    """Return a step's seconds at the measured rates: FLOPs of the passes and two reads of V."""
     flops = 3 * args.tasks * args.batch * forward_flops(args.arch)
     parameters = visual_parameters(args.arch)
     out = {}
@@ -128,16 +125,17 @@ def _visual(arch: str) -> torch.nn.Module:
     import open_clip
 
     with torch.device("meta"):
-        visual: torch.nn.Module = open_clip.CLIP(**open_clip.get_model_config(arch)).visual
+        visual: torch.nn.Module = open_clip.CLIP(**model_config(arch)).visual
     return visual.eval()
 
 
 def visual_parameters(arch: str) -> int:
+    """Return the number of parameters of the image encoder."""
     return sum(p.numel() for p in _visual(arch).parameters())
 
 
 def forward_flops(arch: str) -> int:
-    """Of one image."""
+    """Return the FLOPs of the forward pass of one image."""
     from torch.utils.flop_counter import FlopCounterMode
 
     visual = _visual(arch)
@@ -148,7 +146,7 @@ def forward_flops(arch: str) -> int:
 
 
 def _difference(lambdas: dict[str, dict[str, np.ndarray]], name: str) -> float | None:
-    """Largest |Δλ| to raymerge in float32, layers matched by name."""
+    """Return the largest |Δλ| to raymerge in float32, with layers matched by name."""
     if name not in lambdas or "raymerge" not in lambdas:
         return None
     ours, other = lambdas["raymerge"], lambdas[name]

@@ -1,4 +1,4 @@
-"""What it costs a step to tell it to each listener, in microseconds.
+"""Measure the time that each tracker takes to log a step, in microseconds.
 
 python benchmarks/tracking.py [--tasks 8] [--steps 2000] [--rounds 3]
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from measure import machine, median, say
+from measure import machine, median, print_json
 
 from raymerge.config import WandbConfig, parse_config
 from raymerge.distributed.cluster import connect
@@ -25,14 +25,15 @@ PHASES = ("merge", "gather", "compute", "reduce", "inner_products")
 
 
 def record(step: int, tasks: int) -> StepRecord:
+    """Return the record of a step with made-up values."""
     names = [f"task{k}" for k in range(tasks)]
     values = {name: (step + 1) / (k + 1) for k, name in enumerate(names)}
     return StepRecord(step, 1.0, values, values, values, 0.1, dict.fromkeys(PHASES, 0.02))
 
 
 @contextmanager
-def listeners(folder: Path) -> Iterator[dict[str, Tracker]]:
-    """With a Ray, where metrics go somewhere."""
+def open_trackers(folder: Path) -> Iterator[dict[str, Tracker]]:
+    """Open every tracker, on a Ray cluster of this process for Ray's metrics."""
     tasks = [{"name": "a", "checkpoint": "a.pt", "classnames": ["x", "y"]}]
     config = parse_config({"model": "local-dir:m", "tasks": tasks}, root=folder)
     with connect(None, 2):
@@ -54,21 +55,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    say(**machine())
+    print_json(**machine())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, secrets.token_hex(4))
         folder.mkdir()
-        with listeners(folder) as trackers:
+        with open_trackers(folder) as trackers:
             seconds = {
-                name: [told(tracker, args.steps, args.tasks) for _ in range(args.rounds)]
+                name: [log_steps(tracker, args.steps, args.tasks) for _ in range(args.rounds)]
                 for name, tracker in trackers.items()
             }
     for name, taken in seconds.items():
-        say(case=name, tasks=args.tasks, us_a_step=1e6 * median(taken) / args.steps)
+        print_json(case=name, tasks=args.tasks, us_a_step=1e6 * median(taken) / args.steps)
 
 
-def told(tracker: Tracker, steps: int, tasks: int) -> float:
-    """Seconds of so many steps."""
+def log_steps(tracker: Tracker, steps: int, tasks: int) -> float:
+    """Log so many steps and return the seconds that it took."""
     began = time.perf_counter()
     for step in range(steps):
         tracker.observe(record(step, tasks), 2, ())

@@ -1,12 +1,12 @@
-"""Steps of the official layer-wise AdaMerging, in its own loop, on a case.
+"""Run steps of the official layer-wise AdaMerging, in its own loop, on a case.
 
     python adamerging_step.py --case CASE --repo AdaMerging --steps 5 --out lambdas.npz
 
-The official code is a script that loads files of its authors' machine when imported. So its source
-is parsed, and its own definitions, the lines that build the model and the optimiser, and its loop
-over epochs are executed unchanged. Ours are the images (one batch of each task a step, where its
-loop draws two), and the clock, which starts when the loop asks for the first task's data set and
-stops when it prints λ. ``Tensor.cuda`` does nothing here: the measurement is on a CPU.
+The official code is a script that loads files of its authors' machine when imported. This adapter
+therefore parses its source and executes, unchanged, its definitions, the lines that build the model
+and the optimiser, and its loop over epochs. Replaced are the images (one batch of each task a step,
+where its loop draws two) and ``Tensor.cuda``, which does nothing, as the measurement is on a CPU.
+The clock starts when the loop asks for the first task's data set and stops when it prints λ.
 """
 
 from __future__ import annotations
@@ -61,13 +61,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def is_setup(node: ast.stmt) -> bool:
+    """Return True for definitions and for assignments to the names in ``SETUP``."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return True
     if not isinstance(node, (ast.Assign, ast.AugAssign)):
         return False
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    named = {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
-    return bool(named & SETUP)
+    names = {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    return bool(names & SETUP)
 
 
 def is_epoch_loop(node: ast.stmt) -> bool:
@@ -85,7 +86,7 @@ def execute(tree: ast.Module, keep: Callable[[ast.stmt], bool], scope: dict[str,
 def make_scope(
     args: argparse.Namespace, pixels: list[Tensor], heads: list[Tensor], clock: peer.Clock
 ) -> dict[str, Any]:
-    """The names that the official lines expect from its imports and from what we leave out."""
+    """Return the names that the official lines expect from its imports and from lines left out."""
     tasks = [f"task{k}" for k in range(len(pixels))]
     head_class = official_head(args.repo)
     classify = {t: head_class(True, head_DC.T) for t, head_DC in zip(tasks, heads, strict=True)}
@@ -113,8 +114,10 @@ def make_scope(
 
 
 class Encoder(nn.Module):
-    """As the official ``ImageEncoder``, with the visual tower only: its text tensors, which its
-    loop merges too, have zero task vectors."""
+    """The official ``ImageEncoder`` with the visual tower only.
+
+    The official loop merges the text tensors too, but their task vectors are zero.
+    """
 
     val_preprocess = None
 
@@ -134,7 +137,7 @@ def official_head(repo: Path) -> type[nn.Module]:
 
 
 def task_vectors(case: Path, tasks: int) -> list[SimpleNamespace]:
-    """θ_k − θ₀ in the order of the visual tower's state dict."""
+    """Return every θ_k − θ₀ in the order of the visual tower's state dict."""
     pretrained = peer.visual_state(peer.pretrained_file(case))
     order = peer.empty_visual(case).state_dict()
     states = map(peer.visual_state, peer.expert_files(case, tasks))
@@ -142,7 +145,7 @@ def task_vectors(case: Path, tasks: int) -> list[SimpleNamespace]:
 
 
 def check_order(names: list[str], vectors: list[SimpleNamespace]) -> None:
-    """The official code pairs parameters and state dict entries by position."""
+    """Raise SystemExit unless parameters and state dict pair up, as the official code assumes."""
     if any(list(v.vector) != names for v in vectors):
         raise SystemExit("the visual tower has buffers: parameters and state dict do not pair up")
 

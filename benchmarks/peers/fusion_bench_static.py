@@ -1,9 +1,9 @@
-"""fusion_bench's task arithmetic, simple average or TIES on a case: read, merge, write one file.
+"""Merge a case with fusion_bench's task arithmetic, simple average or TIES into one file.
 
     python fusion_bench_static.py --case CASE --repo fusion_bench --method ties --out FILE
 
-Its algorithm classes run unchanged on a model pool of ours that reads one checkpoint when asked for
-one (memory-mapped). Prints one JSON line: seconds to import fusion_bench (after torch and
+Its algorithm classes run unchanged on a model pool that opens a checkpoint (memory-mapped) when it
+is asked for one. One JSON line is printed: seconds to import fusion_bench (after torch and
 open_clip), to read and merge, and to write.
 """
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     done = time.perf_counter()
     state = {peer.PREFIX + name: t.contiguous() for name, t in merged.state_dict().items()}
     save_file(state, args.out)
-    peer.say(
+    peer.print_json(
         peer="fusion_bench",
         commit=peer.commit(args.repo),
         method=args.method,

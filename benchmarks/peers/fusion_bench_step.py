@@ -1,13 +1,13 @@
-"""Steps of fusion_bench's layer-wise AdaMerging, in its own loop, on a case.
+"""Run steps of fusion_bench's layer-wise AdaMerging, in its own loop, on a case.
 
     python fusion_bench_step.py --case CASE --repo fusion_bench --steps 5 --out lambdas.npz
 
 ``construct_layer_wise_merged_model`` and ``test_time_adaptation`` of its
 ``LayerWiseAdaMergingAlgorithm`` run unchanged, on its own classification heads, with the settings
-of its ``config/method/adamerging/clip.yaml``. Ours are only what its abstract methods ask for
-(images and logits) and the clock, which starts when the loop asks for the first images of a step
-and stops when it logs the step: K forward and backward passes, Adam, and the merge for the next
-step.
+of its ``config/method/adamerging/clip.yaml``. This adapter adds only what its abstract methods ask
+for (images and logits) and the clock, which starts when the loop asks for the first images of a
+step and stops when it logs the step: K forward and backward passes, Adam, and the merge for the
+next step.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
-    """As in its clip.yaml, where ``clamp_weights`` is false."""
+    """Return the settings of its clip.yaml, where ``clamp_weights`` is false."""
     return {
         "weights": None,
         "init_values": peer.INIT,
@@ -78,7 +78,7 @@ def make_algorithm(
     heads: list[Tensor],
     clock: peer.Clock,
 ) -> Any:
-    """Its algorithm with our images, and a fabric whose log ends the step."""
+    """Return its algorithm on the case's images, with a fabric whose log stops the clock."""
     from fusion_bench.method.adamerging.layer_wise_adamerging import LayerWiseAdaMergingAlgorithm
     from fusion_bench.models.open_clip.modeling import ClassificationHead
     from lightning import Fabric

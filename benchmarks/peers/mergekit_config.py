@@ -19,10 +19,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", type=Path, required=True)
     parser.add_argument("--method", choices=["task_arithmetic", "average", "ties"], required=True)
-    parser.add_argument("--weight", type=float, default=1.0, help="of every expert")
+    parser.add_argument("--weight", type=float, default=1.0, help="weight of every expert")
     parser.add_argument("--scaling", type=float, default=0.3, help="mergekit's lambda")
     parser.add_argument("--density", type=float, default=0.2, help="ties: fraction kept a tensor")
-    parser.add_argument("--normalize", action="store_true", help="ties: mean of what agrees")
+    parser.add_argument("--normalize", action="store_true", help="ties: mean of agreeing entries")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     text = config(args.case, args.method, args.weight, args.scaling, args.density, args.normalize)
@@ -37,7 +37,7 @@ def config(
     density: float = 0.2,
     normalize: bool = False,
 ) -> dict[str, object]:
-    """θ₀ + scaling · Σ_k weight · T_k (or Φ of TIES); ``average`` is the mean of the experts."""
+    """Return mergekit's config of θ₀ + scaling · Σ_k weight · T_k (TIES: of Φ), or of the mean."""
     count = len(list((case / "experts").glob("task*.safetensors")))
     files = [str((case / "experts" / f"task{k}.safetensors").resolve()) for k in range(count)]
     if method == "average":

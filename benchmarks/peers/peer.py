@@ -1,4 +1,4 @@
-"""What the adapters share: reading a case, timing steps, reporting. Imports no peer.
+"""Shared by the adapters: reading a case, timing steps, reporting. Imports no peer.
 
 A case is a folder: ``pretrained/open_clip_config.json`` and ``open_clip_model.safetensors`` (a
 whole CLIP, of which ``visual.*`` is merged), ``experts/task{k}.safetensors`` (``visual.*``, fp32)
@@ -29,6 +29,7 @@ INIT = 0.3
 
 
 def step_arguments(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the arguments of the scripts that take steps."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--case", type=Path, required=True)
     parser.add_argument("--repo", type=Path, required=True, help="a clone of the peer")
@@ -40,14 +41,14 @@ def step_arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def say(**line: object) -> None:
-    """One JSON line on the real stdout; what a peer prints goes to stderr."""
+def print_json(**line: object) -> None:
+    """Print one JSON line on the real stdout; what a peer prints goes to stderr."""
     print(json.dumps(line), file=sys.__stdout__, flush=True)
 
 
 @dataclass
 class Clock:
-    """Times each step between the peer's own first and last action in it."""
+    """Measures each step from the peer's first action in it to its last."""
 
     pause: bool = False
     seconds: list[float] = field(default_factory=list)
@@ -55,14 +56,14 @@ class Clock:
 
     def start(self) -> None:
         if not self.seconds:
-            say(ready=True)
+            print_json(ready=True)
         if self.pause and not sys.stdin.readline():
             raise SystemExit("stdin closed while --pause waited for a line")
         self.began = time.perf_counter()
 
     def stop(self) -> None:
         self.seconds.append(time.perf_counter() - self.began)
-        say(step=len(self.seconds) - 1, seconds=self.seconds[-1])
+        print_json(step=len(self.seconds) - 1, seconds=self.seconds[-1])
 
 
 def task_count(case: Path) -> int:
@@ -70,7 +71,7 @@ def task_count(case: Path) -> int:
 
 
 def load_inputs(case: Path) -> tuple[list[Tensor], list[Tensor]]:
-    """K times the images (B, 3, H, W), K times the head (D, C), in memory of their own."""
+    """Return the images (B, 3, H, W) and the head (D, C) of each task, in memory of their own."""
     tensors = load_file(case / "inputs.safetensors")
     tasks = range(task_count(case))
     return [tensors[f"pixels.{k}"].clone() for k in tasks], [
@@ -79,7 +80,7 @@ def load_inputs(case: Path) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def visual_state(file: Path) -> dict[str, Tensor]:
-    """The ``visual.*`` tensors of a file, without the prefix; memory-mapped."""
+    """Return the ``visual.*`` tensors of a file, without the prefix; memory-mapped."""
     return {
         name.removeprefix(PREFIX): tensor
         for name, tensor in load_file(file).items()
@@ -96,14 +97,14 @@ def expert_files(case: Path, tasks: int) -> list[Path]:
 
 
 def empty_visual(case: Path) -> nn.Module:
-    """The visual tower without memory (on the meta device)."""
+    """Return the visual tower without memory (on the meta device)."""
     config = json.loads((case / "pretrained" / "open_clip_config.json").read_text())
     with torch.device("meta"):
         return open_clip.CLIP(**config["model_cfg"]).visual
 
 
 def load_visual(case: Path, file: Path) -> nn.Module:
-    """The visual tower with the weights of ``file``, in memory of its own."""
+    """Return the visual tower with the weights of ``file``, in memory of its own."""
     visual = empty_visual(case).to_empty(device="cpu")
     visual.load_state_dict(visual_state(file))
     return visual
@@ -117,7 +118,7 @@ def commit(repo: Path) -> str:
 
 
 def peak_rss_gb() -> float:
-    """VmHWM of this process, in 1e9 bytes; resident pages of mapped files count."""
+    """Return VmHWM of this process in 1e9 bytes; resident pages of mapped files count."""
     lines = Path("/proc/self/status").read_text().splitlines()
     kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     return kib * 1024 / 1e9
@@ -131,10 +132,10 @@ def report(
     names: list[str],
     batch: int,
 ) -> None:
-    """The last JSON line, and λ (K, L) with the names of the L tensors in ``args.out``."""
+    """Print the last JSON line; write λ (K, L) and the names of the L tensors to ``args.out``."""
     if args.out:
         np.savez(args.out, lambdas=lambdas_KL.detach().double().numpy(), names=np.array(names))
-    say(
+    print_json(
         peer=peer,
         commit=commit(args.repo),
         median_s=statistics.median(clock.seconds[1:] or clock.seconds),
