@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from statistics import median
 from typing import Any, Generic, TypeVar
 
@@ -157,16 +158,12 @@ class _HeartbeatMonitor(Generic[W]):
         for worker in pending:
             if worker in self._pings:
                 self._take_heartbeat(worker)
-            elif self._is_due(worker, now):
+            elif now - self._last_heartbeats.get(worker, -inf) > self.hang_s / 4:
                 self._pings[worker] = (ping(self.actors[worker]), now)
             if worker in self._pings and now - self._pings[worker][1] > self.hang_s:
                 reason = f"answered no ping for {self.hang_s:g} s (cluster.hang_timeout_s)"
                 failures[worker] = WorkerFailure("worker", reason)
         return failures
-
-    def _is_due(self, worker: W, now: float) -> bool:
-        last = self._last_heartbeats.get(worker)
-        return last is None or now - last > self.hang_s / 4
 
     def _take_heartbeat(self, worker: W) -> None:
         reference, _ = self._pings[worker]
@@ -183,14 +180,11 @@ class _HeartbeatMonitor(Generic[W]):
         It needs a restart only if it is not merely waiting for its peers in a collective.
         """
         heartbeat = _heartbeat(self.actors[worker])
-        phase = (
-            ""
-            if heartbeat is None
-            else f" (it has been in {heartbeat.phase} for {heartbeat.seconds:.0f} s)"
-        )
-        reason = f"sent no result within {limits.call_s:g} s{phase}; raise {limits.key}"
+        reason = f"sent no result within {limits.call_s:g} s"
+        if heartbeat is not None:
+            reason += f" (it has been in {heartbeat.phase} for {heartbeat.seconds:.0f} s)"
         is_stuck = heartbeat is None or not heartbeat.waits_for_peers
-        return WorkerFailure("worker", reason, needs_restart=is_stuck)
+        return WorkerFailure("worker", f"{reason}; raise {limits.key}", needs_restart=is_stuck)
 
 
 def is_idle(actor: Any) -> bool:

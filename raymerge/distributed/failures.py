@@ -5,8 +5,9 @@ These are pure decisions: nothing here talks to a cluster.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ray.exceptions import (
     ActorUnavailableError,
@@ -98,37 +99,31 @@ def root_cause(failures: Mapping[int, WorkerFailure]) -> tuple[WorkerFailure, tu
     return cause, tuple(sorted(ranks))
 
 
-@dataclass
 class Budget:
     """Counts failures by kind. The loss of a whole node at once is one failure.
 
     Interruptions have no limit over a run, only one on how many occur in a row without progress.
     """
 
-    limits: Mapping[IncidentKind, int | None]
-    spent: dict[IncidentKind, int] = field(default_factory=dict)
-
-    @classmethod
-    def from_config(cls, config: ClusterConfig) -> Budget:
-        return cls(
-            {
-                "worker": config.max_worker_failures,
-                "start": config.max_start_failures,
-                "preemption": config.max_preemptions,
-                "interruption": _MAX_CONSECUTIVE_INTERRUPTIONS,
-            }
-        )
+    def __init__(self, config: ClusterConfig) -> None:
+        self._limits: Mapping[IncidentKind, int | None] = {
+            "worker": config.max_worker_failures,
+            "start": config.max_start_failures,
+            "preemption": config.max_preemptions,
+            "interruption": _MAX_CONSECUTIVE_INTERRUPTIONS,
+        }
+        self._spent: Counter[IncidentKind] = Counter()
 
     def spend(self, kind: IncidentKind) -> str | None:
         """Count one failure. Return why the run must end, or None if it may continue."""
-        self.spent[kind] = self.spent.get(kind, 0) + 1
-        limit = self.limits[kind]
-        if limit is None or self.spent[kind] <= limit:
+        self._spent[kind] += 1
+        limit, spent = self._limits[kind], self._spent[kind]
+        if limit is None or spent <= limit:
             return None
         if kind == "interruption":
-            return f"interrupted {self.spent[kind]} times in a row without any progress"
-        return f"failure {self.spent[kind]}, and {_BUDGET_KEYS[kind]} is {limit}"
+            return f"interrupted {spent} times in a row without any progress"
+        return f"failure {spent}, and {_BUDGET_KEYS[kind]} is {limit}"
 
     def reset_interruptions(self) -> None:
         """Start counting interruptions anew, because every worker has answered a call."""
-        self.spent.pop("interruption", None)
+        del self._spent["interruption"]

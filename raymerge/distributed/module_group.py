@@ -34,7 +34,7 @@ class ModuleActors:
         self.workers = len(shares)
         self.incidents: list[Incident] = []
         self._config = config or ClusterConfig()
-        self._limits, self._budget = StepLimits(self._config), Budget.from_config(self._config)
+        self._limits, self._budget = StepLimits(self._config), Budget(self._config)
         self._shares, self._task = shares, ray.put(task)
         self._remote: Any = ray.remote(num_cpus=1, **ACTOR_OPTIONS)(worker)
         self._actors: dict[int, Any] = {}

@@ -84,7 +84,7 @@ class WorkerPool:
         config: ClusterConfig,
         worker_class: type[MergeWorker],
     ) -> None:
-        self.placement, self.budget = placement, Budget.from_config(config)
+        self.placement, self.budget = placement, Budget(config)
         self.spec = replace(
             spec, threads=placement.cpus_per_worker, use_gpu=placement.gpus_per_worker > 0
         )

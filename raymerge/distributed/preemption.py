@@ -42,10 +42,8 @@ class PreemptionMonitor:
         A silent head counts because Ray ends the driver soon after its head is lost.
         """
         silent_s = time.monotonic() - self._answered_at
-        was_silent, self._is_head_silent = (
-            self._is_head_silent,
-            silent_s > self._poll_s + _HEAD_TIMEOUT_S,
-        )
+        was_silent = self._is_head_silent
+        self._is_head_silent = silent_s > self._poll_s + _HEAD_TIMEOUT_S
         if self._is_head_silent and not was_silent:
             logger.warning(
                 "the cluster's head has not answered for %.0f s: every step is saved from now on. "

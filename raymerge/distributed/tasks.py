@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
-from raymerge.errors import RaymergeError, RunError, WorkerLostError, one_line
+from raymerge.distributed.failures import classify
+from raymerge.errors import WorkerLostError
 
 T = TypeVar("T")
 
@@ -47,12 +48,8 @@ def run_tasks(
 def _result(reference: Any) -> Any:
     try:
         return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, RaymergeError):
-            raise error.cause from None
-        raise RunError(f"a task failed: {one_line(str(error).strip().splitlines()[-1])}") from error
     except RayError as error:
-        raise WorkerLostError(
-            "a task's process died (killed, out of memory, or its node was lost): "
-            f"{one_line(error)}; finished tasks are kept, run again"
-        ) from error
+        failure = classify(error)
+    raise WorkerLostError(
+        f"the process of a task {failure.reason}; finished tasks are kept, run again"
+    )

@@ -52,7 +52,7 @@ def test_a_dead_worker_is_the_root_cause_of_its_peers_broken_connections():
 
 
 def test_each_kind_has_its_own_budget():
-    budget = Budget.from_config(ClusterConfig(max_worker_failures=2, max_start_failures=0))
+    budget = Budget(ClusterConfig(max_worker_failures=2, max_start_failures=0))
     assert [budget.spend("worker") for _ in range(2)] == [None, None]
     assert budget.spend("worker") == "failure 3, and cluster.max_worker_failures is 2"
     assert budget.spend("start") == "failure 1, and cluster.max_start_failures is 0"
@@ -60,7 +60,7 @@ def test_each_kind_has_its_own_budget():
 
 
 def test_interruptions_count_only_without_progress_between_them():
-    budget = Budget.from_config(ClusterConfig())
+    budget = Budget(ClusterConfig())
     for _ in range(50):
         assert budget.spend("interruption") is None
         budget.reset_interruptions()

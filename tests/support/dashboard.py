@@ -12,8 +12,8 @@ GRAFANA = Path(__file__).parents[2] / "cluster" / "grafana" / "raymerge.json"
 
 def expressions(dashboard: Mapping[str, Any]) -> list[str]:
     """Of all panels, in PromQL: Grafana's own variables replaced."""
-    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    return [each.replace("$__rate_interval", "1m").replace("$run", ".*") for each in asked]
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    return [each.replace("$__rate_interval", "1m").replace("$run", ".*") for each in expressions]
 
 
 def metric_names(dashboard: Mapping[str, Any]) -> set[str]:
