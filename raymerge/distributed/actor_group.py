@@ -56,6 +56,7 @@ class ActorGroup:
         worker: type[MergeWorker] = MergeWorker,
     ) -> None:
         self.spec, self._config = spec, config
+        # The requests so far, which a restarted worker gets again.
         self._request: LoadRequest | None = None
         self._progress: Progress | None = None
         self._step_limits = StepLimits(config)
@@ -66,6 +67,7 @@ class ActorGroup:
         self._load_limits = Limits(
             config.load_timeout_s, config.hang_timeout_s, "cluster.load_timeout_s"
         )
+        # Start the actors last, so that close() can free whatever a failed start leaves.
         self._pool = WorkerPool(spec, placement, config, worker)
         self._groups = ProcessGroups(self._pool)
         self._recovery = Recovery(self._pool, self._groups, config, self._load_missing)

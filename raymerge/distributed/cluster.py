@@ -40,7 +40,7 @@ def connect(address: str | None, local_cpus: int) -> Iterator[Resources]:
             "and RAY_AUTH_MODE and RAY_AUTH_TOKEN if the cluster asks for a token"
         ) from error
     _restore_sigterm(terminate)
-    with redirect_stdout(sys.stderr):  # Ray prints there when a worker dies
+    with redirect_stdout(sys.stderr):  # Ray prints to stdout when a worker dies
         try:
             yield _resources(is_elastic=remote is None)
         finally:

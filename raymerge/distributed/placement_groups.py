@@ -33,7 +33,7 @@ class WorkerSlot:
 
 @dataclass(frozen=True)
 class Location:
-    """Where an actor runs. ``interface``: the network interface that has ``address``."""
+    """The node of an actor. ``interface``: the network interface that has ``address``."""
 
     node: str
     gpus: tuple[str, ...]

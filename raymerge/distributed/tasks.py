@@ -33,6 +33,7 @@ def run_tasks(
     unchanged, any other as :class:`RunError`, and :class:`WorkerLostError` if a process died.
     """
     remote = ray.remote(function).options(num_cpus=cpus, num_gpus=gpus, max_retries=0)
+    # Submit as many as may run, and refill whenever one has finished.
     waiting = deque(arguments)
     running: list[Any] = []
     while waiting or running:

@@ -1,4 +1,4 @@
-"""How failed calls are classified, and which failures a run survives. No cluster."""
+"""The classification of failed calls, and the budget of failures. No cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many workers, and what each gets: decided without a cluster."""
+"""The number of workers and their resources, decided without a cluster."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_one_local_gpu_needs_no_ray_either():
 
 
 def test_a_single_worker_on_a_cluster_is_an_actor():
-    """The driver's machine is not where the work should run."""
+    """The work should not run on the driver's machine."""
     assert _place(Resources(cpus=16, is_elastic=False)).workers == 1
 
 
@@ -49,7 +49,7 @@ def test_auto_rounds_to_whole_groups_and_at_least_one(nodes, shards, workers):
     assert placement.groups * shards == workers
 
 
-def test_given_numbers_are_obeyed():
+def test_configured_numbers_are_used():
     placement = _place(CLUSTER, workers=6, shards=3, cpus_per_worker=5)
     assert placement == Placement(6, 3, 5, 0.0)
     assert placement.groups == 2
@@ -77,13 +77,13 @@ def test_a_local_cluster_may_declare_more_cpus_than_there_are():
         ({"workers": 4, "gpus_per_worker": 0.5}, "4 workers x 0.5 GPUs = 2, but the cluster has 0"),
     ],
 )
-def test_what_does_not_fit_the_cluster_is_refused_with_the_numbers(config, numbers):
+def test_a_cluster_that_is_too_small_is_refused_with_the_numbers(config, numbers):
     with pytest.raises(UserError, match=numbers) as raised:
         _place(CLUSTER, slots=None, **config)
     assert "lower cluster.workers or cluster." in str(raised.value)
 
 
-def test_gpus_do_not_stretch_even_locally():
+def test_a_local_cluster_may_not_declare_more_gpus_than_there_are():
     with pytest.raises(UserError, match="3 workers x 1 GPUs = 3, but the cluster has 2"):
         _place(Resources(cpus=8, gpus=2), workers=3)
 
@@ -92,7 +92,7 @@ def test_fractional_gpus_fit_when_their_sum_does():
     assert _place(GPUS, workers=16, gpus_per_worker=0.5).gpus_per_worker == 0.5
 
 
-def test_exactly_full_fits():
+def test_a_cluster_may_be_used_completely():
     assert _place(CLUSTER, workers=4, cpus_per_worker=24).workers == 4
 
 
@@ -112,12 +112,12 @@ def test_without_steps_any_number_of_workers_may_evaluate():
     ("alive", "workers", "shards"), [(4, 4, 2), (3, 2, 2), (2, 2, 2), (1, 1, 1)]
 )
 def test_the_survivors_form_whole_groups_or_one_smaller(alive, workers, shards):
-    """However many are left, every column and every slot is some worker's."""
+    """Every column and every slot belongs to a worker, however many workers are left."""
     shape = regroup(Placement(4, 2, 1, 0.0), alive)
     assert (shape.workers, shape.shards) == (workers, shards)
     assert shape.groups * shape.shards == shape.workers <= alive
 
 
-def test_fewer_than_none_cannot_be_asked_for():
+def test_min_workers_is_at_most_workers():
     with pytest.raises(ValueError, match="min_workers=3 is more than workers=2"):
         ClusterConfig(workers=2, min_workers=3)

@@ -1,4 +1,4 @@
-"""What workers are sent when their groups are formed. Stand-ins replace the actors: no cluster."""
+"""The requests that forming the groups sends. Stand-ins replace the actors: no cluster."""
 
 from __future__ import annotations
 

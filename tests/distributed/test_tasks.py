@@ -1,4 +1,4 @@
-"""What the driver raises for a failed task. No cluster."""
+"""The errors of failed tasks. No cluster."""
 
 from __future__ import annotations
 

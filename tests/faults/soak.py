@@ -106,6 +106,7 @@ def run(
         signal.alarm(SILENT_S)
         trajectory.losses.append(record.loss)
 
+    # Every step restarts the alarm, which raises SilentError.
     try:
         signal.alarm(SILENT_S)
         group.load(load_request(world, steps=steps))

@@ -1,4 +1,4 @@
-"""What Grafana's dashboard asks Prometheus for."""
+"""The queries of the Grafana dashboard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GRAFANA = Path(__file__).parents[2] / "cluster" / "grafana" / "raymerge.json"
 
 
 def expressions(dashboard: Mapping[str, Any]) -> list[str]:
-    """Of all panels, in PromQL: Grafana's own variables replaced."""
+    """Return all panels' queries as PromQL, with Grafana's own variables replaced."""
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     return [each.replace("$__rate_interval", "1m").replace("$run", ".*") for each in expressions]
 
