@@ -87,13 +87,13 @@ MUTANTS = (
     Mutant(
         "a step that gives NaN is taken",
         "engine/driver/loop.py",
-        (("    require_finite(total, request, watch.tasks, group)\n", ""),),
+        (("    require_finite(total, request, monitor.tasks, group)\n", ""),),
         "tests/engine/driver/test_loop.py::test_a_step_that_is_not_finite_names_the_task_and_changes_nothing",
     ),
     Mutant(
         "skipped steps count in Adam's bias correction",
         "merging/optimizer.py",
-        (('return self.step - int(self.memory.get("skipped", 0))', "return self.step"),),
+        (("return self.step - self.skipped", "return self.step"),),
         "tests/engine/driver/test_loop.py::test_a_skipped_step_leaves_no_trace",
     ),
     Mutant(
