@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from raymerge.errors import RaymergeError, UserError, one_line, printable, unknown
-from raymerge.files.urls import redacted
+from raymerge.errors import RaymergeError, UserError, escape_unprintable, one_line, unknown_name
+from raymerge.files.urls import redact
 
 if TYPE_CHECKING:
     from raymerge.apps.peers.job import Job
@@ -61,11 +61,11 @@ class _Redacting(logging.Formatter):
     """Libraries log the URLs that they ask for, signatures and all."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
+        return redact(super().format(record))
 
 
 def _fail(message: object, code: int) -> int:
-    text = printable(redacted(str(message)))
+    text = escape_unprintable(redact(str(message)))
     print(f"raymerge: error: {text}", file=sys.stderr)
     return code
 
@@ -343,7 +343,7 @@ def _submit(args: argparse.Namespace) -> int:
     from raymerge.distributed.jobs import submit
 
     def log(line: str) -> None:
-        print(redacted(f"raymerge: {line}"), file=sys.stderr)
+        print(redact(f"raymerge: {line}"), file=sys.stderr)
 
     return submit(address, submission, wait=not args.no_wait, log=log)
 
@@ -420,20 +420,20 @@ def _prepare(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from raymerge.config.suites import load_suite
-    from raymerge.data.prepare import from_hub, prepare, prepared_text
+    from raymerge.data.prepare import from_hub, prepare, results_text
 
     name = f"vit-{args.suite}" if args.suite.isdigit() else args.suite
     suite = load_suite(name)
     members = [data_set.name for data_set in suite.data_sets]
     for given in args.only or ():
         if given not in members:
-            raise UserError(f"--only: {unknown(given, members)}")
+            raise UserError(f"--only: {unknown_name(given, members)}")
     chosen = [each for each in suite.data_sets if each.name in (args.only or members)]
     done = prepare(chosen, Path(args.root), from_hub, lambda line: print(line, file=sys.stderr))
     if args.json:
         print(json.dumps([asdict(each) for each in done], indent=2))
     else:
-        print(prepared_text(done, name, Path(args.root)))
+        print(results_text(done, name, Path(args.root)))
     return 0 if all(each.ready for each in done) else 1
 
 

@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Iterable
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """One line that a terminal shows as it is: names from files may hold line breaks, and codes
     that move its cursor or change its title."""
     if text.isprintable():
@@ -29,7 +29,7 @@ def one_line(error: object, limit: int = 160) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def short(value: object, limit: int = 60) -> str:
+def excerpt(value: object, limit: int = 60) -> str:
     """Return a value as Python writes it, bounded: YAML aliases can make one of any size."""
     text = reprlib.repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
@@ -44,10 +44,10 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     return f"; did you mean {by_lowercase[nearest[0]]}?" if nearest else ""
 
 
-def unknown(name: object, known: Iterable[str]) -> str:
+def unknown_name(name: object, known: Iterable[str]) -> str:
     """Return what an error says about a name that is not among the known ones."""
     known = tuple(known)
-    return f"{short(name)} is unknown{did_you_mean(name, known)} (known: {', '.join(known)})"
+    return f"{excerpt(name)} is unknown{did_you_mean(name, known)} (known: {', '.join(known)})"
 
 
 class RaymergeError(Exception):
@@ -56,7 +56,7 @@ class RaymergeError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return escape_unprintable(super().__str__())
 
 
 class UserError(RaymergeError):

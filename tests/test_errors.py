@@ -11,9 +11,9 @@ from raymerge.errors import (
     CheckpointError,
     NonFiniteError,
     did_you_mean,
+    escape_unprintable,
     one_line,
-    printable,
-    unknown,
+    unknown_name,
 )
 from raymerge.models.checkpoints.inspect import inspect_checkpoint, inspection_text
 
@@ -29,7 +29,7 @@ from raymerge.models.checkpoints.inspect import inspect_checkpoint, inspection_t
     ],
 )
 def test_names_of_files_move_no_cursor(text: str, shown: str) -> None:
-    assert printable(text) == shown
+    assert escape_unprintable(text) == shown
     for error in (CheckpointError(text), pickle.loads(pickle.dumps(CheckpointError(text)))):
         assert str(error) == shown
     assert str(NonFiniteError("loss is NaN", 2)).startswith("step 3: loss is NaN; ")
@@ -66,4 +66,4 @@ def test_an_error_fits_on_one_line(error: Exception, line: str) -> None:
 )
 def test_the_nearest_known_name_is_proposed(name: object, hint: str) -> None:
     assert did_you_mean(name, ["MNIST", "DTD"]) == hint
-    assert unknown(name, ["MNIST", "DTD"]) == f"{name!r} is unknown{hint} (known: MNIST, DTD)"
+    assert unknown_name(name, ["MNIST", "DTD"]) == f"{name!r} is unknown{hint} (known: MNIST, DTD)"

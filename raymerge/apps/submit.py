@@ -17,7 +17,7 @@ from raymerge.apps.peers import open_foreign
 from raymerge.config import dump_config, load_config, parse_config
 from raymerge.distributed.submission import ADDRESS_VARIABLES, Submission
 from raymerge.errors import UserError
-from raymerge.files.urls import is_remote, redacted_values
+from raymerge.files.urls import is_remote, redact_values
 
 _UPLOAD_BYTES = 100 * 1024**2
 """What Ray takes as a job's working directory; more is HTTP 413."""
@@ -138,7 +138,7 @@ def _require_output(output: str | None) -> None:
 
 def _require_no_secret(data: dict[str, Any], path: Path) -> None:
     """What a job carries can be read by everyone who reaches the cluster's API."""
-    for key, _, public in _changes(data, redacted_values(data)):
+    for key, _, public in _changes(data, redact_values(data)):
         raise UserError(
             f"config {path}: {key}: {public} has a password or a signature, which a job would show "
             "to all users of the cluster; leave it out and set the credentials on the nodes"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import Field, ValidationError
 
-from raymerge.config.loading import absolute, apply_override, read_yaml
+from raymerge.config.loading import absolute_path, apply_override, read_yaml
 from raymerge.config.methods import Frozen, Reference
 from raymerge.config.wording import explain
 from raymerge.errors import ConfigError
@@ -113,7 +113,7 @@ def load_experiment(
         data["output"] = str(Path(output).absolute())
     for key in ("base", "output"):
         if isinstance(data.get(key), str) and data[key] not in EMBEDDED:
-            data[key] = absolute(data[key], root)
+            data[key] = absolute_path(data[key], root)
     try:
         return ExperimentConfig.model_validate(data)
     except ValidationError as error:

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from raymerge.config.schema import Config
 from raymerge.config.suites.expand import with_suites
 from raymerge.config.wording import explain
-from raymerge.errors import ConfigError, RemoteError, one_line, short, unknown
+from raymerge.errors import ConfigError, RemoteError, excerpt, one_line, unknown_name
 from raymerge.files.atomic import exists
-from raymerge.files.urls import is_remote, redacted, redacted_values
+from raymerge.files.urls import is_remote, redact, redact_values
 
 _DEEPEST = 100
 _ROOT_OPTION = re.compile(r"([?&]root=)([^&]+)")  # of torchvision:NAME:SPLIT?root=DIR
@@ -76,7 +76,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config {path}: not valid YAML: {one_line(error, 300)}") from error
     if not isinstance(data, dict):
         raise ConfigError(
-            f"config {path}: expected keys such as model, tasks, method; found {short(data)}"
+            f"config {path}: expected keys such as model, tasks, method; found {excerpt(data)}"
         )
     return data
 
@@ -100,16 +100,16 @@ def parse_config(data: Mapping[str, Any], *, root: Path, source: str = "config")
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(redacted(f"{source}: {explain(error, Config)}")) from None
+        raise ConfigError(redact(f"{source}: {explain(error, Config)}")) from None
     except UnicodeEncodeError as error:
-        text = f"{source}: {short(error.object)} holds a character that is none; remove it"
+        text = f"{source}: {excerpt(error.object)} holds a character that is none; remove it"
         raise ConfigError(text) from None
 
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML that ``load_config`` reads back to an equal config, but for
     credentials in URLs, which are left out."""
-    data = redacted_values(config.model_dump(mode="json", exclude_none=True))
+    data = redact_values(config.model_dump(mode="json", exclude_none=True))
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
@@ -172,7 +172,7 @@ def _with_preset(data: dict[str, Any], source: str) -> dict[str, Any]:
     if name is None:
         return data
     if not isinstance(name, str) or name not in _PRESETS:
-        raise ConfigError(f"{source}: preset: {unknown(name, _PRESETS)}")
+        raise ConfigError(f"{source}: preset: {unknown_name(name, _PRESETS)}")
     data = _with_shorthands(data)
     for section, defaults in _PRESETS[name].items():
         given = data.get(section) or {}
@@ -204,42 +204,43 @@ def _resolve_paths(data: dict[str, Any], root: Path, source: str) -> None:
             for i, task in enumerate(tasks)
         ]
     if isinstance(data.get("output"), str):
-        data["output"] = absolute(data["output"], root)
+        data["output"] = absolute_path(data["output"], root)
     for section, key in (("vectors", "folder"), ("method", "checkpoint"), ("method", "start")):
         given = data.get(section)
         if isinstance(given, dict) and isinstance(given.get(key), str):
-            data[section] = {**given, key: absolute(given[key], root)}
+            data[section] = {**given, key: absolute_path(given[key], root)}
 
 
 def _resolve_model(model: dict[str, Any], root: Path) -> None:
     arch, pretrained = model.get("arch"), model.get("pretrained")
     if isinstance(arch, str) and (arch.startswith("local-dir:") or arch.endswith(".json")):
-        model["arch"] = absolute(arch, root)
+        model["arch"] = absolute_path(arch, root)
     # A pretrained tag (openai, laion2b_s34b_b79k) has no dot and no slash; a file has one of them.
     if isinstance(pretrained, str) and (
         re.search(r"[./]", pretrained) or exists(root / pretrained)
     ):
-        model["pretrained"] = absolute(pretrained, root)
+        model["pretrained"] = absolute_path(pretrained, root)
 
 
 def _resolved_task(task: dict[str, Any], root: Path, where: str) -> dict[str, Any]:
     task = dict(task)
     for key in ("checkpoint", "head", "adapt", "test", "train"):
         if isinstance(task.get(key), str):
-            task[key] = absolute(task[key], root)
+            task[key] = absolute_path(task[key], root)
     for key in ("classnames", "templates"):
         if isinstance(task.get(key), str):
-            path = _local(absolute(task[key], root), f"{where}.{key}")
+            path = _local(absolute_path(task[key], root), f"{where}.{key}")
             task[key] = _read_lines(path, f"{where}.{key}")
     return task
 
 
-def absolute(path: str, root: Path) -> str:
+def absolute_path(path: str, root: Path) -> str:
     if path.startswith("local-dir:"):
-        return "local-dir:" + absolute(path.removeprefix("local-dir:"), root)
+        return "local-dir:" + absolute_path(path.removeprefix("local-dir:"), root)
     if path.startswith("torchvision:"):
         return _ROOT_OPTION.sub(
-            lambda found: found[1] + quote(absolute(unquote(found[2]), root), safe="/:+ ~"), path
+            lambda found: found[1] + quote(absolute_path(unquote(found[2]), root), safe="/:+ ~"),
+            path,
         )
     if not path or _REMOTE.match(path):  # an empty one is refused below, and is not the root
         return path

@@ -16,7 +16,7 @@ from raymerge.config.methods import (
     MethodConfig,
     Reference,
 )
-from raymerge.files.urls import is_remote, redacted
+from raymerge.files.urls import is_remote, redact
 
 VectorDtype = Literal["float32", "bfloat16"]
 VectorLocation = Literal["device", "host", "disk", "files"]
@@ -238,8 +238,8 @@ class CardConfig(Frozen):
     ) -> str | tuple[str, ...] | None:
         """It is published as it is: URLs in it are shown as all others are."""
         if isinstance(given, tuple):
-            return tuple(map(redacted, given))
-        return given and redacted(given)
+            return tuple(map(redact, given))
+        return given and redact(given)
 
 
 class WandbConfig(Frozen):

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from raymerge.errors import did_you_mean, short, unknown
+from raymerge.errors import did_you_mean, excerpt, unknown_name
 
 _ALSO_READ = {"Config": ("preset", "suite"), "TaskConfig": ("dataset",)}
 """Keys that loading takes out before validation, by schema."""
@@ -28,13 +28,13 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
         return "tasks: the list is empty; merging needs at least one task"
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         given = first["input"].get("name") if isinstance(first["input"], dict) else first["input"]
-        return f"{key}.name: {unknown(given, map(_tag, _classes_at(loc, schema)))}"
+        return f"{key}.name: {unknown_name(given, map(_tag, _classes_at(loc, schema)))}"
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
         return f"{key}: {reason}" if key else reason
     hint = "; put it in quotes" if _is_unquoted(first) else ""
     told = [e["msg"] for e in error.errors() if _key_path(e["loc"], schema) == key]
-    return f"{key}: {_lower_first(_either(told))}; got {short(first['input'])}{hint}"
+    return f"{key}: {_lower_first(_either(told))}; got {excerpt(first['input'])}{hint}"
 
 
 def _either(messages: Sequence[str]) -> str:

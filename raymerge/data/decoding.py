@@ -34,7 +34,7 @@ def decode(item: Item, preprocess: Preprocess) -> Tensor:
         with open_image(item) as image:
             return preprocess.to_pixels(image)
     except DECODE_ERRORS as error:
-        raise damaged(item, error) from error
+        raise damage_error(item, error) from error
 
 
 def check_image(item: Item) -> DataError | None:
@@ -48,7 +48,7 @@ def check_image(item: Item) -> DataError | None:
         else:
             _check_stored(item)
     except DECODE_ERRORS as error:
-        return damaged(item, error)
+        return damage_error(item, error)
     except DataError as error:
         return error
     return None
@@ -71,7 +71,7 @@ def _check_file(file: Callable[[], Path | BytesIO], tail: Callable[[], bytes]) -
             image.load()
 
 
-def damaged(item: Item, error: Exception) -> DataError:
+def damage_error(item: Item, error: Exception) -> DataError:
     return DataError(f"image {item}: does not decode ({one_line(error)}); replace or remove it")
 
 

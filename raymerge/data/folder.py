@@ -50,18 +50,18 @@ def _match_folders(
         twice = sorted({name for name in classnames if classnames.count(name) > 1})
         raise DataError(f"{where}: class {twice[0]!r} is listed twice, so its folder is ambiguous")
     matched = {name: folders[name] for name in classnames if name in folders}
-    left = {plain(f): f for f in folders if f not in matched}
+    left = {plain_name(f): f for f in folders if f not in matched}
     for name in classnames:
-        if name not in matched and plain(name) in left:
-            matched[name] = folders[left.pop(plain(name))]
+        if name not in matched and plain_name(name) in left:
+            matched[name] = folders[left.pop(plain_name(name))]
     missing = [name for name in classnames if name not in matched]
     unexpected = sorted(set(folders.values()) - set(matched.values()))
     if missing or unexpected:
         raise DataError(
             f"{where}: {root}: {len(folders)} class folders for {len(classnames)} class names"
-            + (f"; no folder for {quoted(missing)}" if missing else "")
+            + (f"; no folder for {quote_names(missing)}" if missing else "")
             + (
-                f"; no class for folder {quoted([p.name for p in unexpected])}"
+                f"; no class for folder {quote_names([p.name for p in unexpected])}"
                 if unexpected
                 else ""
             )
@@ -69,12 +69,12 @@ def _match_folders(
     return matched
 
 
-def quoted(names: Sequence[str], limit: int = 3) -> str:
+def quote_names(names: Sequence[str], limit: int = 3) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(repr(name) for name in names[:limit]) + more
 
 
-def plain(name: str) -> str:
+def plain_name(name: str) -> str:
     return re.sub(r"[\W_]+", " ", name.casefold()).strip()
 
 

@@ -122,6 +122,6 @@ def open_image(item: Item) -> Image.Image:
     return Image.open(item, formats=FORMATS) if isinstance(item, Path) else item.open()
 
 
-def decoded_from(content: bytes) -> Image.Image:
+def open_encoded(content: bytes) -> Image.Image:
     """An image whose file is in memory."""
     return Image.open(io.BytesIO(content), formats=FORMATS)

@@ -28,7 +28,7 @@ _ROWS = 200
 
 
 @dataclass(frozen=True)
-class Prepared:
+class SplitResult:
     """What became of one split. ``images``: in its file; ``problem``: one line, empty if none."""
 
     data_set: str
@@ -50,7 +50,7 @@ def prepare(
     root: Path,
     fetch: FetchSplit,
     say: Callable[[str], None] = lambda line: None,
-) -> list[Prepared]:
+) -> list[SplitResult]:
     """Write ``root/<data set>/<split>.parquet`` of every data set; what is there is checked alone.
 
     One that cannot be had does not stop the others.
@@ -63,7 +63,7 @@ def prepare(
     return done
 
 
-def _prepare(data_set: DataSet, split: Split, root: Path, fetch: FetchSplit) -> Prepared:
+def _prepare(data_set: DataSet, split: Split, root: Path, fetch: FetchSplit) -> SplitResult:
     path = root / data_set.name / f"{split}.parquet"
     new, expected = not path.exists(), data_set.sizes.get(split)
     counts: list[int] = []
@@ -77,8 +77,10 @@ def _prepare(data_set: DataSet, split: Split, root: Path, fetch: FetchSplit) -> 
         if not counts:
             remedy = data_set.status or "run this again to go on with what is missing"
         seen = sum(count > 0 for count in counts)
-        return Prepared(data_set.name, split, sum(counts), expected, seen, new, str(error), remedy)
-    return Prepared(data_set.name, split, sum(counts), expected, len(counts), new)
+        return SplitResult(
+            data_set.name, split, sum(counts), expected, seen, new, str(error), remedy
+        )
+    return SplitResult(data_set.name, split, sum(counts), expected, len(counts), new)
 
 
 def _require_whole(counts: Sequence[int], data_set: DataSet, split: Split) -> None:
@@ -226,7 +228,7 @@ def _class_counts(path: Path, classes: int) -> list[int]:
 # --- in words ------------------------------------------------------------------------------------
 
 
-def prepared_text(done: Sequence[Prepared], suite: str, root: Path) -> str:
+def results_text(done: Sequence[SplitResult], suite: str, root: Path) -> str:
     """A table of all splits, and what to write into a config."""
     rows = [("data set", "split", "images", "classes", "")]
     for each in done:

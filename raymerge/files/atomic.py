@@ -29,13 +29,13 @@ def exists(path: Path) -> bool:
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """``write`` fills a temporary file beside ``path``, which then replaces it."""
-    with staged(path, path.parent) as (temporary, commit):
+    with stage_file(path, path.parent) as (temporary, commit):
         write(temporary)
         commit()
 
 
 @contextmanager
-def staged(path: Path, folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+def stage_file(path: Path, folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     """A temporary file in ``folder`` (of the same file system) and the function that makes it
     ``path``, durably. Without that call, or after an error, it is removed."""
     try:
@@ -57,7 +57,7 @@ def _commit(temporary: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def claim(handle: int, size: int) -> None:
+def reserve_space(handle: int, size: int) -> None:
     """Make room for ``size`` bytes in an open file now; OSError if the disk has none."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, max(1, size))

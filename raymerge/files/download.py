@@ -17,7 +17,7 @@ from raymerge.files.atomic import cache_folder
 from raymerge.files.progress import Progress
 from raymerge.files.remote_errors import error_line, http_status
 from raymerge.files.stores import RemoteFile, find_file
-from raymerge.files.urls import public
+from raymerge.files.urls import redact_url
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def download(file: RemoteFile, folder: Path, advance: Progress) -> tuple[Path, s
     digest = _fill(file, partial, advance)
     if before is not None and find_file(file.url).identity != before:
         partial.unlink()
-        raise RemoteError(f"{public(file.url)}: changed while it was fetched; run again")
+        raise RemoteError(f"{redact_url(file.url)}: changed while it was fetched; run again")
     return partial, digest
 
 
@@ -55,7 +55,7 @@ def _require_room(file: RemoteFile, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if file.size is not None and file.size > free:
         raise RemoteError(
-            f"{public(file.url)}: has {file.size:,} bytes, but the cache folder "
+            f"{redact_url(file.url)}: has {file.size:,} bytes, but the cache folder "
             f"{cache_folder()} has {free:,} free; free some, or set RAYMERGE_CACHE to another disk"
         )
 
@@ -83,7 +83,7 @@ def _fill(file: RemoteFile, partial: Path, advance: Progress) -> str:
                 mismatches.add(error.digest)
                 advance(-partial.stat().st_size)
                 partial.unlink()
-            logger.info("%s: %s; trying again", public(file.url), error_line(error, file.url))
+            logger.info("%s: %s; trying again", redact_url(file.url), error_line(error, file.url))
             time.sleep(_WAIT_S * attempt)
     raise AssertionError("unreachable")
 

@@ -31,7 +31,7 @@ from raymerge.files.download import download, update_hashes
 from raymerge.files.progress import Progress, progress_bar
 from raymerge.files.remote_errors import one_line_errors
 from raymerge.files.stores import ChooseNames, RemoteFile, find_file, find_files, key_of, open_store
-from raymerge.files.urls import public
+from raymerge.files.urls import redact_url
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def _is_complete(folder: Path) -> bool:
 def _download_all(url: str, files: Mapping[str, RemoteFile]) -> dict[str, str]:
     """Return the digest of each file by its relative name; several are fetched at a time."""
     total = sum(file.size or 0 for file in files.values())
-    title = f"fetching {PurePosixPath(urlsplit(public(url)).path).name or public(url)}"
+    title = f"fetching {PurePosixPath(urlsplit(redact_url(url)).path).name or redact_url(url)}"
     with progress_bar(title, unit="B", total=total) as advance:
         pool = ThreadPoolExecutor(_FILES_AT_ONCE)
         try:
@@ -224,14 +224,14 @@ def _known_digest(file: RemoteFile) -> str | None:
     if sha256.hexdigest() == digest:
         _remember(file, digest)
         return str(digest)
-    logger.warning("%s: the copy in the cache is damaged; fetching it again", public(file.url))
+    logger.warning("%s: the copy in the cache is damaged; fetching it again", redact_url(file.url))
     blob.unlink(missing_ok=True)
     return None
 
 
 def _remember(file: RemoteFile, digest: str) -> None:
     entry = {
-        "url": public(file.url),
+        "url": redact_url(file.url),
         "size": file.size,
         "identity": file.identity,
         "sha256": digest,

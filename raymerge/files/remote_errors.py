@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from raymerge.errors import RaymergeError, RemoteError, one_line
 from raymerge.files.atomic import cache_folder
-from raymerge.files.urls import public, redacted
+from raymerge.files.urls import redact, redact_url
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 
@@ -22,7 +22,7 @@ def one_line_errors(url: str) -> Iterator[None]:
     except RaymergeError:
         raise
     except Exception as error:
-        raise RemoteError(f"{public(url)}: {_reason(error, url)}") from None
+        raise RemoteError(f"{redact_url(url)}: {_reason(error, url)}") from None
 
 
 _REFUSALS = {"NoCredentialsError", "GatedRepoError", "PermissionError", "CredentialRetrievalError"}
@@ -90,7 +90,7 @@ def error_line(error: BaseException, url: str) -> str:
     parts = urlsplit(url)
     login = parts.netloc.rpartition("@")[0]
     for secret in (parts.query, login, login.partition(":")[2]):
-        if secret and secret not in public(url):
+        if secret and secret not in redact_url(url):
             text = text.replace(secret, "…")
     name = type(error).__name__
-    return f"{name}: {one_line(redacted(text))}" if text.strip() else name
+    return f"{name}: {one_line(redact(text))}" if text.strip() else name

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from raymerge.errors import RemoteError
-from raymerge.files.urls import public
+from raymerge.files.urls import redact_url
 
 ChooseNames = Callable[[Sequence[str]], Sequence[str]]
 
@@ -61,7 +61,7 @@ def key_of(url: str) -> str:
     """Return a hash of a URL without its login and signature: signed anew, it is the same file."""
     parts = urlsplit(url)
     query = [pair for pair in parse_qsl(parts.query) if not _SIGNING.fullmatch(pair[0])]
-    plain = urlsplit(public(url))
+    plain = urlsplit(redact_url(url))
     facts = [plain.scheme, plain.netloc, plain.path.rstrip("/"), query]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
@@ -71,7 +71,7 @@ def find_file(url: str) -> RemoteFile:
     fs, path = open_store(url)
     info = fs.info(path)
     if info["type"] == "directory":
-        raise RemoteError(f"{public(url)}: is a folder; name a file in it")
+        raise RemoteError(f"{redact_url(url)}: is a folder; name a file in it")
     return _describe(url, fs, path, info)
 
 
@@ -87,7 +87,7 @@ def find_files(url: str, choose: ChooseNames | None) -> dict[str, RemoteFile]:
         root = fs.resolve_path(root).unresolve()
     base = str(fs._strip_protocol(root)).rstrip("/")
     if set(listing) == {base}:
-        raise RemoteError(f"{public(url)}: is a file; name the folder that it lies in")
+        raise RemoteError(f"{redact_url(url)}: is a file; name the folder that it lies in")
 
     # Keep the files that stay inside the folder when they are written by these names.
     files = {}
@@ -95,10 +95,10 @@ def find_files(url: str, choose: ChooseNames | None) -> dict[str, RemoteFile]:
         name = str(path).removeprefix(base).lstrip("/")
         if info["type"] != "directory" and name and not name.endswith("/"):
             if ".." in PurePosixPath(name).parts:
-                raise RemoteError(f"{public(url)}: {name}: leads out of the folder; rename it")
+                raise RemoteError(f"{redact_url(url)}: {name}: leads out of the folder; rename it")
             files[name] = (str(path), info)
     if not files:
-        raise RemoteError(f"{public(url)}: no such folder, or it is empty")
+        raise RemoteError(f"{redact_url(url)}: no such folder, or it is empty")
     names = sorted(files) if choose is None else choose(sorted(files))
     return {name: _describe(f"{url.rstrip('/')}/{name}", fs, *files[name]) for name in names}
 

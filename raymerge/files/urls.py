@@ -22,7 +22,7 @@ def is_remote(reference: str) -> bool:
     return _REMOTE.match(reference) is not None
 
 
-def public(url: str) -> str:
+def redact_url(url: str) -> str:
     """The URL without credentials: no password, and of its query only what cannot be a secret."""
     try:
         parts = urlsplit(url)
@@ -49,23 +49,23 @@ def _public_host(parts: SplitResult) -> str:
     return f"{name}@{host}" if parts.scheme in _LOGIN_SCHEMES else host
 
 
-def redacted(text: str) -> str:
+def redact(text: str) -> str:
     """A text with every URL in it made public."""
 
     def replace(found: re.Match[str]) -> str:
         url = found.group()
         bare = url.rstrip(_AFTER_URL)
-        return public(bare) + url[len(bare) :]
+        return redact_url(bare) + url[len(bare) :]
 
     return _URL_IN_TEXT.sub(replace, text) if "://" in text else text
 
 
-def redacted_values(data: Any) -> Any:
+def redact_values(data: Any) -> Any:
     """Plain data (mappings, lists, values) with every string that is a URL made public."""
     if isinstance(data, dict):
-        return {key: redacted_values(value) for key, value in data.items()}
+        return {key: redact_values(value) for key, value in data.items()}
     if isinstance(data, list):
-        return [redacted_values(value) for value in data]
+        return [redact_values(value) for value in data]
     if isinstance(data, str) and is_remote(data.removeprefix("local-dir:")):
-        return redacted(data)
+        return redact(data)
     return data

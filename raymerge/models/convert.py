@@ -22,7 +22,7 @@ from torch import Tensor
 
 from raymerge.config import ModelConfig
 from raymerge.errors import CheckpointError, RunError, UserError
-from raymerge.files.atomic import staged, sync
+from raymerge.files.atomic import stage_file, sync
 from raymerge.models.checkpoints import huggingface_config
 from raymerge.models.checkpoints.checkpoint import TensorSpec, read_tensor
 from raymerge.models.checkpoints.huggingface import (
@@ -98,11 +98,11 @@ def write_also(folder: Path, also: Sequence[Also]) -> None:
         below = folder / HF_FOLDER
         below.mkdir(exist_ok=True)
         for name, write in _files(model, "hf").items():
-            with staged(below / name, below) as (temporary, commit):
+            with stage_file(below / name, below) as (temporary, commit):
                 write(temporary)
                 commit()
     if "state_dict" in also:
-        with staged(folder / STATE_DICT_FILE, folder) as (temporary, commit):
+        with stage_file(folder / STATE_DICT_FILE, folder) as (temporary, commit):
             torch.save({name: model.read(name) for name in model.specs}, temporary)
             commit()
 

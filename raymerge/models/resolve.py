@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from raymerge.config import ModelConfig
-from raymerge.errors import CheckpointError, ConfigError, did_you_mean, one_line, short
+from raymerge.errors import CheckpointError, ConfigError, did_you_mean, excerpt, one_line
 from raymerge.files.atomic import exists
-from raymerge.files.urls import is_remote, public
+from raymerge.files.urls import is_remote, redact_url
 from raymerge.models.checkpoints import huggingface_config
 from raymerge.models.checkpoints.locate import hub_file, locate, read_json
 
@@ -81,7 +81,7 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
         return resolve_folder(Path(arch.removeprefix("local-dir:")), arch)
     if is_remote(arch):
         folder = locate(arch).parent
-        return replace(resolve_folder(folder, f"local-dir:{folder}"), name=public(arch))
+        return replace(resolve_folder(folder, f"local-dir:{folder}"), name=redact_url(arch))
     if arch.startswith("hf-hub:"):
         return resolve_folder(_hub_folder(arch.removeprefix("hf-hub:")), arch)
     if arch.endswith(".json"):
@@ -144,12 +144,12 @@ def _resolved(name: str, cfg: Mapping[str, Any], weights: Path, tokenizer: str) 
     _require_harmless(cfg["model_cfg"], name)
     given = cfg.get("preprocess_cfg") or {}
     if not isinstance(given, Mapping):
-        raise CheckpointError(f"model: {name}: preprocess_cfg is {short(given)}, not a mapping")
+        raise CheckpointError(f"model: {name}: preprocess_cfg is {excerpt(given)}, not a mapping")
     preprocess = {key: given[key] for key in _PREPROCESS_KEYS if key in given}
     for key, value in preprocess.items():
         if not _PREPROCESS_KEYS[key](value):
             raise CheckpointError(
-                f"model: {name}: preprocess_cfg.{key} is {short(value)}, which open_clip has not"
+                f"model: {name}: preprocess_cfg.{key} is {excerpt(value)}, which open_clip has not"
             )
     return ResolvedModel(name, cfg["model_cfg"], preprocess, weights, tokenizer)
 
@@ -171,7 +171,7 @@ def _require_harmless(model_cfg: Mapping[str, Any], name: str) -> None:
         most = _MOST.get(key, _LARGEST_SIZE)
         if isinstance(value, int) and value > most:
             raise CheckpointError(
-                f"model: {name}: its config has {key} {short(value)}, and at most {most:,} is taken"
+                f"model: {name}: its config has {key} {excerpt(value)}; at most {most:,} is taken"
             )
         if isinstance(value, Mapping):
             left += value.items()

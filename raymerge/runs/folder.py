@@ -31,7 +31,7 @@ from raymerge.engine.scores import TaskScore, results_json
 from raymerge.errors import RunError, UserError
 from raymerge.files.atomic import write_atomically, write_json, write_text
 from raymerge.files.output_folder import require_output
-from raymerge.files.urls import is_remote, public, redacted
+from raymerge.files.urls import is_remote, redact, redact_url
 from raymerge.merging.registry import describe, merged_checkpoints, method_of
 from raymerge.models.checkpoints.digests import remember, sha256
 from raymerge.models.checkpoints.locate import files_of, locate
@@ -162,7 +162,7 @@ class RunFolder:
         results["description"] = describe(config.method)
         results["timings"] = {"seconds": dict(seconds)}
         results["incidents"] = [
-            {**asdict(incident), "reason": redacted(incident.reason)} for incident in incidents
+            {**asdict(incident), "reason": redact(incident.reason)} for incident in incidents
         ]
         write_json(self.path / "results.json", results)
         environment = _environment(config, plan)
@@ -290,7 +290,7 @@ def _shown(reference: str, file: Path) -> str:
     """A local file's path, or the URL that it came from."""
     if not is_remote(reference):
         return str(file)
-    url = public(reference)
+    url = redact_url(reference)
     return url if url.endswith(file.name) else f"{url.rstrip('/')}/{file.name}"
 
 

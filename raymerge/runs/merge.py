@@ -28,7 +28,7 @@ from raymerge.engine.driver.state import LearningState
 from raymerge.engine.messages import EvaluateRequest
 from raymerge.engine.scores import TaskScore, summarise
 from raymerge.errors import RunError, UserError
-from raymerge.files.atomic import staged
+from raymerge.files.atomic import stage_file
 from raymerge.files.output_folder import nearest_folder
 from raymerge.files.progress import progress_bar
 from raymerge.files.urls import is_remote
@@ -125,7 +125,7 @@ def _run(
             clock.lap("steps")
     if merging.method.merges:
         # Every file is read before anything is replaced.
-        with staged(folder.weights, nearest_folder(folder.path)) as (temporary, commit):
+        with stage_file(folder.weights, nearest_folder(folder.path)) as (temporary, commit):
             merging.write(temporary, lambdas_JL)
             folder.prepare(config, resume=resume, keep=temporary)
             commit()

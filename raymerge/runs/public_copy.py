@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from raymerge.files.urls import redacted_values
+from raymerge.files.urls import redact_values
 from raymerge.report import write_report
 
 _NOT_SHOWN = ("state", "tensorboard", "wandb")
@@ -90,7 +90,7 @@ def _named(text: str) -> str:
 def public_config(data: dict[str, Any]) -> dict[str, Any]:
     """A config as plain data without places; nor does it say which cluster ran it, or whose
     account was told."""
-    shown: dict[str, Any] = redacted_values(without_places(data))
+    shown: dict[str, Any] = redact_values(without_places(data))
     shown.get("cluster", {}).pop("address", None)
     shown.pop("tracking", None)
     return shown
@@ -102,7 +102,7 @@ def _config(text: str) -> str:
 
 
 def _json(text: str) -> str:
-    return json.dumps(redacted_values(without_places(json.loads(text))), indent=2) + "\n"
+    return json.dumps(redact_values(without_places(json.loads(text))), indent=2) + "\n"
 
 
 def _results(text: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raymerge.errors import RunError, UserError, one_line
-from raymerge.files.urls import redacted
+from raymerge.files.urls import redact
 from raymerge.runs.public_copy import public_copy
 
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*/(?=.{1,96}$)\w(?:[\w.-]*\w)?", re.ASCII)
@@ -70,6 +70,6 @@ def _short(error: Exception) -> str:
     """What the hub says, without a token."""
     import huggingface_hub
 
-    text = redacted(str(error).strip()) or type(error).__name__
+    text = redact(str(error).strip()) or type(error).__name__
     token = huggingface_hub.get_token()
     return one_line(text.replace(token, "…") if token else text)

@@ -32,7 +32,7 @@ from raymerge.engine.driver.state import LearningState
 from raymerge.errors import RunError, UserError
 from raymerge.files.atomic import sync
 from raymerge.files.attempts import claim_attempt, newest_attempt, numbers
-from raymerge.files.urls import redacted_values
+from raymerge.files.urls import redact_values
 from raymerge.merging.registry import method_of
 from raymerge.models.checkpoints.digests import file_sha256
 
@@ -226,7 +226,7 @@ def fingerprint(config: Config) -> str:
     rate) how many steps or Frank-Wolfe iterations are asked for.
     """
     left_out = {"card", "cluster", "output", "state", "finetune", "tracking"}
-    data = redacted_values(config.model_dump(mode="json", exclude=left_out))
+    data = redact_values(config.model_dump(mode="json", exclude=left_out))
     method = method_of(config.method)
     if method.steps_key.startswith("method."):
         del data["method"][method.steps_key.removeprefix("method.")]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from raymerge.cli import main
 from raymerge.config.suites import DataSet, HuggingFace, load_data_set
-from raymerge.data.prepare import prepare, prepared_text
+from raymerge.data.prepare import prepare, results_text
 from raymerge.data.sources import labelled_images
 from raymerge.errors import DataError
 
@@ -112,7 +112,7 @@ def test_one_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     done = prepare([cars, SMALL], tmp_path, fetch)
     assert [each.ready for each in done] == [False, False, True, True]
     assert not list((tmp_path / "cars").glob("*")) if (tmp_path / "cars").exists() else True
-    text = prepared_text(done, "vit-8", Path("data"))
+    text = results_text(done, "vit-8", Path("data"))
     assert "2 of 4 splits are ready" in text
     assert str(cars.status) in text
     assert 'test: "data/{task}/test.parquet"' in text

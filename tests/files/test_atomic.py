@@ -12,7 +12,7 @@ from raymerge.errors import RunError
 from raymerge.files.atomic import (
     cache_folder,
     exists,
-    staged,
+    stage_file,
     write_atomically,
     write_json,
     write_text,
@@ -99,7 +99,7 @@ def test_json_that_no_reader_takes_is_not_written(tmp_path):
 
 def test_a_staged_file_appears_where_it_belongs_only_when_committed(tmp_path):
     path = tmp_path / "out" / "x"
-    with staged(path, tmp_path) as (temporary, commit):
+    with stage_file(path, tmp_path) as (temporary, commit):
         temporary.write_text("new")
         assert temporary.parent == tmp_path
         assert not path.parent.exists()
@@ -115,7 +115,7 @@ def test_without_a_commit_nothing_is_left(tmp_path, error):
     path.write_text("old")
     with (
         contextlib.suppress(ValueError, KeyboardInterrupt),
-        staged(path, tmp_path) as (temporary, _),
+        stage_file(path, tmp_path) as (temporary, _),
     ):
         temporary.write_text("new")
         if error is not None:
@@ -127,7 +127,7 @@ def test_without_a_commit_nothing_is_left(tmp_path, error):
 def test_a_folder_that_cannot_be_staged_in_is_a_run_error(tmp_path):
     with (
         pytest.raises(RunError, match="x: cannot be written: No such file"),
-        staged(tmp_path / "x", tmp_path / "gone"),
+        stage_file(tmp_path / "x", tmp_path / "gone"),
     ):
         raise AssertionError("not entered")
 

@@ -7,13 +7,15 @@ import threading
 import pytest
 import torch
 
-from raymerge.files.threads import parallel
+from raymerge.files.threads import parallel_map
 
 
 @pytest.mark.parametrize("threads", [None, 1, 2, 5])
 @pytest.mark.parametrize("count", [0, 1, 7, 40])
 def test_it_is_the_map_in_order(threads, count):
-    assert list(parallel(lambda x: x * x, range(count), threads)) == [x * x for x in range(count)]
+    assert list(parallel_map(lambda x: x * x, range(count), threads)) == [
+        x * x for x in range(count)
+    ]
 
 
 def test_results_come_in_order_however_the_work_ends():
@@ -27,7 +29,7 @@ def test_results_come_in_order_however_the_work_ends():
             second_done.set()
         return item
 
-    assert list(parallel(work, range(6), threads=2)) == list(range(6))
+    assert list(parallel_map(work, range(6), threads=2)) == list(range(6))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -39,7 +41,7 @@ def test_items_are_taken_only_as_results_are(threads):
             taken.append(item)
             yield item
 
-    results = parallel(lambda item: item, items(), threads)
+    results = parallel_map(lambda item: item, items(), threads)
     assert taken == []
     for consumed in range(1, 20):
         next(results)
@@ -54,7 +56,7 @@ def test_an_error_is_raised_where_its_result_would_have_been():
             raise ValueError(f"item {item}")
         return item
 
-    results = parallel(work, range(1000), threads=2)
+    results = parallel_map(work, range(1000), threads=2)
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="item 3"):
         next(results)
@@ -66,7 +68,7 @@ def test_an_error_of_the_items_is_raised_too():
         raise OSError("no more")
 
     with pytest.raises(OSError, match="no more"):
-        list(parallel(lambda item: item, items()))
+        list(parallel_map(lambda item: item, items()))
 
 
 @pytest.fixture
@@ -88,7 +90,7 @@ def test_each_thread_computes_alone_and_the_callers_number_is_restored(fails):
             raise ValueError
 
     try:
-        list(parallel(work, range(10)))
+        list(parallel_map(work, range(10)))
     except ValueError:
         assert fails
     assert seen == {(False, 1)}
@@ -97,7 +99,7 @@ def test_each_thread_computes_alone_and_the_callers_number_is_restored(fails):
 
 @pytest.mark.usefixtures("three_threads")
 def test_an_abandoned_map_restores_the_number_too():
-    results = parallel(lambda item: item, range(100))
+    results = parallel_map(lambda item: item, range(100))
     next(results)
     results.close()
     assert torch.get_num_threads() == 3

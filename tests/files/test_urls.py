@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from raymerge.config import dump_config, parse_config
-from raymerge.files.urls import is_remote, public, redacted, redacted_values
+from raymerge.files.urls import is_remote, redact, redact_url, redact_values
 
 
 @pytest.mark.parametrize(
@@ -24,9 +24,9 @@ from raymerge.files.urls import is_remote, public, redacted, redacted_values
     ],
 )
 def test_what_is_shown(url: str, shown: str) -> None:
-    assert public(url) == shown
-    assert public(shown) == shown
-    assert redacted(f"x ({url}); y, '{url}': z") == f"x ({shown}); y, '{shown}': z"
+    assert redact_url(url) == shown
+    assert redact_url(shown) == shown
+    assert redact(f"x ({url}); y, '{url}': z") == f"x ({shown}); y, '{shown}': z"
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_what_is_shown(url: str, shown: str) -> None:
     ["hf://org/name@main/a.pt", "hf://gpt2@main/a", "abfs://container@account/a", "memory://a//b"],
 )
 def test_what_is_no_credential_stays(url: str) -> None:
-    assert public(url) == url
+    assert redact_url(url) == url
 
 
 def test_what_is_remote() -> None:
@@ -47,7 +47,7 @@ def test_what_is_remote() -> None:
 def test_only_whole_strings_are_replaced_in_data() -> None:
     data = {"a": ["s3://K:S@b/x", 3, "see https://h/?q=1"], "m": "local-dir:https://u:p@h/x"}
     expected = {"a": ["s3://b/x", 3, "see https://h/?q=1"], "m": "local-dir:https://h/x"}
-    assert redacted_values(data) == expected
+    assert redact_values(data) == expected
 
 
 def test_the_recorded_config_holds_no_credential_and_is_the_same_run(tmp_path) -> None:

@@ -17,7 +17,7 @@ from world import MODEL_CFG, RESNET, World, write_model
 
 import raymerge.models.convert
 from raymerge.errors import RunError
-from raymerge.files.atomic import claim
+from raymerge.files.atomic import reserve_space
 from raymerge.models.convert import convert
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -205,12 +205,12 @@ def test_no_half_folder_is_left(run, tmp_path, monkeypatch, theirs) -> None:
     def full(handle: int, size: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("raymerge.models.checkpoints.writer.claim", full)
+    monkeypatch.setattr("raymerge.models.checkpoints.writer.reserve_space", full)
     ran = run("convert", theirs, tmp_path / "own", "--to", "open_clip")
     assert ran.code == 1
     assert "No space left" in ran.err
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("raymerge.models.checkpoints.writer.claim", claim)
+    monkeypatch.setattr("raymerge.models.checkpoints.writer.reserve_space", reserve_space)
 
 
 def test_libraries_that_disagree_leave_nothing(tmp_path, monkeypatch, ours) -> None:

@@ -67,7 +67,7 @@ def test_it_is_found_wherever_it_stands(world: World, tmp_path: Path, where: str
 )
 def test_sizes_that_no_model_has(world: World, tmp_path: Path, key: str, value: object) -> None:
     folder = write_folder(tmp_path / "model", world, with_text(**{key: value}))
-    with pytest.raises(CheckpointError, match=rf"its config has {key} \d+, and at most"):
+    with pytest.raises(CheckpointError, match=rf"its config has {key} \d+; at most"):
         resolve_model(ModelConfig(arch=f"local-dir:{folder}"))
 
 

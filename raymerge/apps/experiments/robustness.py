@@ -13,7 +13,7 @@ from raymerge.apps.experiments.published_numbers import ROBUSTNESS
 from raymerge.config import TaskConfig
 from raymerge.config.experiments import Robustness
 from raymerge.engine.scores import TaskScore
-from raymerge.errors import UserError, unknown
+from raymerge.errors import UserError, unknown_name
 from raymerge.runs.plan.make import local_resources
 
 METHODS: Mapping[str, Changes] = select("task_arithmetic", "ties", "adamerging", "adamerging_pp")
@@ -60,7 +60,7 @@ def run(bench: Bench, options: Robustness) -> Findings:
 def _check(tasks: Sequence[TaskConfig], options: Robustness) -> None:
     for name in options.corruptions or ():
         if name not in CORRUPTIONS:
-            raise UserError(f"experiment.corruptions: {unknown(name, CORRUPTIONS)}")
+            raise UserError(f"experiment.corruptions: {unknown_name(name, CORRUPTIONS)}")
     if all(task.test is None for task in tasks):
         raise UserError("experiment.tasks: none of them has test images, so nothing can be scored")
     if all(task.checkpoint is None for task in tasks):

@@ -24,9 +24,9 @@ from raymerge.apps.peers.methods import (
 )
 from raymerge.apps.peers.state_dicts import Inputs, dtype_named, find, open_state_dict
 from raymerge.config import Config
-from raymerge.config.loading import absolute, parse_config
+from raymerge.config.loading import absolute_path, parse_config
 from raymerge.config.suites import DATA_SETS
-from raymerge.errors import ConfigError, did_you_mean, short
+from raymerge.errors import ConfigError, did_you_mean, excerpt
 from raymerge.files.atomic import exists
 
 _PRETRAINED = "_pretrained_"
@@ -124,7 +124,7 @@ def read_fusion_bench(data: Mapping[str, Any], path: Path, text: str | None) -> 
         method=method,
         config_name="fusion_bench_config.yaml",
         text=text or yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True),
-        output=absolute(output, path.parent.absolute()) if isinstance(output, str) else None,
+        output=absolute_path(output, path.parent.absolute()) if isinstance(output, str) else None,
         tags=("fusion_bench", name),
     )
 
@@ -137,7 +137,7 @@ def _pool(data: Mapping[str, Any], source: str) -> _Pool:
     if "modelpool" in data:
         pool, where = data["modelpool"], f"{source}: modelpool"
         if not isinstance(pool, Mapping):
-            raise ConfigError(f"{where}: expected models; found {short(pool)}")
+            raise ConfigError(f"{where}: expected models; found {excerpt(pool)}")
     given = pool.get("models")
     if given is None and "defaults" in pool:
         raise ConfigError(
@@ -147,7 +147,7 @@ def _pool(data: Mapping[str, Any], source: str) -> _Pool:
     if isinstance(given, list):
         given = {str(m.get("name")): m for m in given if isinstance(m, Mapping)}
     if not isinstance(given, Mapping) or not given:
-        raise ConfigError(f"{where}: models: expected names and paths; found {short(given)}")
+        raise ConfigError(f"{where}: models: expected names and paths; found {excerpt(given)}")
     paths = {str(k): _reference(v, f"{where}: models.{k}") for k, v in given.items()}
     models = {k: v for k, v in paths.items() if not (k.startswith("_") and k.endswith("_"))}
     if not models:
@@ -167,7 +167,7 @@ def _reference(given: object, where: str) -> str:
     if isinstance(given, str) and given:
         return given
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{where}: expected a path; found {short(given)}")
+        raise ConfigError(f"{where}: expected a path; found {excerpt(given)}")
     for key in given:
         if "peft" in str(key) or "lora" in str(given[key]).lower():
             raise ConfigError(f"{where}: {key}: adapters cannot be merged; give the whole model")
@@ -267,7 +267,7 @@ def _static(
     if not 0 < density <= 1:
         raise ConfigError(f"{source}: method.threshold: {threshold:g} is not above 0 and up to 100")
     if merge not in ("sum", "mean", "max"):
-        raise ConfigError(f"{source}: method.merge_func: {short(merge)} is not sum, mean or max")
+        raise ConfigError(f"{source}: method.merge_func: {excerpt(merge)} is not sum, mean or max")
     if options["remove_keys"]:
         raise ConfigError(f"{source}: method.remove_keys: cannot be expressed here; remove it")
     said = f"scaling_factor {scaling:g}, threshold {threshold:g}, merge_func {merge}"
@@ -280,13 +280,13 @@ def _number(value: object, where: str) -> float:
             return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         pass
-    raise ConfigError(f"{where}: {short(value)} is not a number")
+    raise ConfigError(f"{where}: {excerpt(value)} is not a number")
 
 
 def _weights(given: object, count: int, source: str) -> tuple[float, ...]:
     where = f"{source}: method.weights"
     if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != count:
-        raise ConfigError(f"{where}: expected {count} numbers, one a model; found {short(given)}")
+        raise ConfigError(f"{where}: expected {count} numbers, one a model; found {excerpt(given)}")
     return tuple(_number(value, where) for value in given)
 
 
@@ -301,7 +301,7 @@ def _adamerging(
     if options["weights"] is not None or options["optimizer"] != "adam":
         key = "weights" if options["weights"] is not None else "optimizer"
         raise ConfigError(
-            f"{source}: method.{key}: {short(options[key])} cannot be expressed here; remove it"
+            f"{source}: method.{key}: {excerpt(options[key])} cannot be expressed here; remove it"
         )
     own = {key: value for key, value in data.items() if key in _CONFIG_KEYS and key != "method"}
     own["tasks"] = _tasks(own.get("tasks"), pool, root, source)

@@ -16,10 +16,10 @@ import yaml
 from raymerge.apps.peers.methods import Method
 from raymerge.apps.peers.state_dicts import Inputs, Part, files_of
 from raymerge.errors import UserError
-from raymerge.files.atomic import staged, write_json, write_text
+from raymerge.files.atomic import stage_file, write_json, write_text
 from raymerge.files.output_folder import nearest_folder, require_output
 from raymerge.files.progress import progress_bar
-from raymerge.files.threads import parallel
+from raymerge.files.threads import parallel_map
 from raymerge.models.checkpoints.checkpoint import TensorSpec, read_tensor
 from raymerge.models.checkpoints.digests import hash_ahead, remember, sha256
 from raymerge.models.checkpoints.visual_tower import all_finite
@@ -110,7 +110,7 @@ class Job:
         print("\n".join(self.told), file=sys.stderr)
         files = sorted({file for row in self.inputs.rows for file in files_of(row)})
         hash_ahead(str(file) for file in files)
-        with staged(folder / WEIGHTS, nearest_folder(folder)) as (temporary, commit):
+        with stage_file(folder / WEIGHTS, nearest_folder(folder)) as (temporary, commit):
             self._merge(temporary)
             folder.mkdir(parents=True, exist_ok=True)
             commit()
@@ -153,7 +153,7 @@ class Job:
                 writer.write(part.entry.name, part.start, merged_n)
                 return len(merged_n)
 
-            for columns in parallel(work, inputs.parts()):
+            for columns in parallel_map(work, inputs.parts()):
                 bar(columns)
 
     # --- the folder ------------------------------------------------------------------------

@@ -17,8 +17,8 @@ import yaml
 from raymerge.apps.peers.job import Job
 from raymerge.apps.peers.methods import Coefficients, Linear, Method, Tasks
 from raymerge.apps.peers.state_dicts import Inputs, dtype_named, find, open_state_dict
-from raymerge.config.loading import absolute
-from raymerge.errors import ConfigError, did_you_mean, short
+from raymerge.config.loading import absolute_path
+from raymerge.errors import ConfigError, did_you_mean, excerpt
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _Config:
         models = _models(data.get("models"), source)
         base = data.get("base_model")
         if base is not None and not isinstance(base, str):
-            raise ConfigError(f"{source}: base_model: {short(base)} is not a path")
+            raise ConfigError(f"{source}: base_model: {excerpt(base)} is not a path")
         if base is None and kind.needs_base:
             raise ConfigError(f"{source}: base_model: missing; {data['merge_method']} needs it")
         general = _parameters(data.get("parameters"), kind, f"{source}: parameters")
@@ -139,8 +139,8 @@ class _Config:
     def output(self, root: Path) -> str | None:
         given = self.data.get("output")
         if given is not None and not isinstance(given, str):
-            raise ConfigError(f"{self.source}: output: {short(given)} is not a path")
-        return None if given is None else absolute(given, root)
+            raise ConfigError(f"{self.source}: output: {excerpt(given)} is not a path")
+        return None if given is None else absolute_path(given, root)
 
     def open(self, root: Path) -> Inputs:
         """The state dicts; the base has a row of its own unless it is a model as the others."""
@@ -197,7 +197,7 @@ class _Config:
             return Linear(own)
         seed = self.data.get("seed", 0)
         if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ConfigError(f"{self.source}: seed: {short(seed)} is not a whole number")
+            raise ConfigError(f"{self.source}: seed: {excerpt(seed)} is not a whole number")
         return Tasks(own, self.kind.keep, self.kind.elect, self.merged, seed)
 
 
@@ -208,7 +208,7 @@ def _kind(name: object, source: str) -> _Kind:
     kind = KINDS.get(str(name))
     if kind is None:
         raise ConfigError(
-            f"{source}: merge_method: {short(name)} is not among those of mergekit that raymerge "
+            f"{source}: merge_method: {excerpt(name)} is not among those of mergekit that raymerge "
             f"knows{did_you_mean(name, KINDS)} (known: {', '.join(KINDS)})"
         )
     return kind
@@ -229,16 +229,16 @@ def _require_known(
 
 def _models(given: object, source: str) -> list[tuple[str, object]]:
     if not isinstance(given, list) or not given:
-        raise ConfigError(f"{source}: models: expected a list of models; found {short(given)}")
+        raise ConfigError(f"{source}: models: expected a list of models; found {excerpt(given)}")
     models: list[tuple[str, object]] = []
     for i, item in enumerate(given):
         where = f"{source}: models[{i}]"
         if not isinstance(item, Mapping):
-            raise ConfigError(f"{where}: expected model and parameters; found {short(item)}")
+            raise ConfigError(f"{where}: expected model and parameters; found {excerpt(item)}")
         _require_known(item, ("model", "parameters"), where)
         name = item.get("model")
         if not isinstance(name, str) or not name:
-            raise ConfigError(f"{where}.model: {short(name)} is not a path")
+            raise ConfigError(f"{where}.model: {excerpt(name)} is not a path")
         if name in (known for known, _ in models):
             raise ConfigError(f"{where}.model: {name} is listed twice; add its weights instead")
         models.append((name, item.get("parameters")))
@@ -249,7 +249,7 @@ def _parameters(given: object, kind: _Kind, where: str, own: bool = False) -> Ma
     if given is None:
         return {}
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{where}: expected names and values; found {short(given)}")
+        raise ConfigError(f"{where}: expected names and values; found {excerpt(given)}")
     known = ["weight", *kind.defaults]
     _require_known(given, known, where)
     for key, setting in given.items():
@@ -266,16 +266,16 @@ def _check_setting(setting: object, key: str, where: str) -> None:
     if isinstance(setting, list) and any(isinstance(item, Mapping) for item in setting):
         for i, item in enumerate(setting):
             if not isinstance(item, Mapping) or "value" not in item:
-                raise ConfigError(f"{where}[{i}]: expected value and filter; found {short(item)}")
+                raise ConfigError(f"{where}[{i}]: expected value and filter; found {excerpt(item)}")
             _require_known(item, ("value", "filter"), f"{where}[{i}]")
             if not isinstance(item.get("filter"), str | None):
-                raise ConfigError(f"{where}[{i}].filter: {short(item['filter'])} is not a text")
+                raise ConfigError(f"{where}[{i}].filter: {excerpt(item['filter'])} is not a text")
             _check_setting(item["value"], key, f"{where}[{i}].value")
         return
     for value in setting if isinstance(setting, list) else [setting]:
         if value is not None and _plain(value, key) is None:
             kind = "true or false" if key in _BOOLEANS else "a number"
-            raise ConfigError(f"{where}: {short(value)} is not {kind}")
+            raise ConfigError(f"{where}: {excerpt(value)} is not {kind}")
 
 
 # --- values --------------------------------------------------------------------------------------

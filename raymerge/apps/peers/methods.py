@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from raymerge.apps.peers.state_dicts import Entry, Inputs, Part
-from raymerge.files.threads import parallel
+from raymerge.files.threads import parallel_map
 from raymerge.merging.dare import dropped
 from raymerge.merging.layout import CELL
 from raymerge.merging.ties import TiesStatistics, elect_sign, trim, trim_threshold
@@ -101,7 +101,7 @@ class Tasks:
             for k, density in enumerate(self.of_tensor[entry.name].densities)
             if density < 1
         ]
-        found = parallel(lambda item: self._kept_of(inputs, *item), wanted)
+        found = parallel_map(lambda item: self._kept_of(inputs, *item), wanted)
         return {(k, e.name): kept for (k, e), kept in zip(wanted, found, strict=True)}
 
     def _kept_of(self, inputs: Inputs, k: int, entry: Entry) -> _Kept:
@@ -172,14 +172,14 @@ class WholeTies:
             parts = inputs.vectors(k, entries)
             return (trim_threshold(parts, total, self.density, inputs.sample(k, entries)),)
 
-        thresholds = tuple(parallel(threshold, range(len(inputs.models))))
+        thresholds = tuple(parallel_map(threshold, range(len(inputs.models))))
         ties = TiesStatistics(thresholds, None, self.merge == "mean")
 
         def balance(part: Part) -> float:
             vectors_Kn = _vectors(inputs.read(part))
             return float(elect_sign(trim(vectors_Kn, ties.column(0, vectors_Kn)), 0.0).sum())
 
-        ties = ties.counted(math.fsum(parallel(balance, inputs.parts())))
+        ties = ties.counted(math.fsum(parallel_map(balance, inputs.parts())))
 
         def merge(part: Part, rows_Rn: Tensor) -> Tensor:
             phi_Kn = ties.phi(_vectors(rows_Rn), 0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raymerge.errors import CheckpointError, UserError, one_line, unknown
+from raymerge.errors import CheckpointError, UserError, one_line, unknown_name
 from raymerge.files.atomic import exists
 from raymerge.files.urls import is_remote
 from raymerge.merging.layout import CELL
@@ -267,5 +267,5 @@ def dtype_named(value: object, key: str) -> torch.dtype | None:
         return None
     dtype = _DTYPES.get(str(value).removeprefix("torch."))
     if dtype is None:
-        raise UserError(f"{key}: {unknown(value, _DTYPES)}")
+        raise UserError(f"{key}: {unknown_name(value, _DTYPES)}")
     return dtype

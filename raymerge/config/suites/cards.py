@@ -13,7 +13,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from raymerge.errors import ConfigError, unknown
+from raymerge.errors import ConfigError, unknown_name
 
 Split = Literal["train", "test"]
 
@@ -117,7 +117,7 @@ class Suite:
 def load_data_set(name: str) -> DataSet:
     """The card of ``name``; raises :class:`ConfigError` where there is none."""
     if name not in DATA_SETS:
-        raise ConfigError(f"data set {unknown(name, DATA_SETS)}")
+        raise ConfigError(f"data set {unknown_name(name, DATA_SETS)}")
     card = resources.files("raymerge.config.suites") / "data" / f"{name}.yaml"
     data = yaml.safe_load(card.read_text(encoding="utf-8"))
     return TypeAdapter(DataSet).validate_python({"name": name, **data})
@@ -127,5 +127,5 @@ def load_data_set(name: str) -> DataSet:
 def load_suite(name: str) -> Suite:
     """The suite ``name`` with its cards; raises :class:`ConfigError` where there is none."""
     if name not in SUITES:
-        raise ConfigError(f"suite {unknown(name, SUITES)}")
+        raise ConfigError(f"suite {unknown_name(name, SUITES)}")
     return Suite(name=name, data_sets=tuple(load_data_set(member) for member in SUITES[name]))

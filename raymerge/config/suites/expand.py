@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from raymerge.config.methods import Frozen, Reference
 from raymerge.config.suites import DATA_SETS, SUITES, DataSet, load_data_set, load_suite
 from raymerge.config.wording import explain
-from raymerge.errors import ConfigError, short, unknown
+from raymerge.errors import ConfigError, excerpt, unknown_name
 
 _FILES = ("checkpoint", "adapt", "test", "train")
 """The keys of a task, one of which it needs to be of any use."""
@@ -97,7 +97,7 @@ def _with_data_set(task: Any, where: str) -> Any:
     task = dict(task)
     name = task.pop("dataset")
     if not isinstance(name, str) or name not in DATA_SETS:
-        raise ConfigError(f"{where}: {unknown(name, DATA_SETS)}")
+        raise ConfigError(f"{where}: {unknown_name(name, DATA_SETS)}")
     return {**_prompts(load_data_set(name)), **task}
 
 
@@ -111,14 +111,14 @@ def _parse(given: Any, where: str) -> SuiteConfig:
     if not isinstance(given, dict):
         raise ConfigError(
             f"{where}: expected a name or a mapping with name, checkpoints, data; "
-            f"got {short(given)}"
+            f"got {excerpt(given)}"
         )
     try:
         suite = SuiteConfig.model_validate(given)
     except ValidationError as error:
         raise ConfigError(f"{where}.{explain(error, SuiteConfig)}") from None
     if suite.name not in SUITES:
-        raise ConfigError(f"{where}.name: {unknown(suite.name, SUITES)}")
+        raise ConfigError(f"{where}.name: {unknown_name(suite.name, SUITES)}")
     return suite
 
 
@@ -126,7 +126,7 @@ def _tasks_of(suite: SuiteConfig, where: str) -> list[dict[str, Any]]:
     members = SUITES[suite.name]
     for name in suite.only or ():
         if name not in members:
-            raise ConfigError(f"{where}.only: {unknown(name, members)}")
+            raise ConfigError(f"{where}.only: {unknown_name(name, members)}")
     chosen = members if suite.only is None else suite.only
     data_sets = load_suite(suite.name).data_sets
     return [_task(suite, data_set) for data_set in data_sets if data_set.name in chosen]

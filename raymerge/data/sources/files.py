@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from raymerge.data.folder import quoted
+from raymerge.data.folder import quote_names
 from raymerge.errors import DataError
 
 MOST_ENCODED_BYTES = 1 << 28
@@ -38,7 +38,7 @@ def stamps_of(paths: Sequence[Path]) -> tuple[FileStamp, ...]:
     if missing and len(paths) == 1:
         raise DataError(f"{missing[0]}: no such file")
     if missing:
-        names = quoted([path.name for path in missing])
+        names = quote_names([path.name for path in missing])
         raise DataError(
             f"{missing[0].parent}: {len(missing)} of {len(paths)} files are missing: {names}"
         )
@@ -63,7 +63,7 @@ def require_small(size: int, what: str) -> None:
         )
 
 
-def shown(name: str, limit: int = 80) -> str:
+def printable_name(name: str, limit: int = 80) -> str:
     """A name from inside a file, fit for one line."""
     text = name if name.isprintable() else ascii(name)[1:-1]
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from raymerge.data.folder import plain, quoted
+from raymerge.data.folder import plain_name, quote_names
 from raymerge.data.images import Labels
 from raymerge.errors import DataError
 
@@ -64,18 +64,18 @@ def _match(
         if twice:
             raise DataError(f"{where}: class {twice[0]!r} {title} is there twice; {_INDEX}")
     place_of = {name: classnames.index(name) for name in names if name in classnames}
-    left = {plain(c): i for i, c in enumerate(classnames) if i not in place_of.values()}
+    left = {plain_name(c): i for i, c in enumerate(classnames) if i not in place_of.values()}
     for name in names:
-        if name not in place_of and plain(name) in left:
-            place_of[name] = left.pop(plain(name))
+        if name not in place_of and plain_name(name) in left:
+            place_of[name] = left.pop(plain_name(name))
     used = {names[number] for number in np.unique(labels.numbers)}
     missing = [c for i, c in enumerate(classnames) if i not in place_of.values()]
     unexpected = [name for name in names if name in used and name not in place_of]
     if missing or unexpected:
         raise DataError(
             f"{where}: the data set has {len(names)} classes for {len(classnames)} class names"
-            + (f"; none is {quoted(missing)}" if missing else "")
-            + (f"; no class name is {quoted(unexpected)}" if unexpected else "")
+            + (f"; none is {quote_names(missing)}" if missing else "")
+            + (f"; no class name is {quote_names(unexpected)}" if unexpected else "")
             + f"; use its names, or {_INDEX}"
         )
     return np.array([place_of.get(name, -1) for name in names], dtype=np.int64)

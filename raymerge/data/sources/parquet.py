@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from raymerge.data.folder import quoted
-from raymerge.data.images import Labels, decoded_from
+from raymerge.data.folder import quote_names
+from raymerge.data.images import Labels, open_encoded
 from raymerge.data.sources.files import FileStamp, require_small, stamps_of
 from raymerge.data.sources.labels import text_labels
 from raymerge.data.sources.reference import DataReference
@@ -57,18 +57,20 @@ def split_files(
     if split is not None:
         places = {path: place for path, place in places.items() if place[1] == split}
     elif len(found := sorted({place[1] for place in places.values()})) > 1:
-        raise DataError(f"{text}: holds the splits {quoted(found, 9)}; name one: ?split={found[0]}")
+        raise DataError(
+            f"{text}: holds the splits {quote_names(found, 9)}; name one: ?split={found[0]}"
+        )
     if config is not None:
         places = {path: place for path, place in places.items() if place[0] == config}
     elif len(found := sorted({place[0] for place in places.values()})) > 1:
         raise DataError(
-            f"{text}: holds the configurations {quoted(found, 9)}; name one: config={found[0]}"
+            f"{text}: holds the configurations {quote_names(found, 9)}; name one: config={found[0]}"
         )
     if not places:
         there = sorted({"/".join(_place(path.relative_to(root))) for path in files})
         wanted = "/".join(filter(None, (config, split)))
         raise DataError(
-            f"{text}: holds no Parquet file of {wanted}; it has {quoted(there, 9) or 'none'}"
+            f"{text}: holds no Parquet file of {wanted}; it has {quote_names(there, 9) or 'none'}"
         )
     _require_all(list(places), text)
     return list(places)
@@ -93,8 +95,8 @@ def _require_all(files: Sequence[Path], text: str) -> None:
         there = {int(found.group("number")) for found in shards}
         missing = [f"{i:05}" for i in range(min(count, 100_000)) if i not in there]
         raise DataError(
-            f"{text}: {len(files)} of {count} Parquet files are there, without {quoted(missing)}; "
-            "fetch them too"
+            f"{text}: {len(files)} of {count} Parquet files are there, without "
+            f"{quote_names(missing)}; fetch them too"
         )
 
 
@@ -168,7 +170,7 @@ class ParquetRows:
         return bytes(value.to_pybytes())
 
     def image(self, row: int) -> Image.Image:
-        return decoded_from(self.encoded(row))
+        return open_encoded(self.encoded(row))
 
     def labels(self) -> Labels:
         columns = _schema(self.files[0])
@@ -237,7 +239,7 @@ def _no_column(
 ) -> str:
     if candidates:
         which = f"column {given!r} holds no {what}s" if given else f"which column holds the {what}s"
-        return f"{text}: {which}; name it: {what}=…, one of {quoted(candidates, 9)}"
+        return f"{text}: {which}; name it: {what}=…, one of {quote_names(candidates, 9)}"
     types = ", ".join(f"{name}: {kind}" for name, kind in list(schema.items())[:9])
     return f"{text}: no column holds {what}s (columns: {types or 'none'})"
 

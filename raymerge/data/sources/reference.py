@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from raymerge.errors import DataError, unknown
+from raymerge.errors import DataError, unknown_name
 from raymerge.files.atomic import exists
 
 COMMON = ("limit", "match")
@@ -50,7 +50,7 @@ class DataReference:
         known = (*known, *COMMON)
         for name in self.options:
             if name not in known:
-                raise DataError(f"{self.text}: option {unknown(name, known)}")
+                raise DataError(f"{self.text}: option {unknown_name(name, known)}")
         self.choice("match", ("name", "index"))
         self.number("limit")
 

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from raymerge.data.images import Labels, decoded_from
-from raymerge.data.sources.files import FileStamp, read_at, require_small, shown, stamps_of
+from raymerge.data.images import Labels, open_encoded
+from raymerge.data.sources.files import FileStamp, printable_name, read_at, require_small, stamps_of
 from raymerge.data.sources.labels import text_labels
 from raymerge.data.sources.reference import DataReference
 from raymerge.errors import DataError, one_line
@@ -100,11 +100,11 @@ class TarShards:
 
     def key(self, row: int) -> str:
         file, index, place = self._find(row)
-        return f"{file.path.name} {shown(index.keys[place])}"
+        return f"{file.path.name} {printable_name(index.keys[place])}"
 
     def name(self, row: int) -> str:
         file, index, place = self._find(row)
-        return f"{file.path} member {shown(index.keys[place])}"
+        return f"{file.path} member {printable_name(index.keys[place])}"
 
     def encoded(self, row: int) -> bytes:
         file, index, place = self._find(row)
@@ -113,7 +113,7 @@ class TarShards:
         return read_at(file.path, offset, size)
 
     def image(self, row: int) -> Image.Image:
-        return decoded_from(self.encoded(row))
+        return open_encoded(self.encoded(row))
 
     def labels(self) -> Labels:
         texts = [text for file in self.files for text in _label_texts(file, _indexed(file))]
@@ -129,10 +129,11 @@ def _label_texts(file: FileStamp, index: _Index) -> Iterator[str]:
     with file.path.open("rb") as shard:
         for place, key in enumerate(index.keys):
             offset, size = map(int, index.labels_N2[place])
-            name = f"{file.path} member {shown(key)}"
+            name = f"{file.path} member {printable_name(key)}"
             if size < 0:
                 raise DataError(
-                    f"image {name}: has no label; add a member {shown(key)}.cls with its class"
+                    f"image {name}: has no label; add a member "
+                    f"{printable_name(key)}.cls with its class"
                 )
             if size > _MOST_LABEL_BYTES:
                 raise DataError(f"{name}.{index.kinds[place]}: {size} bytes are no label")
@@ -196,7 +197,7 @@ def _indexed(file: FileStamp) -> _Index:
 
 
 def _add(sample: _Sample, member: tarfile.TarInfo, suffix: str, file: FileStamp) -> None:
-    name = f"{file.path} member {shown(member.name)}"
+    name = f"{file.path} member {printable_name(member.name)}"
     if member.type not in _PLAIN or member.issparse():
         raise DataError(f"{name}: is a link or no plain file; store the file itself")
     end = member.offset_data + member.size

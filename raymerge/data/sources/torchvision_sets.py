@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from raymerge.data.folder import quoted
+from raymerge.data.folder import quote_names
 from raymerge.data.images import Labels
 from raymerge.data.sources.reference import DataReference
-from raymerge.errors import DataError, one_line, unknown
+from raymerge.errors import DataError, one_line, unknown_name
 from raymerge.files.atomic import cache_folder
 
 NAMES = (
@@ -41,7 +41,7 @@ _FAILURES = (OSError, ValueError, RuntimeError, ImportError, KeyError, IndexErro
 def open_vision(reference: DataReference) -> VisionImages:
     name, _, split = reference.place.removeprefix("torchvision:").partition(":")
     if name not in NAMES:
-        raise DataError(f"{reference.text}: torchvision data set {unknown(name, NAMES)}")
+        raise DataError(f"{reference.text}: torchvision data set {unknown_name(name, NAMES)}")
     taken = inspect.signature(_class(name).__init__).parameters
     splits = "train" if "train" in taken or name == "EMNIST" else "split" * ("split" in taken)
     own = [key for key in _EXTRAS if key in taken and key != splits]
@@ -178,6 +178,6 @@ class VisionImages:
         if len(numbers) != len(data):
             raise DataError(
                 f"{self.place}: {len(numbers)} labels for {len(data)} images; choose a labelled "
-                f"split (known data sets: {quoted(NAMES)})"
+                f"split (known data sets: {quote_names(NAMES)})"
             )
         return numbers

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raymerge.engine.messages import VectorStorage
 from raymerge.errors import RunError
-from raymerge.files.atomic import claim
+from raymerge.files.atomic import reserve_space
 from raymerge.merging.basis import Basis
 from raymerge.merging.layout import CELL, LayerMap, Piece, Shard
 from raymerge.merging.merge import cell_products, combine, inner_products, merge_into
@@ -189,7 +189,7 @@ def _mapped(folder: str | None, count: int, dtype: torch.dtype) -> Tensor:
         raise RunError(f"vectors.folder {folder}: cannot be written: {error.strerror}") from error
     try:
         # Claimed now: a mapping that finds the disk full later ends the process without a word.
-        claim(handle, count * dtype.itemsize)
+        reserve_space(handle, count * dtype.itemsize)
         return torch.from_file(name, shared=True, size=count, dtype=dtype)
     except OSError as error:
         raise RunError(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raymerge.errors import CheckpointError, short
+from raymerge.errors import CheckpointError, excerpt
 from raymerge.models.checkpoints.locate import read_json
 
 CONFIG_FILE = "config.json"
@@ -70,7 +70,7 @@ class _Reader:
 
     def refused(self, key: str, why: str) -> CheckpointError:
         name = f"{self._section}.{key}" if self._section else key
-        return CheckpointError(f"{self._where}: {name} is {short(self._values.get(key))}: {why}")
+        return CheckpointError(f"{self._where}: {name} is {excerpt(self._values.get(key))}: {why}")
 
     def count(self, key: str) -> int:
         value = self._values.get(key)
@@ -172,7 +172,7 @@ def _section(
     """One tower's values; those of the old ``*_config_dict`` come first, as in transformers."""
     given = config.get(f"{name}_dict") or config.get(name) or {}
     if not isinstance(given, Mapping):
-        raise CheckpointError(f"{where}: {name} is {short(given)}, not a mapping")
+        raise CheckpointError(f"{where}: {name} is {excerpt(given)}, not a mapping")
     return {**defaults, **given}
 
 

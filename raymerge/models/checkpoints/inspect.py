@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raymerge.errors import printable
+from raymerge.errors import escape_unprintable
 from raymerge.models.checkpoints.checkpoint import Checkpoint, TensorSpec
 from raymerge.models.checkpoints.huggingface import HuggingFaceCheckpoint
 from raymerge.models.checkpoints.locate import files_of, read_json
@@ -53,7 +53,7 @@ def inspection_text(inspection: Mapping[str, Any], keys: int = 12) -> str:
         f"visual      {_visual_text(visual)}",
         f"activation  {inspection['activation']}",
     ]
-    names = [(printable(name), spec) for name, spec in inspection["keys"].items()]
+    names = [(escape_unprintable(name), spec) for name, spec in inspection["keys"].items()]
     width = max((len(name) for name, _ in names[:keys]), default=0)
     lines += [f"  {name:<{width}}  {spec['dtype']} {spec['shape']}" for name, spec in names[:keys]]
     if len(names) > keys:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raymerge.errors import CheckpointError, short
+from raymerge.errors import CheckpointError, excerpt
 from raymerge.models.checkpoints.checkpoint import Checkpoint, TensorSpec, read_tensor
 from raymerge.models.checkpoints.huggingface import name_of
 from raymerge.models.checkpoints.locate import read_json
@@ -124,10 +124,12 @@ class LoraCheckpoint:
         ranks = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
         for key, value in ranks.items():
             if not _is_positive(value):
-                raise self._error(f"{CONFIG_FILE} has {key} {short(value)}, not a positive number")
+                raise self._error(
+                    f"{CONFIG_FILE} has {key} {excerpt(value)}, not a positive number"
+                )
         for key in ("rank_pattern", "alpha_pattern"):
             if not isinstance(config.get(key) or {}, dict):
-                raise self._error(f"{CONFIG_FILE} has {key} {short(config[key])}, not a mapping")
+                raise self._error(f"{CONFIG_FILE} has {key} {excerpt(config[key])}, not a mapping")
         return config
 
     def _error(self, text: str) -> CheckpointError:
@@ -193,7 +195,7 @@ class LoraCheckpoint:
     def _pattern(self, section: str, module: str, default: float) -> float:
         """PEFT's rule: the first pattern that is the module's name or ends it."""
         for pattern, value in (self._config.get(section) or {}).items():
-            where = f"{CONFIG_FILE}: {section}: {short(pattern)}"
+            where = f"{CONFIG_FILE}: {section}: {excerpt(pattern)}"
             repeats = sum(pattern.count(mark) for mark in "*+?{")
             if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or _SLOW.search(pattern):
                 raise self._error(f"{where}: is no plain pattern; write the modules' names")
@@ -203,7 +205,7 @@ class LoraCheckpoint:
                 raise self._error(f"{where}: {error}") from error
             if found:
                 if not _is_positive(value):
-                    raise self._error(f"{where} is {short(value)}, not a positive number")
+                    raise self._error(f"{where} is {excerpt(value)}, not a positive number")
                 return float(value)
         return default
 

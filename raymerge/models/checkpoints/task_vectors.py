@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from raymerge.config import TrimScope
-from raymerge.files.threads import parallel
+from raymerge.files.threads import parallel_map
 from raymerge.merging.basis import Basis
 from raymerge.merging.layout import CELL, Piece, Shard
 from raymerge.merging.ties import TiesStatistics, elect_sign, trim, trim_threshold
@@ -47,7 +47,7 @@ def stream(
     def work(piece: Piece) -> _Result:
         return function(piece, *_read(pretrained, experts, piece))
 
-    return parallel(work, pieces if whole else _parts(pieces, len(experts)))
+    return parallel_map(work, pieces if whole else _parts(pieces, len(experts)))
 
 
 def _read(
@@ -142,7 +142,7 @@ def ties_statistics(
         whole = _threshold(pretrained, expert, pieces, density, zeros)
         return (whole,) * len(layout.names)
 
-    thresholds = tuple(parallel(thresholds_of, experts))
+    thresholds = tuple(parallel_map(thresholds_of, experts))
     statistics = TiesStatistics(thresholds, None, mean)
     if not count_signs:
         return statistics

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raymerge.files.atomic import claim
+from raymerge.files.atomic import reserve_space
 from raymerge.models.checkpoints.checkpoint import SAFETENSORS_DTYPES, TensorSpec
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -32,7 +32,7 @@ class SafetensorsWriter:
         header, starts, size = _header(specs)
         self._starts = starts
         self._file = path.open("wb", buffering=0)
-        claim(self._file.fileno(), len(header) + size)
+        reserve_space(self._file.fileno(), len(header) + size)
         self._pwrite(memoryview(header), 0)
         self._base = len(header)
 

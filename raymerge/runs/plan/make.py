@@ -17,7 +17,7 @@ from raymerge.engine.memory import (
     machine_bytes,
 )
 from raymerge.errors import UserError
-from raymerge.files.urls import public
+from raymerge.files.urls import redact_url
 from raymerge.merging.layout import ParameterLayout
 from raymerge.merging.registry import (
     describe,
@@ -116,7 +116,7 @@ def check_headers(
         problems = [type(problem)(headers.named(str(problem))) for problem in problems]
         if plan is not None:
             tasks = tuple(
-                replace(row, checkpoint=task.checkpoint and public(task.checkpoint))
+                replace(row, checkpoint=task.checkpoint and redact_url(task.checkpoint))
                 for row, task in zip(plan.tasks, config.tasks, strict=True)
             )
             note = f"fetches what is new of {len(urls)} remote checkpoints before it merges"
@@ -212,7 +212,7 @@ def _check_task(
     population = len(adapt) if adapt else 0
     return TaskPlan(
         name=task.name,
-        checkpoint=task.checkpoint and public(task.checkpoint),
+        checkpoint=task.checkpoint and redact_url(task.checkpoint),
         dtype=_dtype(expert),
         classes=len(task.classnames),
         adapt_images=population,

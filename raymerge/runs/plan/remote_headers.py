@@ -14,7 +14,7 @@ from pathlib import Path
 
 from raymerge.config import Config
 from raymerge.errors import RaymergeError
-from raymerge.files.urls import is_remote, public
+from raymerge.files.urls import is_remote, redact_url
 from raymerge.models.checkpoints.locate import locate, outline
 
 _FILES_AT_ONCE = 4
@@ -52,7 +52,7 @@ def outlined(config: Config) -> Iterator[Outlined]:
             with suppress(RaymergeError):  # the check finds it, and says which key it is
                 stands[url] = str(outline(url, own))
         yield Outlined(
-            _replaced(config, stands), {path: public(url) for url, path in stands.items()}
+            _replaced(config, stands), {path: redact_url(url) for url, path in stands.items()}
         )
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
-from raymerge.config.loading import absolute
+from raymerge.config.loading import absolute_path
 from raymerge.data.decoding import check_image, decode_all
 from raymerge.data.preprocess import Preprocess
 from raymerge.data.sources import labelled_images, unlabeled_images
@@ -232,10 +232,10 @@ def test_download_is_torchvisions_own(tmp_path, monkeypatch):
 
 
 def test_the_root_is_relative_to_the_config_and_stays_so_when_read_again(tmp_path):
-    reference = absolute("torchvision:MNIST:test?download=0&root=a+b/c&limit=3", tmp_path)
+    reference = absolute_path("torchvision:MNIST:test?download=0&root=a+b/c&limit=3", tmp_path)
     assert reference == f"torchvision:MNIST:test?download=0&root={tmp_path}/a+b/c&limit=3"
-    assert absolute(reference, tmp_path / "elsewhere") == reference
+    assert absolute_path(reference, tmp_path / "elsewhere") == reference
     _mnist(tmp_path / "a+b" / "c")
     assert len(unlabeled_images(reference, "w")) == 3
-    assert absolute("x.parquet?image=a", tmp_path) == f"{tmp_path}/x.parquet?image=a"
-    assert absolute("hf:a/b:test?config=c", tmp_path) == "hf:a/b:test?config=c"
+    assert absolute_path("x.parquet?image=a", tmp_path) == f"{tmp_path}/x.parquet?image=a"
+    assert absolute_path("hf:a/b:test?config=c", tmp_path) == "hf:a/b:test?config=c"
