@@ -32,6 +32,7 @@ from raymerge.engine.messages import (
     StepResult,
     WorkerSpec,
 )
+from raymerge.engine.worker.served import ModelSource
 from raymerge.engine.worker.worker import MergeWorker
 from raymerge.errors import RunError
 from raymerge.files.progress import Progress
@@ -50,12 +51,13 @@ class ActorGroup:
 
     def __init__(
         self,
+        source: ModelSource,
         spec: WorkerSpec,
         placement: Placement,
         config: ClusterConfig,
         worker: type[MergeWorker] = MergeWorker,
     ) -> None:
-        self.spec, self._config = spec, config
+        self.source, self._config = source, config
         # The requests so far, which a restarted worker gets again.
         self._request: LoadRequest | None = None
         self._progress: Progress | None = None
@@ -68,7 +70,7 @@ class ActorGroup:
             config.load_timeout_s, config.hang_timeout_s, "cluster.load_timeout_s"
         )
         # Start the actors last, so that close() can free whatever a failed start leaves.
-        self._pool = WorkerPool(spec, placement, config, worker)
+        self._pool = WorkerPool(source, spec, placement, config, worker)
         self._groups = ProcessGroups(self._pool)
         self._recovery = Recovery(self._pool, self._groups, config, self._load_missing)
         try:

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raymerge.distributed.calls import ACTOR_OPTIONS
 from raymerge.distributed.placement import Placement
 from raymerge.engine.messages import WorkerSpec
+from raymerge.engine.worker.served import ModelSource
 from raymerge.engine.worker.worker import MergeWorker
 
 
@@ -65,7 +66,11 @@ def all_reserved(slots: Sequence[WorkerSlot]) -> bool:
 
 
 def start_actor(
-    worker_class: type[MergeWorker], spec: WorkerSpec, placement: Placement, slot: WorkerSlot
+    worker_class: type[MergeWorker],
+    source: ModelSource,
+    spec: WorkerSpec,
+    placement: Placement,
+    slot: WorkerSlot,
 ) -> Any:
     """Start an actor in the slot, as soon as Ray has a node for it; returns its handle."""
     options = {
@@ -76,7 +81,7 @@ def start_actor(
             placement_group=slot.placement_group, placement_group_bundle_index=slot.bundle
         ),
     }
-    return ray.remote(**options)(worker_class).remote(spec)
+    return ray.remote(**options)(worker_class).remote(source, spec)
 
 
 def request_location(actor: Any) -> Any:

@@ -30,6 +30,7 @@ from raymerge.distributed.placement_groups import (
 )
 from raymerge.distributed.preemption import PreemptionMonitor
 from raymerge.engine.messages import IncidentKind, LoadReport, WorkerSpec
+from raymerge.engine.worker.served import ModelSource
 from raymerge.engine.worker.worker import MergeWorker
 from raymerge.errors import RunError, WorkerLostError
 
@@ -74,11 +75,22 @@ class CallFailedError(Exception):
 OnResult = Callable[[PoolWorker, Any], None]
 
 
+@dataclass(frozen=True)
+class StoredValue:
+    """A getter of a value in the object store, so that it is sent once and fetched where used."""
+
+    reference: Any
+
+    def __call__(self) -> Any:
+        return ray.get(self.reference)
+
+
 class WorkerPool:
     """One worker per slot of ``placement``, ordered by location once they have started."""
 
     def __init__(
         self,
+        source: ModelSource,
         spec: WorkerSpec,
         placement: Placement,
         config: ClusterConfig,
@@ -93,6 +105,7 @@ class WorkerPool:
             config.start_timeout_s, config.hang_timeout_s, "cluster.start_timeout_s"
         )
         self._worker_class = worker_class
+        self._source = source.stored(lambda value: StoredValue(ray.put(value)))
         self._preemption = PreemptionMonitor()
 
     @property
@@ -131,7 +144,9 @@ class WorkerPool:
         self.workers.sort(key=_by_location)
 
     def _start(self, worker: PoolWorker) -> None:
-        worker.actor = start_actor(self._worker_class, self.spec, self.placement, worker.slot)
+        worker.actor = start_actor(
+            self._worker_class, self._source, self.spec, self.placement, worker.slot
+        )
         worker.location_request = request_location(worker.actor)
 
     def stop(self, worker: PoolWorker) -> None:

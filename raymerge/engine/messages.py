@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 
 from raymerge.config import (
     Granularity,
-    ModelConfig,
-    TaskConfig,
     VectorDtype,
     VectorLocation,
 )
@@ -27,14 +25,12 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a worker is: the model and the tasks it serves, and its place among the workers.
+    """A worker's rank among the workers, and its resources.
 
     Rank r of W workers is shard r mod S of group r div S. ``threads``: CPU threads; None leaves
     torch's own choice.
     """
 
-    model: ModelConfig
-    tasks: tuple[TaskConfig, ...]
     rank: int = 0
     workers: int = 1
     shards: int = 1
@@ -45,10 +41,6 @@ class WorkerSpec:
     @property
     def shard(self) -> int:
         return self.rank % self.shards
-
-    @property
-    def task_names(self) -> tuple[str, ...]:
-        return tuple(task.name for task in self.tasks)
 
 
 @dataclass(frozen=True)

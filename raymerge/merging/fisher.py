@@ -90,6 +90,27 @@ def _directions(logits_C: Tensor, draws_S: Tensor | None) -> Tensor:
     return (drawn_SC - p_C) / math.sqrt(len(draws_S))
 
 
+def add_row_squares(
+    logits_BC: Tensor,
+    gradient_P: Tensor,
+    total_P: Tensor,
+    samples: int | None,
+    generator: torch.Generator,
+) -> None:
+    """Add Σ_r (Jᵀ d_r)² of each row to ``total_P``, for logits of any function.
+
+    ``gradient_P``: where a backward of the logits adds its gradient. One backward a row and class,
+    or a row and draw; ``fisher_diagonal`` is faster for what ``vmap`` can map.
+    """
+    for logits_C in logits_BC:
+        draws_S = None if samples is None else torch.rand(samples, generator=generator)
+        drawn = None if draws_S is None else draws_S.to(logits_C.device)
+        for direction_C in _directions(logits_C.detach(), drawn):
+            gradient_P.zero_()
+            (logits_C @ direction_C).backward(retain_graph=True)
+            total_P.addcmul_(gradient_P, gradient_P)
+
+
 def task_weight(fisher_P: Tensor, epsilon: float = EPSILON) -> float:
     """a = 1/(‖F‖₂ + ε) over all parameters: tasks with confident models do not outweigh the rest.
 

@@ -7,40 +7,44 @@ Legend: K models, L layers, T tensors, P columns of the flat vector, B examples,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from raymerge.config import MethodConfig, OptimizerConfig
+from raymerge.config import ClusterConfig, MethodConfig, OptimizerConfig
 from raymerge.config.wording import explain
-from raymerge.engine.driver.groups import Stepper
-from raymerge.engine.driver.loop import StepRecord, learn
+from raymerge.distributed.placement import Placement
+from raymerge.engine.driver.groups import LocalGroup, WorkerGroup
+from raymerge.engine.driver.loop import Learning, StepRecord
+from raymerge.engine.driver.loops import learn_lambdas
 from raymerge.engine.driver.monitor import Monitor
 from raymerge.engine.driver.state import LearningState
-from raymerge.engine.messages import Incident, StepRequest, StepResult
-from raymerge.engine.worker.modules import (
+from raymerge.engine.driver.statistics import merged_delta
+from raymerge.engine.messages import Incident, LoadRequest, WorkerSpec
+from raymerge.engine.worker.module_model import (
     Batch,
     Expert,
-    Given,
     Logits,
-    ModuleWorker,
-    _Files,
-    _FlatModel,
-    _Task,
+    ModuleFiles,
+    ModuleParts,
+    ModuleSource,
+    Value,
+    flat_copy,
 )
+from raymerge.engine.worker.vectors import StreamedVectors
 from raymerge.errors import UserError
 from raymerge.files.progress import progress_bar
-from raymerge.merging.basis import Basis, BasisInputs
+from raymerge.merging.basis import Basis, BasisInputs, Given
 from raymerge.merging.layout import LayerMap
-from raymerge.merging.method import Method
+from raymerge.merging.method import Method, Objective, Schedule
 from raymerge.merging.registry import method_of
 from raymerge.models.checkpoints.task_vectors import ties_statistics
+from raymerge.models.checkpoints.visual_tower import VisualCheckpoint
 from raymerge.runs.inputs import first_lambdas, make_optimizer
 
 
@@ -82,35 +86,46 @@ def merge_module(
     split; then everything given must be picklable. A worker that is lost is replaced, and its step
     repeated.
 
-    In a config's terms the batches' sizes are the user's, so ``optimizer.batch_size`` counts for
-    nothing. Raises :class:`UserError` before any work where the input is wrong.
+    A batch takes the place of an image: ``optimizer.batch_size`` counts for nothing, and
+    ``optimizer.batches`` batches of each task make a step; ``method.images`` of Fisher merging and
+    FW-Merging counts batches. Raises :class:`UserError` before any work where the input is wrong.
     """
-    chosen = _method(method)
-    options = _validated(_Optimizer, {"optimizer": optimizer or {}}, "optimizer").optimizer
-    if not isinstance(experts, Mapping):
+    options = _method_options(method)
+    row = method_of(options)
+    optimizer_options = _validated(_Optimizer, {"optimizer": optimizer or {}}).optimizer
+    _require_experts(experts)
+    if row.whole_gradient(options) and workers > 1:
         raise UserError(
-            f"experts: a {type(experts).__name__}, not a mapping from a task's name to its model"
+            f"method.oracle: cosine needs the whole gradient in one worker, and workers is "
+            f"{workers}; use workers: 1 or 0, or method.oracle: inner"
         )
-    if not experts:
-        raise UserError("experts: is empty; give at least one fine-tuned model by its task's name")
-    files = _Files.open(model, experts, merged)
-    kept = method_of(chosen)
-    ties = partial(ties_statistics, files.pretrained, files.experts)
-    basis = kept.basis(chosen, BasisInputs(tuple(experts), seed, ties))
-    layers = files.layout.layers(kept.granularity(chosen))
-    start = first_lambdas(kept, chosen, len(experts), layers)
+    parts = ModuleParts(model, experts, merged, logits)
+    files = ModuleFiles.open(parts)
+    opened = [files.experts[name] for name in experts]
+    ties = partial(ties_statistics, files.pretrained, opened)
+    basis = row.basis(options, BasisInputs(tuple(experts), seed, ties))
+    layers = files.layout.layers(row.granularity(options))
+    lambdas_JL = first_lambdas(row, options, len(experts), layers)
     records: list[StepRecord] = []
     incidents: Sequence[Incident] = ()
-    if kept.loop is not None:
-        task = _Task(model, files, basis, layers, kept.objective(chosen), options.batches, seed)
-        start, incidents = _learn(
-            task, kept, chosen, options, batches, logits, start, workers, records
-        )
-    state = _merged_state(model, files, basis, layers, start)
-    return MergedModule(state, start, layers.names, records, incidents)
+    if row.images(options) != "none":
+        source = _source(parts, files, batches)
+        with _open_group(source, workers) as group:
+            if row.statistics is not None:
+                tasks = range(len(experts))
+                delta_P = merged_delta(
+                    row.statistics, options, group, tasks, files.pretrained, opened, seed
+                )
+                basis = Given(delta_P)
+            else:
+                learning = _learning(row, options, optimizer_options, group, basis, seed)
+                lambdas_JL = _learn(row, learning, lambdas_JL, records)
+            incidents = tuple(group.incidents)
+    state = _merged_state(parts, files, opened, basis, layers, lambdas_JL)
+    return MergedModule(state, lambdas_JL, layers.names, records, incidents)
 
 
-# --- what the user gives -----------------------------------------------------------------------
+# --- the user's input --------------------------------------------------------------------------
 
 
 class _Method(BaseModel):
@@ -123,92 +138,55 @@ class _Optimizer(BaseModel):
     optimizer: OptimizerConfig
 
 
-def _validated(schema: Any, data: Mapping[str, Any], where: str) -> Any:
+def _validated(schema: Any, data: Mapping[str, Any]) -> Any:
     try:
         return schema.model_validate(data)
     except ValidationError as error:
         raise UserError(explain(error, schema)) from None
 
 
-def _method(given: str | Mapping[str, Any] | MethodConfig) -> MethodConfig:
-    data = {"name": given} if isinstance(given, str) else given
-    method: MethodConfig = _validated(_Method, {"method": data}, "method").method
-    row = method_of(method)
-    if not row.merges or row.reference or row.statistics or row.loop not in (None, "adam"):
+def _method_options(method: str | Mapping[str, Any] | MethodConfig) -> MethodConfig:
+    """The method's options. Raises :class:`UserError` for a method that needs what a module has
+    not: labels, CLIP's own layers, or an earlier run's folder."""
+    data = {"name": method} if isinstance(method, str) else method
+    options: MethodConfig = _validated(_Method, {"method": data}).method
+    row = method_of(options)
+    if row.reference or not row.merges:
         raise UserError(
-            f"method: {method.name} is for CLIP's image encoders alone; merge_module knows "
-            "adamerging and the methods that need no data"
+            f"method: {options.name} merges nothing of these experts; merge_module needs a method "
+            "that does"
         )
-    if row.images(method) == "labelled":
+    if row.open_clip_linears:
         raise UserError(
-            "method.objective: cross_entropy needs labels, which merge_module is not given; use "
-            "entropy, kl or infomax"
+            f"method: {options.name} solves for the linear layers of open_clip's vision "
+            "transformers, which merge_module cannot know in other modules; use fisher"
         )
-    return method
+    if row.images(options) == "labelled":
+        raise UserError(
+            "method.objective: cross_entropy needs labels, and merge_module's batches have none; "
+            "use entropy (or, with adamerging, kl or infomax)"
+        )
+    if row.start(options) is not None:
+        raise UserError("method.start: names a run folder, which merge_module cannot read; drop it")
+    return options
 
 
-# --- the merge ---------------------------------------------------------------------------------
+def _require_experts(experts: object) -> None:
+    if not isinstance(experts, Mapping):
+        raise UserError(
+            f"experts: a {type(experts).__name__}, not a mapping from a task's name to its model"
+        )
+    if not experts:
+        raise UserError("experts: is empty; give at least one fine-tuned model by its task's name")
 
 
-def _merged_state(
-    model: nn.Module,
-    files: _Files,
-    basis: Basis | None,
-    layers: LayerMap,
-    lambdas_JL: Tensor,
-) -> dict[str, Tensor]:
-    """The model's state dict with θ in it, in the model's own dtypes; tied tensors stay tied."""
-    flat = _FlatModel(model, files.layout)
-    flat.set(files, basis, layers, lambdas_JL)
-    given = model.state_dict()
-    return {
-        name: tensor.detach().to(given[name].dtype, copy=True)
-        for name, tensor in flat.module.state_dict().items()
-    }
-
-
-# --- learning ----------------------------------------------------------------------------------
-
-
-def _learn(
-    task: _Task,
-    row: Method,
-    method: MethodConfig,
-    options: OptimizerConfig,
-    batches: Mapping[str, Sequence[Batch]] | None,
-    logits: Logits | None,
-    start_KL: Tensor,
-    workers: int,
-    records: list[StepRecord],
-) -> tuple[Tensor, Sequence[Incident]]:
-    """λ after ``options.steps`` steps, as the merge uses it, and what was survived."""
-    names = task.files.names
-    given = _given(task, names, batches, logits)
-    optimizer = make_optimizer(row, method, options)
-    infomax = row.objective(method).name == "infomax"
-    monitor = Monitor(names, range(len(names)), row.monitoring(method, options), infomax)
-    with (
-        _group(task, given, workers) as group,
-        progress_bar("merging", unit="step", total=options.steps) as progress,
-    ):
-
-        def observe(record: StepRecord, state: LearningState) -> None:
-            records.append(record)
-            progress(1)
-
-        state = learn(group, optimizer, LearningState.at(start_KL), options.steps, monitor, observe)
-        return optimizer.effective(state.lambdas), tuple(group.incidents)
-
-
-def _given(
-    task: _Task,
-    names: Sequence[str],
-    batches: Mapping[str, Sequence[Batch]] | None,
-    logits: Logits | None,
-) -> Given:
-    """The user's batches, each task's first one tried. Raises :class:`UserError`."""
-    if batches is None or logits is None:
-        raise UserError("adamerging learns from data: give batches and logits")
+def _source(
+    parts: ModuleParts, files: ModuleFiles, batches: Mapping[str, Sequence[Batch]] | None
+) -> ModuleSource:
+    """The module and its batches, each task's first batch tried. Raises :class:`UserError`."""
+    names = tuple(parts.experts)
+    if batches is None or parts.logits is None:
+        raise UserError("this method learns from data: give batches and logits")
     missing = [name for name in names if not batches.get(name)]
     unknown = sorted(batches.keys() - set(names))
     if missing or unknown:
@@ -216,15 +194,21 @@ def _given(
             f"batches: {f'none for {missing[0]!r}' if missing else f'{unknown[0]!r} is no expert'};"
             f" give some of each task ({', '.join(names)})"
         )
-    flat = _FlatModel(task.model, task.files.layout)
-    base = torch.zeros(len(names), len(task.layers.names))
-    flat.set(task.files, None, task.layers, base)
-    classes = [_try(flat.module, name, batches[name][0], logits) for name in names]
-    return Given(logits, {k: batches[name] for k, name in enumerate(names)}, max(classes))
+    source = ModuleSource(
+        task_names=names,
+        parts=Value(parts),
+        batches=tuple(Value(batches[name]) for name in names),
+        populations=tuple(len(batches[name]) for name in names),
+        classes=0,
+    )
+    served = source.serve(WorkerSpec(), {})
+    served.theta_P.copy_(files.pretrained.flat(len(served.theta_P)))
+    classes = [_classes(served.module, name, batches[name][0], parts.logits) for name in names]
+    return replace(source, classes=max(classes))
 
 
-def _try(module: nn.Module, name: str, batch: Batch, logits: Logits) -> int:
-    """The number of classes."""
+def _classes(module: nn.Module, name: str, batch: Batch, logits: Logits) -> int:
+    """The number of classes of one task's logits. Raises :class:`UserError` where they are none."""
     out = logits(module, batch, name)
     if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] < 2:
         what = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -237,42 +221,104 @@ def _try(module: nn.Module, name: str, batch: Batch, logits: Logits) -> int:
     return out.shape[1]
 
 
-def _group(task: _Task, given: Given, workers: int) -> AbstractContextManager[Stepper]:
-    if workers == 0:
-        return nullcontext(_LocalModules(ModuleWorker(task, given)))
-    return _actors(task, given, min(workers, len(given.batches)))
+# --- learning ----------------------------------------------------------------------------------
 
 
 @contextmanager
-def _actors(task: _Task, given: Given, workers: int):  # type: ignore[no-untyped-def]
+def _open_group(source: ModuleSource, workers: int) -> Iterator[WorkerGroup]:
+    """One worker in this process, or as many actors as there are tasks to share among them."""
+    if workers == 0:
+        yield LocalGroup(source, WorkerSpec())
+        return
+    from raymerge.distributed.actor_group import ActorGroup
     from raymerge.distributed.cluster import connect
-    from raymerge.distributed.module_group import ModuleActors
 
-    shares = [
-        Given(
-            given.logits,
-            {k: b for k, b in given.batches.items() if k * workers // len(given.batches) == rank},
-            given.classes,
-            rank,
-        )
-        for rank in range(workers)
-    ]
+    workers = min(workers, len(source.task_names))
+    config = ClusterConfig(workers=workers, cpus_per_worker=1, gpus_per_worker=0)
     with connect(None, workers):
-        actors = ModuleActors(ModuleWorker, task, shares)
+        group = ActorGroup(source, WorkerSpec(), Placement(workers, 1, 1, 0.0), config)
         try:
-            yield actors
+            yield group
         finally:
-            actors.close()
+            group.close()
 
 
-class _LocalModules:
-    """One worker in this process."""
+def _learning(
+    row: Method,
+    options: MethodConfig,
+    optimizer: OptimizerConfig,
+    group: WorkerGroup,
+    basis: Basis | None,
+    seed: int,
+) -> Learning:
+    """The inputs of the method's loop: every task is merged and has batches."""
+    names = group.source.task_names
+    objective = row.objective(options)
 
-    workers = 1
-    incidents: Sequence[Incident] = ()
+    def load_request(objective: Objective, schedule: Schedule) -> LoadRequest:
+        return LoadRequest(
+            models=names,
+            granularity=row.granularity(options),
+            objective=objective,
+            images_per_step=schedule.images,
+            batches=schedule.batches,
+            steps=schedule.steps,
+            seed=seed,
+            basis=basis,
+        )
 
-    def __init__(self, worker: ModuleWorker) -> None:
-        self._worker = worker
+    # A step of AdaMerging shows one batch of the user for each of its own.
+    inner = Schedule(optimizer.steps, optimizer.batches, optimizer.batches)
+    schedule = inner if row.loop == "adam" else row.schedule(options, optimizer)
+    return Learning(
+        group=group,
+        options=options,
+        optimizer=make_optimizer(row, options, optimizer),
+        steps=schedule.steps,
+        inner_steps=optimizer.steps,
+        monitor=Monitor(
+            names,
+            range(len(names)),
+            row.monitoring(options, optimizer),
+            infomax=objective.name == "infomax",
+        ),
+        adapted=range(len(names)),
+        load=load_request(objective, schedule),
+        inner_load=load_request(Objective(), inner),
+    )
 
-    def step(self, request: StepRequest) -> list[StepResult]:
-        return [self._worker.step(request)]
+
+def _learn(row: Method, learning: Learning, start_KL: Tensor, records: list[StepRecord]) -> Tensor:
+    """λ (K, L) after the loop's steps; every step's record goes into ``records``."""
+    assert row.loop is not None
+    learning.group.load(learning.load)
+    with progress_bar("merging", unit="step", total=learning.steps) as progress:
+
+        def observe(record: StepRecord, state: LearningState) -> None:
+            records.append(record)
+            progress(1)
+
+        return learn_lambdas(row.loop, learning, LearningState.at(start_KL), observe)
+
+
+# --- the merge ---------------------------------------------------------------------------------
+
+
+def _merged_state(
+    parts: ModuleParts,
+    files: ModuleFiles,
+    experts: Sequence[VisualCheckpoint],
+    basis: Basis | None,
+    layers: LayerMap,
+    lambdas_JL: Tensor,
+) -> dict[str, Tensor]:
+    """The model's state dict with θ in it, in the model's own dtypes; tied tensors stay tied."""
+    module, theta_P, _ = flat_copy(parts.module, files.layout)
+    shard = files.layout.shard(0, 1)
+    vectors = StreamedVectors(files.pretrained, experts, basis, shard, layers)
+    vectors.merge(lambdas_JL, theta_P)
+    original = parts.module.state_dict()
+    return {
+        name: tensor.detach().to(original[name].dtype, copy=True)
+        for name, tensor in module.state_dict().items()
+    }

@@ -12,6 +12,7 @@ from raymerge.config import (
 from raymerge.distributed.placement import Resources, choose_placement, environment_address, on_ray
 from raymerge.engine.driver.groups import LocalGroup, WorkerGroup
 from raymerge.engine.messages import WorkerSpec
+from raymerge.engine.worker.clip_model import ClipSource
 from raymerge.errors import UserError
 from raymerge.runs.plan.make import local_resources
 
@@ -36,7 +37,7 @@ def group_or_new(
     """The given group, left open at the end, or a new one that is closed."""
     if group is None:
         return open_group(config, slots)
-    if (group.spec.model, group.spec.tasks) != (config.model, config.tasks):
+    if group.source != _source(config):
         raise UserError("the given workers were opened for another model or other tasks")
     return nullcontext(group)
 
@@ -63,7 +64,7 @@ def open_group(config: Config, slots: int | None) -> Iterator[WorkerGroup]:
         if placement.workers == 0:
             yield _local_group(config)
             return
-        group = ActorGroup(_worker_spec(config), placement, config.cluster)
+        group = ActorGroup(_source(config), _worker_spec(config), placement, config.cluster)
         try:
             yield group
         finally:
@@ -73,8 +74,13 @@ def open_group(config: Config, slots: int | None) -> Iterator[WorkerGroup]:
 def _local_group(config: Config) -> LocalGroup:
     threads = config.cluster.cpus_per_worker
     spec = replace(_worker_spec(config), use_gpu=config.cluster.gpus_per_worker != 0)
-    return LocalGroup(spec if threads == "auto" else replace(spec, threads=threads))
+    spec = spec if threads == "auto" else replace(spec, threads=threads)
+    return LocalGroup(_source(config), spec)
 
 
 def _worker_spec(config: Config) -> WorkerSpec:
-    return WorkerSpec(config.model, config.tasks, micro_batch=config.cluster.micro_batch)
+    return WorkerSpec(micro_batch=config.cluster.micro_batch)
+
+
+def _source(config: Config) -> ClipSource:
+    return ClipSource(config.model, config.tasks)

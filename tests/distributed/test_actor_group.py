@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from group_requests import layer_names, load_request, worker_spec
+from group_requests import layer_names, load_request, model_source
 from world import World
 
 from raymerge.config import ClusterConfig
@@ -19,7 +19,7 @@ from raymerge.distributed.actor_group import ActorGroup
 from raymerge.distributed.calls import is_idle
 from raymerge.distributed.placement import Placement
 from raymerge.engine.driver.groups import LocalGroup
-from raymerge.engine.messages import EvaluateRequest, StepRequest, StepResult
+from raymerge.engine.messages import EvaluateRequest, StepRequest, StepResult, WorkerSpec
 from raymerge.errors import RunError, UserError, WorkerLostError
 from raymerge.merging.layout import CELL
 from raymerge.runs.merge import merge
@@ -32,7 +32,10 @@ TOLERANCE = 1e-6  # on λ after 50 steps; sums of float32 gradients differ in th
 
 def _group(world: World, workers: int, shards: int = 1, **config: float) -> ActorGroup:
     return ActorGroup(
-        worker_spec(world), Placement(workers, shards, 1, 0.0), ClusterConfig(**config)
+        model_source(world),
+        WorkerSpec(),
+        Placement(workers, shards, 1, 0.0),
+        ClusterConfig(**config),
     )
 
 
@@ -96,7 +99,7 @@ def test_a_repeated_sharded_run_is_bit_identical(world: World) -> None:
 
 
 def test_vectors_are_split_evenly_and_every_task_is_loaded(world: World) -> None:
-    local = LocalGroup(worker_spec(world)).load(load_request(world))[0]
+    local = LocalGroup(model_source(world), WorkerSpec()).load(load_request(world))[0]
     group = _group(world, 2, 2)
     try:
         reports = group.load(load_request(world))
@@ -111,7 +114,7 @@ def test_vectors_are_split_evenly_and_every_task_is_loaded(world: World) -> None
 def test_steps_are_idempotent_and_evaluation_does_not_depend_on_workers(world: World) -> None:
     checkpoints = {task.name: task.checkpoint for task in world.parse().tasks}
     request = EvaluateRequest(checkpoints)
-    local = LocalGroup(worker_spec(world)).evaluate(request)
+    local = LocalGroup(model_source(world), WorkerSpec()).evaluate(request)
     group = _group(world, 3)
     try:
         group.load(load_request(world))
@@ -191,7 +194,12 @@ def test_a_workers_own_error_is_raised_unchanged(world: World, tmp_path: object)
 
 def test_no_room_is_a_clear_error(world: World) -> None:
     with pytest.raises(RunError, match=r"found no room for 1 workers with 64 CPUs"):
-        ActorGroup(worker_spec(world), Placement(1, 1, 64, 0.0), ClusterConfig(start_timeout_s=1.0))
+        ActorGroup(
+            model_source(world),
+            WorkerSpec(),
+            Placement(1, 1, 64, 0.0),
+            ClusterConfig(start_timeout_s=1.0),
+        )
 
 
 def test_close_frees_every_slot(world: World) -> None:

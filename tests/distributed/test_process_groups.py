@@ -16,6 +16,7 @@ from raymerge.distributed.placement_groups import Location, WorkerSlot
 from raymerge.distributed.pool import CallFailedError, OnResult, PoolWorker, WorkerPool
 from raymerge.distributed.process_groups import ProcessGroups
 from raymerge.engine.messages import LoadReport, StatisticsRequest, WorkerSpec
+from raymerge.engine.worker.clip_model import ClipSource
 
 REPORT = LoadReport(0, "cpu", (), 0, 0, 0, 0.0)
 LOCATION = Location("node", (), "127.0.0.1", None, 1)
@@ -46,8 +47,9 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> WorkerPool:
     """Four ready workers in two groups of two; every call succeeds at once."""
     slots = [WorkerSlot(n // 2, n % 2, None) for n in range(4)]  # type: ignore[arg-type]
     monkeypatch.setattr("raymerge.distributed.pool.reserve_slots", lambda placement: slots)
-    spec = WorkerSpec(ModelConfig(arch="local-dir:m"), ())
-    pool = WorkerPool(spec, Placement(4, 2, 1, 0.0), ClusterConfig(), object)  # type: ignore[arg-type]
+    source = ClipSource(ModelConfig(arch="local-dir:m"), ())
+    placement = Placement(4, 2, 1, 0.0)
+    pool = WorkerPool(source, WorkerSpec(), placement, ClusterConfig(), object)  # type: ignore[arg-type]
     pool._preemption.close()
     for worker in pool.workers:
         worker.actor, worker.location = Actor(), LOCATION

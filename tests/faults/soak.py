@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 import ray
 import torch
-from group_requests import layer_names, load_request, worker_spec
+from group_requests import layer_names, load_request, model_source
 from injection import STEP_PHASES, Fault, Kind, count_injected, faulty_worker
 from world import World, make_world
 
@@ -40,7 +40,7 @@ from raymerge.distributed.placement import Placement
 from raymerge.engine.driver.loop import StepRecord, learn
 from raymerge.engine.driver.monitor import Monitor
 from raymerge.engine.driver.state import LearningState
-from raymerge.engine.messages import Incident
+from raymerge.engine.messages import Incident, WorkerSpec
 from raymerge.errors import RaymergeError
 from raymerge.merging.optimizer import Adam
 
@@ -97,7 +97,11 @@ def run(
     config = ClusterConfig(hang_timeout_s=3.0, max_worker_failures=None, max_start_failures=None)
     layers = layer_names(world)
     group = ActorGroup(
-        worker_spec(world), Placement(*shape, 1, 0.0), config, faulty_worker(faults, marks)
+        model_source(world),
+        WorkerSpec(),
+        Placement(*shape, 1, 0.0),
+        config,
+        faulty_worker(faults, marks),
     )
     trajectory = Trajectory(LearningState.at(torch.full((4, len(layers)), 0.3)))
     names = world.parse().task_names

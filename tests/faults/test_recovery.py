@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from group_requests import layer_names, load_request, worker_spec
+from group_requests import layer_names, load_request, model_source
 from injection import STEP_PHASES, Fault, count_injected, faulty_worker
 from world import World
 
@@ -22,7 +22,7 @@ from raymerge.config import ClusterConfig
 from raymerge.distributed.actor_group import ActorGroup
 from raymerge.distributed.placement import Placement
 from raymerge.distributed.placement_groups import WorkerSlot
-from raymerge.engine.messages import EvaluateRequest, StepRequest
+from raymerge.engine.messages import EvaluateRequest, StepRequest, WorkerSpec
 from raymerge.errors import WorkerLostError
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("local_ray")]
@@ -42,8 +42,10 @@ class Bench:
         self, workers: int, shards: int, faults: Sequence[Fault] = (), **cluster: float
     ) -> ActorGroup:
         config = ClusterConfig(**{"hang_timeout_s": 3.0, **cluster})  # type: ignore[arg-type]
-        spec, worker = worker_spec(self.world), faulty_worker(faults, self.marks)
-        return ActorGroup(spec, Placement(workers, shards, 1, 0.0), config, worker=worker)
+        source, worker = model_source(self.world), faulty_worker(faults, self.marks)
+        return ActorGroup(
+            source, WorkerSpec(), Placement(workers, shards, 1, 0.0), config, worker=worker
+        )
 
     def load(self, group: ActorGroup) -> None:
         group.load(load_request(self.world, steps=STEPS))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from raymerge.models.heads import zero_shot_head
 from raymerge.models.resolve import resolve_model
 
 TASKS = ("one", "two", "three")
+COSINE = {"objective": "entropy", "oracle": "cosine"}
 DOCS = Path(__file__).parents[2] / "docs" / "modules.md"
 
 
@@ -179,6 +182,82 @@ def test_actors_learn_the_same(models, batches, local_ray) -> None:
     assert len(there.records) == 4
 
 
+@pytest.mark.faults
+def test_a_worker_that_dies_is_restarted_and_its_step_repeated(
+    models, batches, local_ray, tmp_path: Path
+) -> None:
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    model, experts = models
+    driver, mark = os.getpid(), tmp_path / "killed"
+
+    def deadly(model: nn.Module, batch: Tensor, task: str) -> Tensor:
+        if task == "two" and os.getpid() != driver and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return logits(model, batch, task)
+
+    options = {"batches": batches, "merged": backbone, "optimizer": {"steps": 3, "lr": 0.05}}
+    calm = raymerge.merge_module(model, experts, logits=logits, workers=2, **options)
+    struck = raymerge.merge_module(model, experts, logits=deadly, workers=2, **options)
+    assert torch.equal(struck.lambdas, calm.lambdas)
+    assert [incident.kind for incident in struck.incidents] == ["worker"]
+    assert mark.exists()
+    assert calm.incidents == ()
+
+
+def test_fisher_weighs_the_experts_by_their_own_information(models, batches) -> None:
+    """F = Σ_c p_c (∂ log p_c)² per row, here by autograd on each expert itself."""
+    model, experts = models
+    method = {"name": "fisher", "samples": "exact", "images": 3}
+    result = raymerge.merge_module(
+        model, experts, method, batches=batches, logits=logits, merged=backbone
+    )
+    layers = [name for name in model.state_dict() if name in dict(model.named_parameters())]
+    layers = [name for name in layers if backbone(name)]
+    weighted = dict.fromkeys(layers, 0.0)
+    weights = dict.fromkeys(layers, 0.0)
+    fishers = []
+    for task in TASKS:
+        expert = experts[task]
+        expert.heads.load_state_dict(model.heads.state_dict())  # the tasks' heads are not merged
+        named = {k: p for k, p in expert.named_parameters() if k in layers}
+        rows = torch.cat([logits(expert, batch, task) for batch in batches[task]])
+        fisher = {name: torch.zeros_like(p) for name, p in named.items()}
+        for log_p in rows.log_softmax(1):
+            for value in log_p:
+                slopes = torch.autograd.grad(value, list(named.values()), retain_graph=True)
+                for name, slope in zip(named, slopes, strict=True):
+                    fisher[name] += value.exp().detach() * slope.square() / len(rows)
+        fishers.append(fisher)
+    base = model.state_dict()
+    for task, fisher in zip(TASKS, fishers, strict=True):
+        norm = torch.sqrt(sum(f.square().sum() for f in fisher.values()))
+        for name in layers:
+            weight = (fisher[name] + 1e-6) / (norm + 1e-6)
+            weighted[name] += weight * (experts[task].state_dict()[name] - base[name])
+            weights[name] += weight
+    for name in layers:
+        expected = base[name] + weighted[name] / weights[name]
+        torch.testing.assert_close(result.state_dict[name], expected, rtol=1e-3, atol=1e-5)
+    assert result.lambdas.shape == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["fw_hard", "fw_soft"])
+@pytest.mark.parametrize("oracle", ["inner", "cosine"])
+def test_frank_wolfe_lowers_the_entropy_of_any_module(models, batches, name, oracle) -> None:
+    model, experts = models
+    method = {"name": name, "objective": "entropy", "oracle": oracle, "iterations": 4, "images": 3}
+    result = raymerge.merge_module(
+        model, experts, method, batches=batches, logits=logits, merged=backbone,
+        optimizer={"steps": 3, "lr": 0.05},
+    )  # fmt: skip
+    assert len(result.records) == 4
+    assert result.lambdas.abs().max() > 0.01
+    assert result.records[-1].loss < result.records[0].loss
+
+
 def test_a_clip_model_gets_the_lambda_of_the_clip_merge(world: World, tmp_path: Path) -> None:
     import open_clip
 
@@ -218,7 +297,12 @@ def test_the_documented_example_learns() -> None:
     ("change", "message"),
     [
         ({"method": "tise"}, "method"),
-        ({"method": "fisher"}, "fisher is for CLIP's image encoders alone"),
+        ({"method": "regmean"}, "regmean solves for the linear layers of open_clip's"),
+        ({"method": "zero_shot"}, "zero_shot merges nothing of these experts"),
+        ({"method": "fw_hard"}, "cross_entropy needs labels"),
+        ({"method": {"name": "fw_hard", "objective": "entropy", "start": "x"}}, "method.start"),
+        ({"method": {**COSINE, "name": "fw_soft"}, "workers": 2}, "use workers: 1 or 0"),
+        ({"method": "fisher", "batches": None}, "give batches and logits"),
         ({"method": {"name": "adamerging", "objective": "cross_entropy"}}, "needs labels"),
         ({"batches": None}, "give batches and logits"),
         ({"batches": {"one": []}}, "batches: none for 'one'"),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from world import World
 
-from raymerge.engine.messages import LoadRequest, WorkerSpec
+from raymerge.engine.messages import LoadRequest
+from raymerge.engine.worker.clip_model import ClipSource
 from raymerge.merging.method import Objective
 from raymerge.models.pretrained import open_pretrained
 from raymerge.models.resolve import resolve_model
 
 
-def worker_spec(world: World) -> WorkerSpec:
+def model_source(world: World) -> ClipSource:
     config = world.parse()
-    return WorkerSpec(config.model, config.tasks)
+    return ClipSource(config.model, config.tasks)
 
 
 def load_request(world: World, **changes: object) -> LoadRequest:

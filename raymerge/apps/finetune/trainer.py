@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from raymerge.apps.finetune.images import TrainingImages, make_augment, may_keep
 from raymerge.apps.finetune.loop import Schedule, train
 from raymerge.apps.finetune.targets import FINGERPRINT, Target, recipe_of
-from raymerge.config import Config
+from raymerge.config import Config, TaskConfig
 from raymerge.data.sources import labelled_images
-from raymerge.engine.memory import micro_batch, pass_images
+from raymerge.engine.memory import pass_images
 from raymerge.engine.messages import WorkerSpec
+from raymerge.engine.worker.clip_model import ClipModel, ClipSource
 from raymerge.engine.worker.evaluation import load_weights
-from raymerge.engine.worker.shard import ServedModel
 from raymerge.errors import RunError
 from raymerge.files.atomic import write_atomically, write_text
 from raymerge.runs.state import SavedTensors, StateStore
@@ -85,8 +85,6 @@ def train_target(job: TrainingJob, progress: Callable[[int], None] | None = None
 def _spec(job: TrainingJob) -> WorkerSpec:
     config = job.config
     return WorkerSpec(
-        config.model,
-        tuple(config.tasks[k] for k in job.target.tasks),
         threads=job.threads,
         micro_batch=config.cluster.micro_batch,
         use_gpu=job.use_gpu,
@@ -102,15 +100,13 @@ class Trainer:
     def __init__(self, config: Config, target: Target, spec: WorkerSpec) -> None:
         self._recipe, self._target = recipe_of(config), target
         self._autocast = config.precision == "bfloat16"
-        self._model = ServedModel(spec)
+        tasks = tuple(config.tasks[k] for k in target.tasks)
+        self._model = ClipModel(ClipSource(config.model, tasks), spec, {})
         self._encoder = self._model.encoder
         self._device = self._encoder.device
         reference = str(self._model.pretrained.checkpoint.path)
         load_weights(self._encoder, self._model.pretrained, reference)
-        self._micro_batch = micro_batch(
-            spec.micro_batch, self._model.bytes_per_image, gpu=self._device.type == "cuda"
-        )
-        self._images = self._open_images(config, spec)
+        self._images = self._open_images(config, tasks)
         self.parameters = list(self._encoder.visual.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -119,11 +115,11 @@ class Trainer:
             weight_decay=self._recipe.weight_decay,
         )
 
-    def _open_images(self, config: Config, spec: WorkerSpec) -> list[TrainingImages]:
+    def _open_images(self, config: Config, tasks: Sequence[TaskConfig]) -> list[TrainingImages]:
         recipe, preprocess = self._recipe, self._encoder.preprocess
         listed = [
             labelled_images(str(task.train), task.classnames, f"tasks[{k}].train")
-            for k, task in zip(self._target.tasks, spec.tasks, strict=True)
+            for k, task in zip(self._target.tasks, tasks, strict=True)
         ]
         keep = may_keep(sum(map(len, listed)), preprocess, recipe.augment)
         augment = make_augment(self._encoder.visual) if recipe.augment == "open_clip" else None
@@ -131,7 +127,7 @@ class Trainer:
             TrainingImages(
                 task.name, images, config.seed, recipe.batch_size, preprocess, augment, keep
             )
-            for task, images in zip(spec.tasks, listed, strict=True)
+            for task, images in zip(tasks, listed, strict=True)
         ]
 
     def run(
@@ -179,7 +175,7 @@ class Trainer:
         labels = torch.cat([labels for _, labels in batch]).to(self._device)
         loss_T = torch.zeros(len(batch), device=self._device)
         correct_T = torch.zeros(len(batch), device=self._device)
-        size = pass_images(len(pixels), self._micro_batch)
+        size = pass_images(len(pixels), self._model.slots_per_pass)
         for first in range(0, len(pixels), size):
             stop = min(len(pixels), first + size)
             features_BD = self._encoder.features(pixels[first:stop], self._autocast)

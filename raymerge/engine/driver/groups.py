@@ -20,6 +20,7 @@ from raymerge.engine.messages import (
     StepResult,
     WorkerSpec,
 )
+from raymerge.engine.worker.served import ModelSource
 from raymerge.files.progress import Progress
 
 
@@ -48,7 +49,7 @@ class WorkerGroup(Stepper, Protocol):
     ``close`` may be called.
     """
 
-    spec: WorkerSpec
+    source: ModelSource
 
     @property
     def preemption_pending(self) -> bool:
@@ -75,11 +76,11 @@ class LocalGroup:
     incidents: Sequence[Incident] = ()
     preemption_pending = False
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, source: ModelSource, spec: WorkerSpec) -> None:
         from raymerge.engine.worker.worker import MergeWorker
 
-        self.spec = spec
-        self._worker = MergeWorker(spec)
+        self.source = source
+        self._worker = MergeWorker(source, spec)
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]:
         return [self._worker.load(request, progress)]

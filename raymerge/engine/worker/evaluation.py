@@ -69,10 +69,15 @@ class Evaluator:
         self,
         encoder: FlatEncoder,
         pretrained: VisualCheckpoint,
-        shares: Sequence[ChunkRange],
-        images: Mapping[int, ImageList],
+        tasks: Sequence[TaskConfig],
+        rank: int,
+        workers: int,
     ) -> None:
         self._encoder, self._pretrained = encoder, pretrained
+        self._names = [task.name for task in tasks]
+        images = test_images(tasks)
+        sizes = {task: len(listed) for task, listed in images.items()}
+        shares = deal_chunks(sizes, workers)[rank]
         self._shares = [(share, _cut(images[share.task], share)) for share in shares]
         height, width = encoder.preprocess.size
         self._keep = sum(len(i) for _, i in self._shares) * 3 * height * width <= _KEEP_BYTES
@@ -81,7 +86,6 @@ class Evaluator:
     def scores(
         self,
         request: EvaluateRequest,
-        names: Sequence[str],
         head: Callable[[int], Tensor],
         progress: Callable[[int], None] | None = None,
     ) -> list[ChunkScore]:
@@ -89,7 +93,7 @@ class Evaluator:
         out: list[ChunkScore] = []
         loaded = None
         for share, images in self._shares:
-            reference = request.checkpoints.get(names[share.task])
+            reference = request.checkpoints.get(self._names[share.task])
             if reference is None:
                 continue
             if reference != loaded:

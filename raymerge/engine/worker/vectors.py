@@ -118,17 +118,17 @@ class StreamedVectors:
         self._shard, self._layers = shard, layers
 
     def merge(self, lambdas_KL: Tensor, theta_N: Tensor) -> None:
-        used = list(range(len(self._experts)))
+        experts, lambdas_KT = self._experts, self._layers.expand(lambdas_KL.float())
         if self._basis is None:
             used = lambdas_KL.any(1).nonzero().flatten().tolist()
-        lambdas_KT = self._layers.expand(lambdas_KL.float())[used]
+            experts, lambdas_KT = [experts[k] for k in used], lambdas_KT[used]
 
         def write(piece: Piece, base_n: Tensor, rows_Kn: Tensor) -> None:
             first = piece.start - self._shard.start
             theta_n = combine(base_n, rows_Kn, lambdas_KT[:, piece.tensor])
             theta_N[first : first + len(theta_n)].copy_(theta_n)
 
-        self._stream(write, [self._experts[k] for k in used])
+        self._stream(write, experts)
 
     def inner_products(self, gradient_N: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         out_CK = torch.zeros(self._shard.cells, len(self._experts))

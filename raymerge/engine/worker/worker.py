@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 import torch
 
-from raymerge.data.decoding import PinnedImages
 from raymerge.engine.messages import (
     ChunkScore,
     EvaluateRequest,
@@ -27,12 +26,10 @@ from raymerge.engine.messages import (
     WorkerSpec,
 )
 from raymerge.engine.worker.collectives import Collective
-from raymerge.engine.worker.evaluation import Evaluator, deal_chunks, test_images
-from raymerge.engine.worker.shard import ServedModel, Share, choose_device
-from raymerge.engine.worker.statistics import ExpertStatistics
+from raymerge.engine.worker.served import ModelSource, Pinned, ServedModel, choose_device
+from raymerge.engine.worker.shard import WorkerShard
 from raymerge.errors import RunError
 from raymerge.files.progress import Progress
-from raymerge.models.encoder import FlatEncoder
 
 
 class MergeWorker:
@@ -46,16 +43,14 @@ class MergeWorker:
     merge, gather, compute, reduce, inner_products; between calls the worker is idle.
     """
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        self.spec = spec
+    def __init__(self, source: ModelSource, spec: WorkerSpec) -> None:
+        self.source, self.spec = source, spec
         self.collective = Collective()
         self._clock = _Clock()
         self._generation = 0
         self._model: ServedModel | None = None
-        self._share: Share | None = None
-        self._images: dict[int, PinnedImages] = {}
-        self._evaluator: Evaluator | None = None
-        self._statistics: ExpertStatistics | None = None
+        self._shard: WorkerShard | None = None
+        self._pinned: Pinned = {}
 
     def ping(self) -> Heartbeat:
         """What this worker is at, at once, even while a step runs."""
@@ -69,11 +64,10 @@ class MergeWorker:
     def assign(self, spec: WorkerSpec) -> None:
         """Take another place among the workers; what is held and still fits is kept."""
         before, self.spec = self.spec, spec
-        self._evaluator = None
         if (before.shard, before.shards) != (spec.shard, spec.shards):
-            self._share = None
+            self._shard = None
         if before.shards != spec.shards:  # the length of θ, padded to whole shards
-            self._model = self._statistics = None
+            self._model = None
             self.collective.leave()
 
     def begin(self, phase: str, step: int | None = None) -> None:
@@ -101,17 +95,19 @@ class MergeWorker:
     def _load(self, request: LoadRequest, progress: Progress | None) -> LoadReport:
         started = time.perf_counter()
         vectors = None
-        if self._share is not None and request.same_vectors(self._share.request):
-            vectors = self._share.vectors
-        self._share = None  # free the old vectors before the new ones are read
-        self._share = Share(self.spec, request, self._ready(), self._images, progress, vectors)
+        if self._shard is not None and request.same_vectors(self._shard.request):
+            vectors = self._shard.vectors
+        self._shard = None  # free the old vectors before the new ones are read
+        self._shard = WorkerShard(
+            self.spec, self.source.task_names, request, self._ready(), progress, vectors
+        )
         return LoadReport(
             rank=self.spec.rank,
-            device=str(self._share.device),
-            tasks=tuple(self.spec.task_names[part.task] for part in self._share.slots),
-            vector_bytes=self._share.vectors.nbytes,
-            images=sum(len(images) for images in self._images.values()),
-            image_bytes=sum(images.nbytes for images in self._images.values()),
+            device=str(self._shard.device),
+            tasks=tuple(self.source.task_names[part.task] for part in self._shard.slots),
+            vector_bytes=self._shard.vectors.nbytes,
+            images=sum(map(len, self._pinned.values())),
+            image_bytes=self._ready().pinned_bytes(),
             seconds=time.perf_counter() - started,
         )
 
@@ -126,23 +122,23 @@ class MergeWorker:
                 f"step {request.step + 1}: of generation {request.generation}, and this is "
                 f"{self._generation}"
             )
-        if self._share is None or self._model is None:
+        if self._shard is None or self._model is None:
             raise RuntimeError("step() before load()")
         with self._during("merge", request.step):
-            return self._step(request, self._share, self._model.encoder)
+            return self._step(request, self._shard, self._model)
 
-    def _step(self, request: StepRequest, share: Share, encoder: FlatEncoder) -> StepResult:
-        theta_N = self.collective.mine(encoder.theta_P)
-        share.merge(request.lambdas, theta_N)
+    def _step(self, request: StepRequest, shard: WorkerShard, model: ServedModel) -> StepResult:
+        theta_N = self.collective.mine(model.theta_P)
+        shard.merge(request.lambdas, theta_N)
         self.begin("gather", request.step)
-        self.collective.all_gather(encoder.theta_P)
+        self.collective.all_gather(model.theta_P)
         self.begin("compute", request.step)
-        sums = share.backward(request)
+        sums = shard.backward(request)
         self.begin("reduce", request.step)
-        gradient_N = self.collective.reduce_scatter(encoder.gradient_P)
+        gradient_N = self.collective.reduce_scatter(model.gradient_P)
         self.begin("inner_products", request.step)
-        gradient_KL = share.inner_products(gradient_N, request.rows)
-        details = share.details(gradient_N, theta_N) if request.details else {}
+        gradient_KL = shard.inner_products(gradient_N, request.rows)
+        details = shard.details(gradient_N, theta_N) if request.details else {}
         return StepResult(
             step=request.step,
             rank=self.spec.rank,
@@ -160,29 +156,23 @@ class MergeWorker:
     ) -> list[ChunkScore]:
         """This worker's chunks of the tasks' test images, scored on the given checkpoints."""
         with self._during("evaluate"):
-            model = self._ready()
-            if self._evaluator is None:
-                images = test_images(self.spec.tasks)
-                sizes = {task: len(listed) for task, listed in images.items()}
-                dealt = deal_chunks(sizes, self.spec.workers)[self.spec.rank]
-                self._evaluator = Evaluator(model.encoder, model.pretrained, dealt, images)
-            names = self.spec.task_names
-            return self._evaluator.scores(request, names, model.head, progress)
+            return self._ready().scores(request, self.spec.rank, self.spec.workers, progress)
 
     def statistics(self, request: StatisticsRequest) -> StatisticsResult:
-        """What one task's expert makes of its images.
+        """The statistics of one task's expert on its own examples.
 
-        For RegMean++ the calls of a task come block by block, and the worker keeps where its images
-        have got to; the others keep nothing.
+        For RegMean++ the calls of a task come block by block, and the served model keeps the hidden
+        states of its images between them; the other statistics keep nothing.
         """
         with self._during("statistics"):
-            if self._statistics is None:
-                self._statistics = ExpertStatistics(self.spec, self._ready())
-            return self._statistics.gather(request)
+            values = self._ready().statistics(request)
+            return StatisticsResult(
+                request.task, {name: t.cpu().numpy() for name, t in values.items()}
+            )
 
     def _ready(self) -> ServedModel:
         if self._model is None:
-            self._model = ServedModel(self.spec)
+            self._model = self.source.serve(self.spec, self._pinned)
         return self._model
 
     @contextmanager

@@ -14,6 +14,7 @@ from raymerge.apps.experiments.entropy_bins import BIN_NAMES, ENTROPY_EDGES
 from raymerge.config.experiments import EntropyLoss
 from raymerge.engine.messages import ChunkScore, EvaluateRequest, WorkerSpec
 from raymerge.engine.scores import Samples, samples, summarise
+from raymerge.engine.worker.clip_model import ClipSource
 from raymerge.engine.worker.worker import MergeWorker
 from raymerge.errors import RunError
 
@@ -29,7 +30,7 @@ def _chunks(
     world: World, rank: int = 0, workers: int = 1, per_sample: bool = True
 ) -> list[ChunkScore]:
     config = world.parse()
-    worker = MergeWorker(WorkerSpec(config.model, config.tasks, rank, workers))
+    worker = MergeWorker(ClipSource(config.model, config.tasks), WorkerSpec(rank, workers))
     own = {task.name: str(task.checkpoint) for task in config.tasks}
     return worker.evaluate(EvaluateRequest(own, per_sample=per_sample))
 

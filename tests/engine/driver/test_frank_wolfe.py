@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from raymerge.config import Config
 from raymerge.engine.driver.loop import StepRecord, sum_results
 from raymerge.engine.driver.state import LearningState
 from raymerge.engine.messages import StepRequest, WorkerSpec
+from raymerge.engine.worker.clip_model import ClipSource
 from raymerge.engine.worker.worker import MergeWorker
 from raymerge.errors import RunError, UserError
 from raymerge.merging import frank_wolfe as fw
@@ -308,8 +308,8 @@ def test_the_gradient_with_tasks_that_no_model_was_trained_for(
     lambdas_KL = torch.full((2, len(pretrained)), 0.2, dtype=torch.float64)
     models = [experts[0], experts[2]]
     theta = _theta(lambdas_KL, pretrained, models)
-    spec = WorkerSpec(config.model, config.tasks, workers=workers)
-    group = [MergeWorker(replace(spec, rank=rank)) for rank in range(workers)]
+    source = ClipSource(config.model, config.tasks)
+    group = [MergeWorker(source, WorkerSpec(rank, workers)) for rank in range(workers)]
     for worker in group:
         worker.load(merging.load_request())
     for weights_M, counted in ((None, tasks), (np.eye(4)[3], tasks[3:])):

@@ -13,6 +13,7 @@ from PIL import Image
 from raymerge.config import Config
 from raymerge.engine.messages import ChunkScore, EvaluateRequest, WorkerSpec
 from raymerge.engine.scores import TaskScore, results_json, summarise
+from raymerge.engine.worker.clip_model import ClipSource
 from raymerge.engine.worker.evaluation import CHUNK, deal_chunks
 from raymerge.engine.worker.evaluation import test_images as labelled_test_images
 from raymerge.engine.worker.worker import MergeWorker
@@ -102,7 +103,7 @@ def test_only_tasks_with_a_test_folder_are_scored_and_errors_name_the_key(world,
 
 def _chunk_scores(config: Config, rank: int = 0, workers: int = 1) -> list[ChunkScore]:
     """One worker's chunks, each task on its own expert."""
-    worker = MergeWorker(WorkerSpec(config.model, config.tasks, rank, workers))
+    worker = MergeWorker(ClipSource(config.model, config.tasks), WorkerSpec(rank, workers))
     return worker.evaluate(EvaluateRequest({t.name: t.checkpoint for t in config.tasks}))
 
 
@@ -160,7 +161,7 @@ def test_three_workers_score_the_chunks_of_one_each_once_and_evenly(world, monke
 
 def test_evaluating_again_gives_the_same_and_another_checkpoint_another(world):
     config = world.parse()
-    worker = MergeWorker(WorkerSpec(config.model, config.tasks))
+    worker = MergeWorker(ClipSource(config.model, config.tasks), WorkerSpec())
     first, second = (config.tasks[i].checkpoint for i in (0, 1))
 
     def score(checkpoint: str) -> list[ChunkScore]:

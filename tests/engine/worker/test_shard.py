@@ -31,7 +31,8 @@ from raymerge.engine.messages import (
     VectorStorage,
     WorkerSpec,
 )
-from raymerge.engine.worker.shard import ServedModel, Share, _passes
+from raymerge.engine.worker.clip_model import ClipSource
+from raymerge.engine.worker.shard import WorkerShard, _passes
 from raymerge.engine.worker.worker import MergeWorker
 from raymerge.errors import DataError, RunError
 from raymerge.merging.method import Objective
@@ -56,12 +57,12 @@ def _request(granularity: str = "tensor", **changes) -> LoadRequest:
 
 
 def _load(worker: MergeWorker, request: LoadRequest) -> LoadReport:
-    return worker.load(_of(worker.spec, request))
+    return worker.load(_of(worker.source, request))
 
 
-def _of(spec: WorkerSpec, request: LoadRequest) -> LoadRequest:
+def _of(source: ClipSource, request: LoadRequest) -> LoadRequest:
     """The request, to merge the tasks' checkpoints."""
-    return replace(request, models=tuple(str(task.checkpoint) for task in spec.tasks))
+    return replace(request, models=tuple(str(task.checkpoint) for task in source.tasks))
 
 
 def _lambdas(granularity: str = "tensor") -> np.ndarray:
@@ -69,7 +70,7 @@ def _lambdas(granularity: str = "tensor") -> np.ndarray:
 
 
 def _worker(config: Config, request: LoadRequest, rank: int = 0, workers: int = 1, **spec):
-    worker = MergeWorker(WorkerSpec(config.model, config.tasks, rank, workers, **spec))
+    worker = MergeWorker(ClipSource(config.model, config.tasks), WorkerSpec(rank, workers, **spec))
     _load(worker, request)
     return worker
 
@@ -289,7 +290,7 @@ def _assert_flat_gradient(
 
     _load(worker, request)
     result = worker.step(step)
-    views = worker._model.layout.views(worker._model.encoder.gradient_P)
+    views = worker._model.layout.views(worker._model.gradient_P)
     names, gradients = list(theta), [tensor.grad for tensor in theta.values()]
     ours_P = torch.cat([views[name].flatten() for name in names]).double().numpy()
     _assert_close(ours_P, torch.cat([g.flatten() for g in gradients]).numpy(), rtol=2e-4)
@@ -343,11 +344,13 @@ def test_kl_is_the_divergence_from_each_tasks_own_expert(lone, literal, teachers
 def test_kls_teachers_are_the_experts_on_all_images_that_will_be_shown(lone, literal, teachers):
     """Once for all steps; and whatever the coefficients then are, an expert teaches itself 0."""
     _load(lone["worker"], _request("task", objective=Objective("kl"), images_per_step=50))
-    targets = lone["worker"]._share._targets
+    targets = lone["worker"]._shard._targets
     for task in range(K):
-        assert targets[task].images.tolist() == list(range(12))
+        assert targets[task].examples.tolist() == list(range(12))
         expected_BC = literal.logits(teachers[task], task, 0, 50).numpy()
-        np.testing.assert_allclose(targets[task].values.numpy(), expected_BC, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(
+            torch.cat(list(targets[task].values)).numpy(), expected_BC, rtol=0, atol=1e-4
+        )
         alone = lone["worker"].step(StepRequest(0, np.eye(K)[:, [task]]))
         assert abs(alone.loss[task]) < 1e-6
         assert np.delete(alone.loss, task).min() > 5e-6
@@ -429,7 +432,7 @@ def test_labels_follow_the_folders_whatever_the_order_of_classes(labelled):
     worker = _worker(labelled, _request(objective=Objective("cross_entropy")))
     for task, entry in enumerate(labelled.tasks):
         paths = sorted(Path(entry.adapt).rglob("*.png"))
-        target = worker._share._targets[task]
+        target = worker._shard._targets[task]
         expected = [_label(labelled, task, path) for path in paths]
         assert target.of(np.arange(len(paths))).tolist() == expected
         assert len(set(expected)) == COUNTS[task]
@@ -487,7 +490,7 @@ def test_the_models_are_those_of_the_request_not_of_the_tasks(lone, literal):
     lambdas_KL = np.zeros((K, LAYERS["tensor"]))
     lambdas_KL[[3, 1]] = _lambdas()[:2]
     expected = worker.step(StepRequest(0, lambdas_KL))
-    some = tuple(worker.spec.tasks[k].checkpoint for k in (3, 1))
+    some = tuple(worker.source.tasks[k].checkpoint for k in (3, 1))
     report = worker.load(replace(_request(), models=some))
     result = worker.step(StepRequest(0, _lambdas()[:2]))
     assert report.vector_bytes == whole.vector_bytes // 2
@@ -514,7 +517,7 @@ def test_details_are_the_products_of_whole_vectors(lone, literal):
     _load(worker, _request())
     details = worker.step(StepRequest(0, _lambdas(), details=True)).details
     theta = literal.theta(torch.from_numpy(_lambdas()))
-    views = worker._model.layout.views(worker._model.encoder.gradient_P)
+    views = worker._model.layout.views(worker._model.gradient_P)
     gradient = {name: view.double() for name, view in views.items()}
     names = list(theta)
     base = [(gradient[n] * literal.base[n]).sum().item() for n in names]
@@ -579,7 +582,9 @@ def test_passes_show_every_slot_once_in_order_and_evenly(most):
 
 def test_a_step_before_load_is_refused(config):
     with pytest.raises(RuntimeError, match="before load"):
-        MergeWorker(WorkerSpec(config.model, config.tasks)).step(StepRequest(0, _lambdas()))
+        MergeWorker(ClipSource(config.model, config.tasks), WorkerSpec()).step(
+            StepRequest(0, _lambdas())
+        )
 
 
 def test_the_report_says_what_is_held(lone, config):
@@ -609,7 +614,7 @@ def test_the_shares_of_all_workers_sum_to_one_workers_step(lone, config, workers
 
 def test_workers_pin_only_the_images_of_their_own_slots(config):
     reports = [
-        _load(MergeWorker(WorkerSpec(config.model, config.tasks, rank, 4)), _request())
+        _load(MergeWorker(ClipSource(config.model, config.tasks), WorkerSpec(rank, 4)), _request())
         for rank in range(4)
     ]
     assert [report.tasks for report in reports] == [(name,) for name in config.task_names]
@@ -620,23 +625,26 @@ def test_workers_pin_only_the_images_of_their_own_slots(config):
 def test_shards_give_the_gradient_of_the_whole(lone, config, shards):
     """The collectives done by hand: gather θ, sum ∂ℒ/∂θ, and each takes its own columns."""
     whole = _step(lone, _request())
-    spec = WorkerSpec(config.model, config.tasks, workers=shards, shards=shards)
-    specs = [replace(spec, rank=rank) for rank in range(shards)]
-    models = [ServedModel(s) for s in specs]
-    shares = [Share(s, _of(s, _request()), m, {}) for s, m in zip(specs, models, strict=True)]
-    width = models[0].encoder.theta_P.numel() // shards
+    source = ClipSource(config.model, config.tasks)
+    specs = [WorkerSpec(rank, shards, shards) for rank in range(shards)]
+    models = [source.serve(spec, {}) for spec in specs]
+    shares = [
+        WorkerShard(spec, source.task_names, _of(source, _request()), model)
+        for spec, model in zip(specs, models, strict=True)
+    ]
+    width = models[0].theta_P.numel() // shards
     columns = [slice(rank * width, (rank + 1) * width) for rank in range(shards)]
 
     held = sum(share.vectors.nbytes for share in shares)
     assert held == 4 * K * models[0].layout.shard(0, shards).padded_columns
     for share, model, here in zip(shares, models, columns, strict=True):
-        share.merge(_lambdas(), model.encoder.theta_P[here])
-    gathered = torch.cat([m.encoder.theta_P[here] for m, here in zip(models, columns, strict=True)])
+        share.merge(_lambdas(), model.theta_P[here])
+    gathered = torch.cat([m.theta_P[here] for m, here in zip(models, columns, strict=True)])
     losses, request = [], StepRequest(0, _lambdas())
     for share, model in zip(shares, models, strict=True):
-        model.encoder.theta_P.copy_(gathered)
+        model.theta_P.copy_(gathered)
         losses.append(share.backward(request).loss)
-    summed_P = sum(model.encoder.gradient_P for model in models)
+    summed_P = sum(model.gradient_P for model in models)
     gradient_KL = sum(
         share.inner_products(summed_P[here]) for share, here in zip(shares, columns, strict=True)
     )
@@ -647,5 +655,5 @@ def test_shards_give_the_gradient_of_the_whole(lone, config, shards):
 def test_slots_are_counted_by_the_population(lone, config):
     _load(lone["worker"], _request(images_per_step=50))
     counts = slot_counts([12] * K, 50)
-    slots = lone["worker"]._share.slots
+    slots = lone["worker"]._shard.slots
     assert [(s.task, s.start, s.stop) for s in slots] == [(k, 0, counts[k]) for k in range(K)]

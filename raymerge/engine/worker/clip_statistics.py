@@ -1,4 +1,4 @@
-"""On a worker: what one expert makes of its own task's images, Fisher diagonals or Gram matrices.
+"""Statistics of one CLIP expert on its own task's images: Fisher diagonals and Gram matrices.
 
 Legend: N images, P columns of the flat vector.
 """
@@ -6,6 +6,7 @@ Legend: N images, P columns of the flat vector.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,34 +14,52 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from raymerge.config import TaskConfig
 from raymerge.data.decoding import PinnedImages
 from raymerge.data.slots import step_images
 from raymerge.data.sources import unlabeled_images
-from raymerge.engine.messages import StatisticsRequest, StatisticsResult, WorkerSpec
-from raymerge.engine.worker.evaluation import load_weights
+from raymerge.engine.messages import StatisticsRequest
 from raymerge.engine.worker.grams import HiddenStates, grams
-from raymerge.engine.worker.shard import ServedModel
 from raymerge.merging.fisher import fisher_diagonal
-from raymerge.models.checkpoints.visual_tower import open_visual
+from raymerge.merging.layout import ParameterLayout
+from raymerge.models.checkpoints.visual_tower import VisualCheckpoint
+from raymerge.models.encoder import FlatEncoder
+
+
+class ExpertModel(Protocol):
+    """What the statistics need of a served CLIP model."""
+
+    encoder: FlatEncoder
+    layout: ParameterLayout
+    tasks: tuple[TaskConfig, ...]
+
+    def head(self, task: int) -> Tensor: ...
+
+    def load_expert(self, task: int) -> None: ...
+
+    def open_expert(self, reference: str) -> VisualCheckpoint: ...
 
 
 class ExpertStatistics:
-    """Gathers what a request asks for, one task at a time."""
+    """Gathers the statistics of a request, one task at a time.
 
-    def __init__(self, spec: WorkerSpec, model: ServedModel) -> None:
-        self._spec, self._model = spec, model
+    For RegMean++ the requests of a task come block by block, and the hidden states of its images
+    are kept between them.
+    """
+
+    def __init__(self, model: ExpertModel) -> None:
+        self._model = model
         self._states: dict[int, HiddenStates] = {}
 
-    def gather(self, request: StatisticsRequest) -> StatisticsResult:
+    def gather(self, request: StatisticsRequest) -> dict[str, Tensor]:
         """Raises :class:`~raymerge.errors.UserError` for a damaged file or an unfit tower."""
         work = {"fisher": self._fisher, "grams": self._grams, "block_grams": self._block_grams}
-        found = work[request.kind](request)
-        return StatisticsResult(request.task, {name: t.cpu().numpy() for name, t in found.items()})
+        return work[request.kind](request)
 
     def _fisher(self, request: StatisticsRequest) -> dict[str, Tensor]:
         """The diagonal (P,), zero where the tower has buffers."""
         encoder, layout = self._model.encoder, self._model.layout
-        load_weights(encoder, self._model.pretrained, self._checkpoint(request))
+        self._model.load_expert(request.task)
         head_DC, visual = self._model.head(request.task), encoder.visual
 
         def logits(parameters: dict[str, Tensor], images: Tensor) -> Tensor:
@@ -61,7 +80,7 @@ class ExpertStatistics:
         return {"fisher": fisher_P}
 
     def _grams(self, request: StatisticsRequest) -> dict[str, Tensor]:
-        load_weights(self._model.encoder, self._model.pretrained, self._checkpoint(request))
+        self._model.load_expert(request.task)
         return grams(self._model.encoder.visual, self._images(request))
 
     def _block_grams(self, request: StatisticsRequest) -> dict[str, Tensor]:
@@ -85,7 +104,7 @@ class ExpertStatistics:
 
     def _load_block(self, reference: str, block: int) -> None:
         layout = self._model.layout
-        checkpoint = open_visual(reference, layout, self._model.pretrained)
+        checkpoint = self._model.open_expert(reference)
         theta_P = self._model.encoder.theta_P
         for t, name in enumerate(layout.names):
             if name.startswith(f"transformer.resblocks.{block}."):
@@ -95,11 +114,11 @@ class ExpertStatistics:
                 theta_P[piece.start : piece.stop].copy_(values_n)
 
     def _checkpoint(self, request: StatisticsRequest) -> str:
-        return str(self._spec.tasks[request.task].checkpoint)
+        return str(self._model.tasks[request.task].checkpoint)
 
     def _images(self, request: StatisticsRequest) -> Tensor:
         """(N, 3, H, W), normalised, on the device; all of a task that has no more."""
-        task, encoder = self._spec.tasks[request.task], self._model.encoder
+        task, encoder = self._model.tasks[request.task], self._model.encoder
         source = unlabeled_images(str(task.adapt), f"tasks[{request.task}].adapt")
         count = min(request.images, len(source))
         chosen = np.sort(step_images(request.seed, task.name, 0, count, len(source)))

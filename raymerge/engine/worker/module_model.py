@@ -1,0 +1,241 @@
+"""A user's ``nn.Module`` as workers serve it: its checkpoints, its flat parameters, its batches.
+
+One example of the engine is one batch of the user, of any content; the user's function gives its
+logits.
+
+Legend: K models, P columns of the flat vector, B rows of a batch, C classes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from raymerge.data.slots import step_images
+from raymerge.engine.messages import ChunkScore, EvaluateRequest, StatisticsRequest, WorkerSpec
+from raymerge.engine.worker.served import Examples, Pinned
+from raymerge.errors import CheckpointError, UserError
+from raymerge.files.progress import Progress
+from raymerge.merging.fisher import add_row_squares
+from raymerge.merging.layout import ParameterLayout
+from raymerge.models.checkpoints.checkpoint import Checkpoint, TensorSpec
+from raymerge.models.checkpoints.opening import open_stored
+from raymerge.models.checkpoints.visual_tower import VisualCheckpoint, match_visual
+from raymerge.models.flat import view_flat
+
+Batch = Any
+"""Whatever ``logits`` understands."""
+Logits = Callable[[nn.Module, Batch, str], Tensor]
+"""(model, batch, task) → (B, C), differentiable in the model's parameters."""
+Expert = nn.Module | Mapping[str, Tensor] | str | Path
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Value(Generic[T]):
+    """A getter of what this process holds; a group of actors puts another in its place."""
+
+    value: T
+
+    def __call__(self) -> T:
+        return self.value
+
+
+@dataclass(frozen=True)
+class ModuleParts:
+    """What a user brings: the pretrained module, the experts by task, and the logits' function.
+
+    ``merged``: says of a tensor's name whether it is merged.
+    """
+
+    module: nn.Module
+    experts: Mapping[str, Expert]
+    merged: Callable[[str], bool]
+    logits: Logits | None
+
+
+@dataclass(frozen=True)
+class ModuleSource:
+    """A user's module and batches, as getters, so that a worker fetches its own tasks' alone.
+
+    ``classes``: the largest number of classes of any task.
+    """
+
+    task_names: tuple[str, ...]
+    parts: Callable[[], ModuleParts]
+    batches: tuple[Callable[[], Sequence[Batch]], ...]
+    populations: tuple[int, ...]
+    classes: int
+
+    def serve(self, spec: WorkerSpec, pinned: Pinned) -> ModuleModel:
+        return ModuleModel(self, spec, pinned)
+
+    def stored(self, put: Callable[[Any], Callable[[], Any]]) -> ModuleSource:
+        batches = tuple(put(get()) for get in self.batches)
+        return replace(self, parts=put(self.parts()), batches=batches)
+
+
+@dataclass
+class HeldCheckpoint:
+    """A state dict in memory, seen as an opened checkpoint."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    kind: str = "in memory"
+
+    def __post_init__(self) -> None:
+        self.specs: Mapping[str, TensorSpec] = {
+            key: TensorSpec(tuple(t.shape), t.dtype) for key, t in self.tensors.items()
+        }
+
+    def fill(self, key: str, start: int, out_n: Tensor) -> None:
+        stored = self.tensors[key].detach().reshape(-1)
+        out_n.copy_(stored[start : start + len(out_n)])
+
+
+@dataclass(frozen=True)
+class ModuleFiles:
+    """θ₀ and the experts by task, known to fit each other."""
+
+    layout: ParameterLayout
+    pretrained: VisualCheckpoint
+    experts: Mapping[str, VisualCheckpoint]
+
+    @classmethod
+    def open(cls, parts: ModuleParts) -> ModuleFiles:
+        """Raises :class:`UserError` where nothing is merged or an expert does not fit."""
+        state = parts.module.state_dict()
+        layout = _layout(parts.module, parts.merged)
+        if not layout.names:
+            raise UserError(
+                "merged: no floating-point tensor of the model is merged; select at least one"
+            )
+        ignored = state.keys() - set(layout.names)
+        experts = {
+            name: match_visual(_opened(name, expert, ignored), layout)
+            for name, expert in parts.experts.items()
+        }
+        return cls(layout, match_visual(_held("the model", state, ignored), layout), experts)
+
+
+def _layout(model: nn.Module, merged: Callable[[str], bool]) -> ParameterLayout:
+    """The tensors to merge, in the state dict's order; of tied ones the first."""
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
+        name for name, _ in model.named_parameters()
+    }
+    state = model.state_dict()
+    return ParameterLayout.of({k: t for k, t in state.items() if k not in tied and merged(k)})
+
+
+def _opened(name: str, expert: Expert, ignored: set[str]) -> Checkpoint:
+    if isinstance(expert, nn.Module):
+        expert = expert.state_dict()
+    if isinstance(expert, Mapping):
+        return _held(f"experts[{name!r}]", expert, ignored)
+    opened = open_stored(str(expert))
+    opened.specs = {key: spec for key, spec in opened.specs.items() if key not in ignored}
+    return opened
+
+
+def _held(name: str, tensors: Mapping[str, Tensor], ignored: set[str]) -> Checkpoint:
+    wrong = [key for key, tensor in tensors.items() if not isinstance(tensor, Tensor)]
+    if wrong:
+        raise CheckpointError(f"{name}: {wrong[0]!r} is no tensor; give a state dict")
+    kept = {key: tensor for key, tensor in tensors.items() if key not in ignored}
+    return HeldCheckpoint(Path(name), kept)
+
+
+class ModuleModel:
+    """A copy of the user's module over flat θ and ∂ℒ/∂θ, in evaluation mode.
+
+    See ``served.ServedModel``. One batch is one pass: batches of different tasks may differ in
+    anything.
+    """
+
+    slots_per_pass = 1
+
+    def __init__(self, source: ModuleSource, spec: WorkerSpec, pinned: Pinned) -> None:
+        parts = source.parts()
+        files = ModuleFiles.open(parts)
+        self._source, self._logits, self._pinned = source, parts.logits, pinned
+        self.layout, self.pretrained, self._experts = files.layout, files.pretrained, files.experts
+        self.classes = source.classes
+        columns = self.layout.shard(spec.shard, spec.shards).padded_columns
+        self.module, self.theta_P, self.gradient_P = flat_copy(parts.module, self.layout, columns)
+
+    def open_expert(self, reference: str) -> VisualCheckpoint:
+        return self._experts[reference]
+
+    def load_expert(self, task: int) -> None:
+        expert = self._experts[self._source.task_names[task]]
+        self.theta_P.copy_(expert.flat(len(self.theta_P)))
+
+    def populations(self) -> list[int]:
+        return list(self._source.populations)
+
+    def pin(
+        self, needed: Mapping[int, NDArray[np.int64]], progress: Progress, threads: int
+    ) -> None:
+        for task in needed:
+            if task not in self._pinned:
+                self._pinned[task] = self._source.batches[task]()
+                progress(len(self._pinned[task]))
+
+    def pinned_bytes(self) -> int:
+        """0: a batch may be anything, so its size is not known."""
+        return 0
+
+    def outputs(self, examples: Sequence[Examples], autocast: bool) -> list[Tensor]:
+        return [
+            torch.cat([self._batch_logits(task, self._pinned[task][i]) for i in batches.tolist()])
+            for task, batches in examples
+        ]
+
+    def _batch_logits(self, task: int, batch: Batch) -> Tensor:
+        assert self._logits is not None
+        return self._logits(self.module, batch, self._source.task_names[task]).float()
+
+    def labels(self, task: int) -> Tensor:
+        raise UserError("method.objective: cross_entropy needs labels, and batches have none")
+
+    def statistics(self, request: StatisticsRequest) -> dict[str, Tensor]:
+        """The Fisher diagonal (P,) over the rows of the drawn batches, zero for buffers."""
+        self.load_expert(request.task)
+        name, batches = self._source.task_names[request.task], self._source.batches[request.task]()
+        count = min(request.images, len(batches))
+        chosen = np.sort(step_images(request.seed, name, 0, count, len(batches)))
+        generator = torch.Generator().manual_seed(request.seed)
+        total_P, rows = torch.zeros_like(self.gradient_P), 0
+        for i in chosen.tolist():
+            logits_BC = self._batch_logits(request.task, batches[i])
+            add_row_squares(logits_BC, self.gradient_P, total_P, request.samples, generator)
+            rows += len(logits_BC)
+        return {"fisher": total_P[: self.layout.columns] / rows}
+
+    def scores(
+        self, request: EvaluateRequest, rank: int, workers: int, progress: Progress | None
+    ) -> list[ChunkScore]:
+        """None: a user's batches have no labels, so no task has test examples."""
+        return []
+
+
+def flat_copy(
+    module: nn.Module, layout: ParameterLayout, columns: int | None = None
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """A copy of ``module`` in evaluation mode over flat θ and ∂ℒ/∂θ, both (P,) on its device.
+
+    ``columns``: P, by default the layout's.
+    """
+    copied = copy.deepcopy(module).eval().requires_grad_(False)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    theta_P, gradient_P = (torch.zeros(columns or layout.columns, device=device) for _ in range(2))
+    view_flat(copied, layout, theta_P, gradient_P)
+    return copied, theta_P, gradient_P
