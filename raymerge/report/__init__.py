@@ -1,7 +1,10 @@
-"""Reports drawn from a finished run's files alone: no torch, no Ray, matplotlib only on demand."""
+"""The report of a finished run, comparison or experiment, drawn from its files alone.
 
-from raymerge.report.plots import write_plots
+``records`` and ``data`` read the folder, ``charts`` and ``tables`` decide what to show, ``figures``
+draws with matplotlib (imported on demand), and the templates make the page. No torch, no Ray.
+"""
+
 from raymerge.report.terminal import comparison_table
-from raymerge.report.write import write_report
+from raymerge.report.write import write_plots, write_report
 
 __all__ = ["comparison_table", "write_plots", "write_report"]

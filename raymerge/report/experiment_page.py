@@ -1,95 +1,60 @@
-"""The report of an experiment: its tables, its curves, and what a reader must know of them."""
+"""The report of an experiment: its tables and curves, and what a reader must know of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from markupsafe import Markup
 
-from raymerge.report.curves import found_series
-from raymerge.report.data import Experiment, FoundCurves, FoundTable
-from raymerge.report.formats import percent, tick_text
-from raymerge.report.markup import Markup, join, tag
-from raymerge.report.names import KNOWN_METHODS, NOT_MERGED, method_title
+from raymerge.report.charts import findings_chart
+from raymerge.report.comparison_page import best_models, best_note
+from raymerge.report.data import Experiment
+from raymerge.report.formats import plural
+from raymerge.report.names import KNOWN_METHODS
 from raymerge.report.ranking import leaders
-from raymerge.report.sections import note, page, provenance_sections, section
-from raymerge.report.svg import line_chart
-from raymerge.report.tables import found_table
+from raymerge.report.records import FindingsTable
+from raymerge.report.render import render
+from raymerge.report.tables import findings_table
 
 
 def experiment_page(experiment: Experiment) -> str:
-    header = tag(
-        "header", tag("h1", experiment.title), tag("p", *headline(experiment), class_="lead")
-    )
-    folder = experiment.folder.resolve().name
-    return page(f"{experiment.title} · {folder}", header, _body(experiment), folder)
-
-
-def headline(experiment: Experiment) -> list[str]:
-    """The best mean of a merged model, where a table has one; else how much there is to see."""
     methods = KNOWN_METHODS | experiment.methods
+    return render(
+        "experiment.html",
+        experiment.folder,
+        experiment.provenance,
+        title=experiment.title,
+        headline=headline(experiment, methods),
+        remarks=experiment.notes,
+        tables=[_table_part(found, methods) for found in experiment.tables],
+        charts=[
+            {"title": each.title, "chart": findings_chart(each), "caption": each.caption}
+            for each in experiment.curves
+        ],
+    )
+
+
+def headline(experiment: Experiment, methods: frozenset[str]) -> Markup:
+    """Return the best mean of a merged model, or else how much there is to see."""
     for table in experiment.tables:
         means = _means(table, methods)
-        if best := sorted(leaders(means)):
-            verb = (
-                "gives the best merged model" if len(best) == 1 else "give the best merged models"
-            )
-            share = tag("strong", f"{percent(means[best[0]])} %")
-            names = " and ".join(map(method_title, best))
-            return [f"{names} {verb}: ", share, f" in the mean. ({table.title}.)"]
+        if best := leaders(means):
+            models = best_models(best, means[min(best)])
+            return Markup("{} in the mean. ({}.)").format(models, table.title)
     tables, charts = len(experiment.tables), len(experiment.curves)
-    return [f"{_plural(tables, 'table')} and {_plural(charts, 'chart')}."]
+    return Markup("{} and {}.").format(plural(tables, "table"), plural(charts, "chart"))
 
 
-def _means(table: FoundTable, methods: frozenset[str]) -> dict[str, float]:
+def _means(table: FindingsTable, methods: frozenset[str]) -> dict[str, float]:
+    """Return the cells of the column "mean" that belong to methods."""
     if "mean" not in table.columns:
         return {}
     column = table.columns.index("mean")
-    found = {name: row[column] for name, row in table.rows.items() if name in methods}
-    return {name: cell for name, cell in found.items() if isinstance(cell, float)}
+    cells = {name: row[column] for name, row in table.rows.items() if name in methods}
+    return {name: cell for name, cell in cells.items() if isinstance(cell, float)}
 
 
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _body(experiment: Experiment) -> Markup:
-    methods = KNOWN_METHODS | experiment.methods
-    return join(
-        section("Notes", _notes(experiment)),
-        *(_table(found, methods) for found in experiment.tables),
-        *(_chart(found) for found in experiment.curves),
-        provenance_sections(experiment.provenance),
-    )
-
-
-def _notes(experiment: Experiment) -> Markup | None:
-    if not experiment.notes:
-        return None
-    return tag("ul", *(tag("li", each) for each in experiment.notes))
-
-
-def _table(found: FoundTable, methods: frozenset[str]) -> Markup | None:
-    html = found_table(found, methods)
-    marks = " Bold: the best merged model." if 'class="number best"' in html else ""
-    grey = " Grey: nothing is merged." if NOT_MERGED & found.rows.keys() else ""
-    caption = f"{found.caption}{marks}{grey}".strip()
-    return section(found.title, html, note(caption) if caption else None)
-
-
-def _chart(found: FoundCurves) -> Markup | None:
-    y_label, y_text = _y_axis(found)
-    chart = line_chart(
-        found_series(found),
-        label=found.title,
-        x_label=found.x_label,
-        y_label=y_label,
-        y_text=y_text,
-    )
-    return chart and section(found.title, chart, note(found.caption) if found.caption else None)
-
-
-def _y_axis(found: FoundCurves) -> tuple[str, Callable[[float], str]]:
-    """Accuracies are shown as percentages, all else as it is."""
-    if "top-1" not in found.y_label:
-        return found.y_label, tick_text
-    label = found.y_label if "%" in found.y_label else f"{found.y_label}, %"
-    return label, lambda value: tick_text(round(100 * value, 1))
+def _table_part(found: FindingsTable, methods: frozenset[str]) -> dict[str, object]:
+    table = findings_table(found, methods)
+    has_best = any("best" in cell.kind for row in table.rows for cell in row.cells)
+    legend = best_note(found.rows, "nothing is merged", has_best)
+    caption = f"{found.caption} {legend}".strip()
+    return {"title": found.title, "table": table, "caption": caption}

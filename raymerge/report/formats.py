@@ -1,9 +1,6 @@
-"""How numbers are written."""
+"""How numbers are written, for the page and the terminal."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Iterable
 
 NO_VALUE = "–"
 
@@ -14,11 +11,19 @@ def percent(value: float | None) -> str:
 
 
 def decimal(value: float | None, places: int = 3) -> str:
-    return NO_VALUE if value is None else f"{value:.{places}f}"
+    """A number with as many decimals, a very large one with an exponent."""
+    if value is None:
+        return NO_VALUE
+    return f"{value:.{places}f}" if abs(value) < 1e6 else f"{value:.{places}g}"
 
 
 def count(value: int | None) -> str:
     return NO_VALUE if value is None else f"{value:,}"
+
+
+def plural(number: int, noun: str) -> str:
+    """1 and "step" → "1 step", 500 → "500 steps"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def seconds(value: float) -> str:
@@ -32,23 +37,6 @@ def seconds(value: float) -> str:
     return f"{int(value) // 3600} h {int(value) % 3600 // 60} min"
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) inside [low, high], about ``about``."""
-    if not high > low:
-        return [low]
-    rough = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
-
-
-def tick_text(value: float) -> str:
-    return f"{value:g}".replace("-", "−")
-
-
-def same_places(texts: Iterable[str]) -> list[str]:
-    """Numbers with as many decimals as the longest: "0.5", "1" → "0.5", "1.0"."""
-    parts = [text.partition(".") for text in texts]
-    places = max((len(decimals) for _, _, decimals in parts), default=0)
-    return [f"{whole}.{part:0<{places}}" if places else whole for whole, _, part in parts]
+def short(value: float, digits: int = 6) -> str:
+    """A number with at most ``digits`` significant digits: 0.5 → "0.5", -1 → "−1"."""
+    return f"{value:.{digits}g}".replace("-", "−")

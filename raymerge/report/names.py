@@ -45,18 +45,18 @@ NOT_MERGED = frozenset({"zero_shot", "individual", "joint"})
 
 
 def method_title(name: str) -> str:
-    """``adamerging_pp`` → "AdaMerging++ (layer-wise)"; an unknown name stays as it is."""
+    """Return "AdaMerging++ (layer-wise)" for ``adamerging_pp``; an unknown name stays."""
     return _TITLES.get(name, name)
 
 
 def run_method(run: Run) -> str:
-    """A run's method, told apart by granularity and task vectors as a comparison names it."""
+    """Return a run's method, by granularity and task vectors as a comparison names it."""
     name = (run.results.method if run.results else "") or run.settings.name
     if name != "adamerging":
         return name
     plus = "_pp" if run.settings.task_vectors == "ties" else ""
-    task_wise = run.lambdas is not None and run.lambdas.layers == ("all",)
-    granularity = "task" if task_wise else run.settings.granularity
+    is_task_wise = run.lambdas is not None and run.lambdas.layers == ("all",)
+    granularity = "task" if is_task_wise else run.settings.granularity
     return name + plus + (f"_{granularity}" if granularity in ("task", "block") else "")
 
 
@@ -66,7 +66,7 @@ def run_title(run: Run) -> str:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Columns ``start`` to ``stop`` (exclusive) of a heat map: one block of the network."""
+    """The columns ``start`` to ``stop`` (exclusive) of a heat map: one block of the network."""
 
     start: int
     stop: int
@@ -74,11 +74,11 @@ class LayerGroup:
 
 
 def layer_groups(layers: Sequence[str]) -> list[LayerGroup]:
-    """Runs of consecutive layers in the same block.
+    """Return the runs of consecutive layers in the same block.
 
     A block is the path up to its first number (``transformer.resblocks.3``, ``layer1.0``) and
-    is labelled by that number where all blocks share the rest. What stands before the first
-    block is "pre", after the last "post".
+    is labelled by that number where all blocks share the rest. Layers before the first block are
+    "pre", those after the last "post".
     """
     keys = [_block(name) for name in layers]
     shared = len({key.rpartition(".")[0] for key in keys if key}) <= 1

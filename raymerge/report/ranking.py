@@ -1,20 +1,20 @@
-"""Which methods of a comparison are best, and at what."""
+"""The ranking of a comparison: its tasks, its means, and the best merged methods."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from raymerge.report.data import Results
 from raymerge.report.names import NOT_MERGED
+from raymerge.report.records import Results
 
 
 def task_names(methods: Mapping[str, Results]) -> list[str]:
-    """All tasks, in order of their first appearance."""
+    """Return all tasks, in order of their first appearance."""
     return list(dict.fromkeys(task for results in methods.values() for task in results.tasks))
 
 
 def leaders(values: Mapping[str, float | None], *, smallest: bool = False) -> frozenset[str]:
-    """The merged methods with the best value, all of them at a tie; references do not compete."""
+    """Return the merged methods with the best value, all at a tie; references do not compete."""
     competing = {m: v for m, v in values.items() if v is not None and m not in NOT_MERGED}
     if not competing:
         return frozenset()

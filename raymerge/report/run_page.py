@@ -1,55 +1,80 @@
-"""The report of one run."""
+"""The report of one run: its scores, how it learned, and the coefficients that it found."""
 
 from __future__ import annotations
 
-from raymerge.report.data import Run
-from raymerge.report.formats import percent
-from raymerge.report.markup import Markup, join, tag
+from markupsafe import Markup
+
+from raymerge.report.charts import entropy_chart, lambda_curves, lambda_map
+from raymerge.report.curves import window
+from raymerge.report.data import Metrics, Run
+from raymerge.report.formats import decimal, percent, plural
 from raymerge.report.names import run_method, run_title
-from raymerge.report.sections import (
-    entropy_chart,
-    lambda_curves,
-    learned_lambdas,
-    page,
-    provenance_sections,
-    section,
-)
+from raymerge.report.records import Lambdas
+from raymerge.report.render import render
 from raymerge.report.tables import score_table
 
 
 def run_page(run: Run) -> str:
-    title = run_title(run)
-    header = tag("header", tag("h1", title), tag("p", *headline(run), class_="lead"))
-    folder = run.folder.resolve().name
-    return page(f"{title} · {folder}", header, _body(run), folder)
-
-
-def _body(run: Run) -> Markup:
-    results, metrics, lambdas = run.results, run.metrics, run.lambdas
-    return join(
-        section("Accuracy by task", score_table(results) if results and results.tasks else None),
-        section("Entropy while learning", entropy_chart(metrics) if metrics else None),
-        section(
-            "Coefficients while learning", lambda_curves(metrics, lambdas) if metrics else None
-        ),
-        section("Learned coefficients", learned_lambdas(lambdas) if lambdas else None),
-        provenance_sections(run.provenance, metrics),
+    results, metrics = run.results, run.metrics
+    return render(
+        "run.html",
+        run.folder,
+        run.provenance,
+        metrics,
+        title=run_title(run),
+        headline=headline(run),
+        scores=score_table(results) if results and results.tasks else None,
+        entropy=entropy_chart(metrics) if metrics else None,
+        entropy_note=_entropy_note(metrics) if metrics else "",
+        **learned(run),
     )
 
 
-def headline(run: Run) -> list[str]:
-    """What was done and what came of it, in plain English."""
-    return [f"{_deed(run)}. ", *_outcome(run)]
+def learned(run: Run) -> dict[str, object]:
+    """Return the charts of the coefficients, and a sentence on their range."""
+    return {
+        "curves": lambda_curves(run),
+        "lambda_map": lambda_map(run.lambdas),
+        "lambdas_note": _range_note(run.lambdas) if run.lambdas else "",
+    }
 
 
-def _deed(run: Run) -> str:
-    fixed = {
+def _entropy_note(metrics: Metrics) -> str:
+    width = window(len(metrics.steps))
+    note = f"Running means over {width} steps. " if width > 1 else ""
+    note += "Entropy of the predictions on each step's images."
+    losses = [loss for loss in metrics.loss if loss is not None]
+    if losses:
+        first, last = decimal(losses[0]), decimal(losses[-1])
+        note += f" The loss went from {first} at the first step to {last} at the last."
+    return note
+
+
+def _range_note(lambdas: Lambdas) -> str:
+    cells = [
+        (value, task if lambdas.is_task_wise else f"{task}, {layer}")
+        for task, row_L in zip(lambdas.tasks, lambdas.values, strict=True)
+        for layer, value in zip(lambdas.layers, row_L, strict=True)
+    ]
+    (low, low_place), (high, high_place) = min(cells), max(cells)
+    if low == high:
+        return f"Every λ is {decimal(low)}."
+    return f"From {decimal(low)} ({low_place}) to {decimal(high)} ({high_place})."
+
+
+def headline(run: Run) -> Markup:
+    """Return what was done and what came of it, in plain English."""
+    return Markup("{}. {}").format(_summary(run), _outcome(run))
+
+
+def _summary(run: Run) -> str:
+    references = {
         "zero_shot": "The pretrained model as it is, without any fine-tuned weights",
         "individual": "Every task with its own fine-tuned model, none of them merged",
         "joint": "One model trained on the labelled images of all tasks",
     }
-    if (method := run_method(run)) in fixed:
-        return fixed[method]
+    if (method := run_method(run)) in references:
+        return references[method]
     tasks = _task_count(run)
     merged = f"{tasks} fine-tuned models were merged into one" if tasks else "A merged model"
     return merged + _learning(run)
@@ -64,27 +89,25 @@ def _task_count(run: Run) -> int:
 
 
 def _learning(run: Run) -> str:
-    """ ", with 8 × 52 coefficients learned in 500 steps from unlabeled images"."""
+    """Return such as ", with 8 × 52 coefficients learned in 500 steps from unlabeled images"."""
     if not run.metrics:
         return ""
     images = "labelled" if run.settings.objective == "cross_entropy" else "unlabeled"
-    steps = f"learned in {_plural(len(run.metrics.steps), 'step')} from {images} images"
+    steps = f"learned in {plural(len(run.metrics.steps), 'step')} from {images} images"
     if not run.lambdas:
         return f", with coefficients {steps}"
-    tasks, layers = len(run.lambdas.tasks), len(run.lambdas.layers)
-    if run.lambdas.task_wise:
+    if run.lambdas.is_task_wise:
         return f", with one coefficient for each model, {steps}"
+    tasks, layers = len(run.lambdas.tasks), len(run.lambdas.layers)
     return f", with {tasks * layers:,} coefficients ({tasks} models × {layers} layers) {steps}"
 
 
-def _outcome(run: Run) -> list[str]:
+def _outcome(run: Run) -> str:
     if run.results is None or run.results.average.top1 is None:
-        return ["No task has test data, so there is no accuracy."]
+        return "No task has test data, so there is no accuracy."
     tested = sum(score.top1 is not None for score in run.results.tasks.values())
-    over = f", on average over {_plural(tested, 'task')}" if tested > 1 else ""
-    share = tag("strong", f"{percent(run.results.average.top1)} %")
-    return ["It classifies ", share, f" of the test images correctly{over}."]
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    over = f", on average over {plural(tested, 'task')}" if tested > 1 else ""
+    share = percent(run.results.average.top1)
+    return Markup("It classifies <strong>{} %</strong> of the test images correctly{}.").format(
+        share, over
+    )

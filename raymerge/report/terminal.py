@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from raymerge.report.data import Results, Scan, parse_results, parse_scan
-from raymerge.report.formats import NO_VALUE, percent, tick_text
+from raymerge.report.formats import NO_VALUE, percent, short
 from raymerge.report.names import method_title
 from raymerge.report.ranking import leaders, mean_top1, task_names
-from raymerge.report.reading import Node
+from raymerge.report.records import ComparisonRecord, Results, Scan, validate
 
 COLUMNS = 100
 """The width of terminal to fit."""
@@ -22,16 +20,16 @@ def comparison_table(
     results: Mapping[str, Mapping[str, Any]],
     uniform_scan: Mapping[str, Sequence[float]] | None = None,
 ) -> str:
-    """Top-1 in % with a row a method and a column a task, at most 100 characters wide.
+    """Return top-1 in %: a row a method, a column a task, at most 100 characters wide.
 
     ``results`` is the ``methods`` object of ``comparison.json`` and ``uniform_scan`` its member
     of that name. Task names are cut to fit; tasks beyond the width are counted in a note. The
     best average of a merged model carries a star. Raises ``UserError`` on malformed results.
     """
-    root = Node(dict(results), Path("results"))
-    methods = {name: parse_results(node, name) for name, node in root.members()}
-    scan = parse_scan(Node(uniform_scan and dict(uniform_scan), Path("results"), "uniform_scan"))
-    return "\n".join([*_rows(methods), "", *_notes(methods, scan)])
+    data = {"methods": dict(results), "uniform_scan": uniform_scan and dict(uniform_scan)}
+    comparison = validate(ComparisonRecord, data, "comparison")
+    methods = comparison.methods
+    return "\n".join([*_rows(methods), "", *_notes(methods, comparison.uniform_scan)])
 
 
 def _rows(methods: Mapping[str, Results]) -> list[str]:
@@ -61,7 +59,7 @@ def _row(title: str, width: int, cells: Sequence[str], widths: Sequence[int], la
 
 
 def _task_room(title_width: int) -> int:
-    """Characters left for all the task columns, each with two blanks before it."""
+    """Return the characters left for all task columns, each with two blanks before it."""
     return COLUMNS - title_width - len("  average ")
 
 
@@ -71,7 +69,7 @@ def _visible_tasks(methods: Mapping[str, Results]) -> list[str]:
 
 
 def _headings(tasks: Sequence[str], budget: int) -> list[str]:
-    """The names, cut so that the columns are at most ``budget`` characters together.
+    """Return the names, cut so that the columns are at most ``budget`` characters together.
 
     Only the longest are cut: in the middle where cutting the end would make two alike.
     """
@@ -103,6 +101,6 @@ def _notes(methods: Mapping[str, Results], scan: Scan | None) -> list[str]:
         scaling, top1 = scan.best
         notes.append(
             f"best uniform λ of {len(scan.scalings)} tried (task arithmetic): "
-            f"{tick_text(scaling)} gives {percent(top1)} on average"
+            f"{short(scaling)} gives {percent(top1)} on average"
         )
     return notes

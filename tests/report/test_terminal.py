@@ -85,6 +85,6 @@ def test_a_task_that_a_method_lacks_has_a_dash():
 
 
 def test_malformed_results_are_a_user_error():
-    message = r"results: ties.tasks.a.top1 must be a finite number in \[0, 1\], not 50"
+    message = r"comparison: methods.ties.tasks.a.top1 must be less than or equal to 1, got 50"
     with pytest.raises(UserError, match=message):
         comparison_table({"ties": {"tasks": {"a": {"top1": 50}}}})

@@ -1,10 +1,14 @@
-"""A report page read back as tags, texts and table cells."""
+"""Report pages, read as a browser would: tags that nest, texts, cells and tooltips."""
 
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from pathlib import Path
+
+from raymerge.report import write_report
 
 EVIL = '<script>alert("x")</script>&\'"'
+_VOID = ("meta", "br")
 
 
 class Page(HTMLParser):
@@ -22,7 +26,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag != "meta":
+        if tag not in _VOID:
             self.open.append(tag)
         if tag in ("td", "th"):
             self.cells.append((dict(attrs).get("class") or "", ""))
@@ -42,3 +46,18 @@ class Page(HTMLParser):
     @property
     def cell_texts(self) -> list[str]:
         return [text for _, text in self.cells]
+
+    @property
+    def classes(self) -> list[str]:
+        return [attributes.get("class") or "" for _, attributes in self.tags]
+
+    def require_no_requests(self) -> None:
+        """Assert that no tag and no attribute can load anything."""
+        for name, attributes in self.tags:
+            assert name not in {"script", "link", "img", "iframe", "object", "embed", "image"}
+            assert name != "use"
+            assert not {"src", "href", "xlink:href", "data", "onload"} & attributes.keys()
+
+
+def page_of(folder: Path) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))

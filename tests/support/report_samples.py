@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 from raymerge.apps.experiments.findings import Curves, Findings, Table
+from raymerge.report.data import Metrics
 
 EIGHT = ("sun397", "stanford_cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
 TWENTY = (
@@ -105,9 +106,7 @@ def environment(rng: random.Random, tasks: tuple[str, ...]) -> dict:
         "open_clip": "3.2.0",
         "platform": "Linux-6.1-x86_64",
         "device": "cpu",
-        "sources": {
-            "hashes": {f"ckpts/{t}/finetuned.pt": f"{rng.getrandbits(256):064x}" for t in tasks}
-        },
+        "hashes": {f"ckpts/{t}/finetuned.pt": f"{rng.getrandbits(256):064x}" for t in tasks},
     }
 
 
@@ -167,7 +166,7 @@ def write_comparison(
         "methods": {name: results(rng, name, tasks, mean) for name, mean in METHODS.items()},
         "uniform_scan": {"scalings": scalings, "top1": top1},
         "notes": ["Glyph images at 32 × 32 pixels.", "All experts share one zero-shot head."],
-        "timings": {"zoo": 61.5, "methods": {"adamerging": 31.2, "ties": 0.6}},
+        "timings": {"seconds": {"zoo": 61.5, "merges": 31.8}},
     }
     dump(folder / "comparison.json", comparison)
     dump(folder / "environment.json", environment(rng, tasks))
@@ -211,3 +210,14 @@ def write_experiment(folder: Path, seed: int = 0) -> Path:
     dump(folder / "experiment.json", {**findings.to_json(), "config": config, "timings": timings})
     dump(folder / "runs" / "ties" / "environment.json", environment(rng, EIGHT))
     return folder
+
+
+def metrics_of(
+    lambdas: dict[str, tuple[float | None, ...]] | None = None,
+    entropy: dict[str, tuple[float | None, ...]] | None = None,
+) -> Metrics:
+    """The metrics of a run that measured only these."""
+    lambdas, entropy = lambdas or {}, entropy or {}
+    count = len(next(iter([*lambdas.values(), *entropy.values()])))
+    nothing = (None,) * count
+    return Metrics(tuple(range(1, count + 1)), nothing, entropy, lambdas, nothing)
