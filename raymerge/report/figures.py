@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymerge.errors import printable
+from raymerge.errors import escape_unprintable
 from raymerge.files.atomic import write_atomically
 from raymerge.report.curves import Series
 from raymerge.report.formats import decimal, short
@@ -115,7 +115,7 @@ def _drawable(value: float | None) -> float:
 
 def _label(name: str, most: int) -> str:
     """Return a name from a file as one line of at most ``most`` characters."""
-    name = printable(name)
+    name = escape_unprintable(name)
     return name if len(name) <= most else name[: most - 1] + "…"
 
 

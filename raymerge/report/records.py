@@ -10,7 +10,6 @@ Shapes: K tasks, L layers, M scalings.
 from __future__ import annotations
 
 import json
-import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from raymerge.errors import UserError, one_line
+from raymerge.errors import UserError, excerpt, one_line
 
 
 def _finite_or_none(value: object) -> object:
@@ -42,7 +41,7 @@ def _cell(value: object) -> str | float | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"a cell must be text or a number, got {reprlib.repr(value)}")
+        raise ValueError(f"a cell must be text or a number, got {excerpt(value)}")
     return float(value) if abs(value) <= sys.float_info.max else None
 
 
@@ -292,7 +291,7 @@ def mean(values: Sequence[float | None]) -> float | None:
 def validate(kind: type[AnyRecord], data: object, source: str | Path) -> AnyRecord:
     """Return ``data`` as a record; a mismatch is a ``UserError`` that begins with ``source``."""
     if not isinstance(data, dict):
-        raise UserError(f"{source}: the content must be an object, got {reprlib.repr(data)}")
+        raise UserError(f"{source}: the content must be an object, got {excerpt(data)}")
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -309,7 +308,7 @@ def _first_mismatch(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return f"{place}: {first['ctx']['error']}" if place else str(first["ctx"]["error"])
     wanted = first["msg"].removeprefix("Input should be ")
-    return f"{place} must be {wanted}, got {reprlib.repr(first['input'])}"
+    return f"{place} must be {wanted}, got {excerpt(first['input'])}"
 
 
 def read(kind: type[AnyRecord], file: Path) -> AnyRecord | None:
