@@ -1037,12 +1037,12 @@ def _lambdas(attempt: Attempt, name: str = "start", **changes: Any) -> dict[str,
         ({"tasks": ["colour", "shade", "tone", "other"]}, "has 4 models, but not 'shape' of this"),
         ({"tasks": ["a", "b", "c", "d"]}, "not 'colour' and 3 more of this merge's 4"),
         ({"layers": ["all"], "values": [[0.3]] * 4}, "has 1 layers, but not"),
-        ({"values": [[0.3] * 32] * 3}, "is no lambdas.json"),
-        ({"values": [[0.3] * 5] * 4}, "is no lambdas.json"),
-        ({"values": [[0.3], [0.3, 0.3]]}, "is no lambdas.json"),
-        ({"values": "none"}, "is no lambdas.json"),
-        ({"values": None}, "is no lambdas.json"),
-        ({"tasks": 4}, "is no lambdas.json"),
+        ({"values": [[0.3] * 32] * 3}, "is not a lambdas.json"),
+        ({"values": [[0.3] * 5] * 4}, "is not a lambdas.json"),
+        ({"values": [[0.3], [0.3, 0.3]]}, "is not a lambdas.json"),
+        ({"values": "none"}, "is not a lambdas.json"),
+        ({"values": None}, "is not a lambdas.json"),
+        ({"tasks": 4}, "is not a lambdas.json"),
         ({"values": [[float("nan")] * 32] * 4}, "holds NaN or Inf"),
     ],
 )
@@ -1058,7 +1058,7 @@ def test_start_that_is_no_run(attempt: Attempt, content: str) -> None:
     attempt.data["method"] = {"name": "fw_soft", "objective": "entropy", "start": "start"}
     attempt.refused("method.start: ", "No such file", "give the folder of")
     (attempt.folder / "start").write_text(content)
-    attempt.refused("method.start: ", "is no lambdas.json", "give the folder of")
+    attempt.refused("method.start: ", "is not a lambdas.json", "give the folder of")
 
 
 def test_start_over_other_vectors(attempt: Attempt) -> None:

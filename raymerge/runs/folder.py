@@ -1,4 +1,6 @@
-"""The output folder: who may write it, what stands in it, what is recorded as a run goes.
+"""The output folder of a run: permission to write it, its files, and the record of each step.
+
+The saved state is kept by :mod:`raymerge.runs.state`; the merged weights are written by the merge.
 
 Legend: K tasks, L layers.
 """
@@ -29,7 +31,7 @@ from raymerge.engine.driver.state import LearningState
 from raymerge.engine.messages import Incident
 from raymerge.engine.scores import TaskScore, results_json
 from raymerge.errors import RunError, UserError
-from raymerge.files.atomic import write_atomically, write_json, write_text
+from raymerge.files.atomic import write_json, write_text
 from raymerge.files.output_folder import require_output
 from raymerge.files.urls import is_remote, redact, redact_url
 from raymerge.merging.registry import describe, merged_checkpoints, method_of
@@ -41,9 +43,9 @@ from raymerge.report import write_plots, write_report
 from raymerge.runs.model_card import model_card
 from raymerge.runs.plan.plan import Plan
 from raymerge.runs.state import StateStore, fingerprint
-from raymerge.runs.tracking import remove_tracks
+from raymerge.runs.tracking import remove_tracking_files
 
-_JOB_COPY = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` uploads
+_JOB_COPY = "working_dir_files"  # the folder of files that `ray job submit` uploads
 
 _OWN_FILES = (
     CONFIG_FILE,
@@ -62,7 +64,7 @@ _OWN_FILES = (
 
 
 class RunFolder:
-    """One run's output folder and the names in it."""
+    """The output folder of one run and the paths in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
@@ -99,11 +101,11 @@ class RunFolder:
         if fingerprint(load_config(self.path / "config.yaml")) != fingerprint(config):
             raise UserError(
                 f"output {self.path}: --resume continues the run of its config.yaml, and this "
-                "config differs from it; resume with that one, or give another folder"
+                "config differs from it; resume with that config, or choose another folder"
             )
 
     def prepare(self, config: Config, *, resume: bool, keep: Path | None = None) -> None:
-        """Make the folder and write the config; a run that is replaced loses its own files only.
+        """Create the folder and write the config; of a replaced run only its own files are removed.
 
         ``keep``: a temporary file of this run.
         """
@@ -112,28 +114,28 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"output {self.path}: cannot be made: {error.strerror}") from error
+            raise UserError(f"output {self.path}: cannot be created: {error.strerror}") from error
         if not resume:
             self._remove_own_files()
-        for left in self.path.glob(".*.tmp"):  # by a run that was killed while it wrote
-            if left != keep:
-                left.unlink(missing_ok=True)
+        for leftover in self.path.glob(".*.tmp"):  # from a run that was killed while it wrote
+            if leftover != keep:
+                leftover.unlink(missing_ok=True)
         write_text(self.path / "config.yaml", dump_config(config))
         self._prepared = True
 
     def _remove_own_files(self) -> None:
-        """All but the config, which is replaced at once: by it the folder is known as a run."""
+        """Remove a run's files except the config, which marks the folder and is replaced next."""
         for name in _OWN_FILES:
             if name != "config.yaml":
                 (self.path / name).unlink(missing_ok=True)
         for name in HF_FILES:
             (self.path / HF_FOLDER / name).unlink(missing_ok=True)
-        remove_tracks(self.path)
-        for state in self.state.glob("step-*"):  # the attempts stay: they fence off old drivers
+        remove_tracking_files(self.path)
+        for state in self.state.glob("step-*"):  # attempts stay: they fence old drivers off
             shutil.rmtree(state, ignore_errors=True)
 
     def write_model_config(self, resolved: ResolvedModel) -> None:
-        """With it the folder loads as open_clip's ``local-dir:``."""
+        """Write open_clip's config, with which the folder loads as ``local-dir:``."""
         write_text(self.path / CONFIG_FILE, resolved.config_json)
 
     def write_lambdas(
@@ -143,11 +145,11 @@ class RunFolder:
         write_json(self.path / "lambdas.json", values)
 
     def _lambdas(self, config: Config) -> dict[str, list[float]]:
-        """The coefficients that were written, by model."""
+        """Return the written coefficients by model; empty if the method has none."""
         if not method_of(config.method).rows:
             return {}
-        found = json.loads((self.path / "lambdas.json").read_text(encoding="utf-8"))
-        return dict(zip(found["tasks"], found["values"], strict=True))
+        content = json.loads((self.path / "lambdas.json").read_text(encoding="utf-8"))
+        return dict(zip(content["tasks"], content["values"], strict=True))
 
     def write_results(
         self,
@@ -157,7 +159,7 @@ class RunFolder:
         seconds: Mapping[str, float],
         incidents: Sequence[Incident],
     ) -> None:
-        """Results, provenance, the model card and the report."""
+        """Write results, provenance, the model card and the report."""
         results = results_json(config.method.name, scores)
         results["description"] = describe(config.method)
         results["timings"] = {"seconds": dict(seconds)}
@@ -175,11 +177,11 @@ class RunFolder:
 
 
 class Recorder:
-    """Keeps what a step leaves: a line of metrics, now and then a state, a moving bar.
+    """Records each step: a line of metrics, a state every ``every`` steps, the progress bar.
 
-    ``urgent``: whether to save after this step whatever its number. ``also``: who else is told.
-
-    On leaving, by whatever way, the newest state is saved, so an interrupted run loses no step.
+    ``urgent``: returns True to save a state after this step whatever its number. ``log``: called
+    with every record. On leaving, also by an error, the newest state is saved, so an interrupted
+    run loses no step.
     """
 
     def __init__(
@@ -190,11 +192,11 @@ class Recorder:
         start: LearningState,
         steps: int,
         urgent: Callable[[], bool] = lambda: False,
-        also: Callable[[StepRecord], None] = lambda record: None,
+        log: Callable[[StepRecord], None] = lambda record: None,
     ) -> None:
-        self._store, self._every, self._urgent, self._also = store, every, urgent, also
+        self._store, self._every, self._urgent, self._log = store, every, urgent, log
         self._state, self._saved = start, start.step
-        _keep_lines(folder.metrics, start.step)
+        keep_lines(folder.metrics, start.step)
         self._metrics = folder.metrics.open("a", encoding="utf-8")
         self._bar = tqdm(
             total=steps,
@@ -214,11 +216,11 @@ class Recorder:
             self._metrics.flush()
         except OSError as error:
             raise RunError(f"metrics.jsonl: cannot be written: {error.strerror}") from error
-        self._state = state  # after its line: an interrupt in between repeats a step, loses none
+        self._state = state  # after its line: an interrupt in between repeats a step
         if state.step % self._every == 0 or self._urgent():
             self._save()
-        self._also(record)
-        if record.entropy:  # none is left once every task has been restored
+        self._log(record)
+        if record.entropy:  # empty once every task has been restored
             mean = sum(record.entropy.values()) / len(record.entropy)
             self._bar.set_postfix(entropy=f"{mean:.4f}", refresh=False)
         self._bar.update()
@@ -235,7 +237,7 @@ class Recorder:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.close()
-        with suppress(OSError):  # a line that could not be written has failed the run already
+        with suppress(OSError):  # the run has failed already if a line could not be written
             self._metrics.close()
         try:
             self._save()
@@ -244,35 +246,30 @@ class Recorder:
                 raise
 
 
-def _keep_lines(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that will be run again after a resume (and a torn last line)."""
+def keep_lines(metrics: Path, step: int) -> None:
+    """Remove the lines of steps after ``step``, which run again, and a torn last line."""
     if not metrics.exists():
         return
     kept = []
     for line in metrics.read_text(encoding="utf-8").splitlines():
-        try:
+        with suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_atomically(metrics, lambda path: _write_lines(path, kept))
-
-
-def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    path.write_text("".join(lines), encoding="utf-8")
+    write_text(metrics, "".join(kept))
 
 
 def _environment(config: Config, plan: Plan) -> dict[str, Any]:
+    """Return versions, platform and the hash of every file that the merge read."""
     heads = [task.head for task in config.tasks if task.head is not None]
     references = [config.model.reference, *merged_checkpoints(config), *heads]
     located = [plan.resolved.weights, *map(locate, references[1:])]
-    named = {
-        _shown(reference, file): file
+    files = {
+        _file_name(reference, file): file
         for reference, path in zip(references, located, strict=True)
         for file in files_of(path)
     }
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        hashes = list(pool.map(sha256, named.values()))
+        hashes = list(pool.map(sha256, files.values()))
     remember()
     return {
         "raymerge": _version("raymerge"),
@@ -282,12 +279,12 @@ def _environment(config: Config, plan: Plan) -> dict[str, Any]:
         "ray": _version("ray"),
         "platform": platform.platform(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "hashes": dict(zip(named, hashes, strict=True)),
+        "hashes": dict(zip(files, hashes, strict=True)),
     }
 
 
-def _shown(reference: str, file: Path) -> str:
-    """A local file's path, or the URL that it came from."""
+def _file_name(reference: str, file: Path) -> str:
+    """Return a local file's path, or the URL that it was fetched from."""
     if not is_remote(reference):
         return str(file)
     url = redact_url(reference)

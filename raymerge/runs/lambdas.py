@@ -1,4 +1,6 @@
-"""Reading a run's ``lambdas.json`` as the start of another.
+"""Reading the ``lambdas.json`` of an earlier run as the starting point of another.
+
+Rows and columns are matched by name, so the order of tasks and layers may differ.
 
 Legend: K models, L layers.
 """
@@ -20,25 +22,25 @@ _REMEDY = "give the folder of a layer-wise AdaMerging or Frank-Wolfe run of thes
 
 
 def read_lambdas(reference: str, models: Sequence[str], layers: Sequence[str]) -> Tensor:
-    """λ (K, L) float64 of an earlier run (its folder, or the file), matched by name.
+    """Return λ (K, L) float64 of an earlier run, given as its folder or the file itself.
 
-    Raises :class:`UserError` where it does not fit, or multiplies something else than the task
-    vectors as they are.
+    Raises :class:`UserError` if a model or layer is missing, if a value is not finite, or if that
+    run multiplied trimmed or rotated vectors instead of the task vectors themselves.
     """
     path = Path(reference)
     try:
         path = path / "lambdas.json" if path.is_dir() else path
-        found = json.loads(path.read_text(encoding="utf-8"))
-        values_KL = torch.tensor(found["values"], dtype=torch.float64)
-        rows = _indices(found["tasks"], models, "model", path)
-        columns = _indices(found["layers"], layers, "layer", path)
-        if values_KL.shape != (len(found["tasks"]), len(found["layers"])):
-            raise ValueError(f"its values are of shape {list(values_KL.shape)}")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        values_KL = torch.tensor(content["values"], dtype=torch.float64)
+        rows = _indices(content["tasks"], models, "model", path)
+        columns = _indices(content["layers"], layers, "layer", path)
+        if values_KL.shape != (len(content["tasks"]), len(content["layers"])):
+            raise ValueError(f"its values have shape {list(values_KL.shape)}")
         lambdas_KL = values_KL[rows][:, columns]
     except OSError as error:
         raise UserError(f"method.start: {path}: {error.strerror}; {_REMEDY}") from error
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"is no lambdas.json ({one_line(error)})"
+        reason = f"is not a lambdas.json ({one_line(error)})"
         raise UserError(f"method.start: {path}: {reason}; {_REMEDY}") from error
     if not lambdas_KL.isfinite().all():
         raise UserError(f"method.start: {path}: holds NaN or Inf; {_REMEDY}")
@@ -46,26 +48,27 @@ def read_lambdas(reference: str, models: Sequence[str], layers: Sequence[str]) -
     return lambdas_KL
 
 
-def _indices(known: Any, wanted: Sequence[str], what: str, path: Path) -> list[int]:
+def _indices(known: Any, names: Sequence[str], what: str, path: Path) -> list[int]:
+    """Return the position of each of ``names`` in the list ``known``."""
     if not isinstance(known, list):
         raise TypeError(f"{what}s: expected a list")
-    missing = [name for name in wanted if name not in known]
+    missing = [name for name in names if name not in known]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
             f"method.start: {path}: has {len(known)} {what}s, but not {missing[0]!r}{more} of this "
-            f"merge's {len(wanted)}; {_REMEDY}"
+            f"merge's {len(names)}; {_REMEDY}"
         )
-    return [known.index(name) for name in wanted]
+    return [known.index(name) for name in names]
 
 
 def _require_plain_vectors(path: Path) -> None:
-    """The λ of a run over trimmed or rotated vectors says nothing about the models themselves."""
+    """Raise :class:`UserError` if the run's λ multiply trimmed or rotated vectors."""
     config = path.with_name("config.yaml")
     method = read_yaml(config).get("method") if config.is_file() else None
     vectors = method.get("task_vectors", "raw") if isinstance(method, dict) else "raw"
     if vectors != "raw":
         raise UserError(
-            f"method.start: {path}: multiplies {vectors} vectors, not the models as they are; "
+            f"method.start: {path}: multiplies {vectors} vectors, not the task vectors themselves; "
             f"{_REMEDY} with method.task_vectors: raw"
         )

@@ -202,8 +202,8 @@ def _learn(
     store.claim()
     tracking.start(state.step)
     every = config.state.every_steps
-    urgent, also = lambda: group.preemption_pending, tracking.observe
-    with Recorder(folder, store, every, state, steps, urgent, also) as recorder:
+    urgent, log = lambda: group.preemption_pending, tracking.observe
+    with Recorder(folder, store, every, state, steps, urgent, log) as recorder:
         return learn_lambdas(loop, merging.learning(group), state, recorder.observe)
 
 

@@ -1,7 +1,7 @@
-"""Who else is told of a run's steps: Ray's metrics, TensorBoard, Weights & Biases.
+"""Logging a run's steps to Ray's metrics, TensorBoard and Weights & Biases.
 
-They hear, and decide nothing: one that fails is left out with a word, and the run goes on. The
-record of a run is its own ``metrics.jsonl``.
+A tracker never affects the run: one that fails is dropped with a warning and the run continues. The
+record of a run is its own ``metrics.jsonl``, which :mod:`raymerge.runs.folder` writes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from raymerge.engine.driver.loop import StepRecord
 from raymerge.engine.messages import Incident
 from raymerge.engine.scores import TaskScore
 from raymerge.errors import UserError
-from raymerge.runs.public_copy import public_config
+from raymerge.runs.redacted_copy import redacted_config
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +33,21 @@ _FLUSH_S = 10
 
 
 class Tracker(Protocol):
-    """Is told of each step, of the failures since the one before, and of the end."""
+    """A destination for the scalars of a run."""
 
-    def observe(self, record: StepRecord, workers: int, incidents: Sequence[Incident]) -> None: ...
+    def observe(self, record: StepRecord, workers: int, incidents: Sequence[Incident]) -> None:
+        """Log one step and the worker failures since the previous step."""
+        ...
 
     def finish(self, scores: Mapping[str, TaskScore]) -> None:
-        """The run has its results."""
+        """Log the scores of the finished run."""
         ...
 
     def close(self, *, failed: bool) -> None: ...
 
 
 def require_trackers(config: TrackingConfig) -> None:
-    """Raise :class:`UserError` where what a tracker needs is missing. Opens none."""
+    """Raise :class:`UserError` if a tracker's package or login is missing. Opens no tracker."""
     if config.tensorboard:
         _require_package("tracking.tensorboard", _TENSORBOARD)
     if config.wandb is not None:
@@ -57,69 +59,70 @@ def require_trackers(config: TrackingConfig) -> None:
 def _require_package(key: str, name: str) -> None:
     if find_spec(name) is None:
         raise UserError(
-            f"{key}: needs the package {name}, which is missing; pip install 'raymerge[{name}]'"
+            f"{key}: the package {name} is not installed; pip install 'raymerge[{name}]'"
         )
 
 
 def _require_login() -> None:
-    """Without a key wandb would ask for one at the terminal, and wait."""
+    """Raise :class:`UserError` without a key: wandb would prompt for one and wait."""
     import wandb
 
     remedy = "run `wandb login`, set WANDB_API_KEY, or set tracking.wandb.mode: offline"
     try:
-        known = wandb.login(prompt=False)
+        is_logged_in = wandb.login(prompt=False)
     except wandb.Error as error:
         raise UserError(f"tracking.wandb: {_line(error)}; {remedy}") from None
-    if not known:
+    if not is_logged_in:
         raise UserError(f"tracking.wandb: not logged in; {remedy}")
 
 
-def remove_tracks(output: Path) -> None:
-    """Of a run that is replaced: its event files, and the name that its successor must not bear."""
+def remove_tracking_files(output: Path) -> None:
+    """Remove the event files of a run that is replaced, and its id, which is not used again."""
     for events in (output / _TENSORBOARD).glob("events.out.tfevents.*"):
         events.unlink(missing_ok=True)
     (output / _WANDB / _RUN_ID).unlink(missing_ok=True)
 
 
 class Tracking:
-    """All trackers of one run: those of the config, and Ray's metrics where the run is on Ray.
+    """All trackers of one run: those of the config, and Ray's metrics if the run is on Ray.
 
-    ``start`` opens them, once the output folder is this run's; leaving closes them.
+    ``start`` opens them once the output folder is prepared; leaving the context closes them.
     """
 
     def __init__(self, config: Config, output: Path, group: Stepper | None, steps: int) -> None:
         self._config, self._output, self._group, self._steps = config, output, group, steps
         self._trackers: dict[str, Tracker] = {}
-        self._told = 0 if group is None else len(group.incidents)
+        self._logged_incidents = 0 if group is None else len(group.incidents)
 
     def __enter__(self) -> Tracking:
         return self
 
     def start(self, step: int) -> None:
-        """``step``: the last that was taken before."""
-        for name, opening in self._wanted(step):
-            self._guarded(name, self._open, name, opening)
+        """Open the trackers of a run that continues after ``step``."""
+        for name, opening in self._openings(step):
+            self._guard(name, self._open, name, opening)
 
     def _open(self, name: str, opening: Callable[[], Tracker]) -> None:
         self._trackers[name] = opening()
 
-    def _wanted(self, step: int) -> Iterator[tuple[str, Callable[[], Tracker]]]:
-        given, output = self._config.tracking, self._output
+    def _openings(self, step: int) -> Iterator[tuple[str, Callable[[], Tracker]]]:
+        """Yield each tracker's name and the function that opens it."""
+        config, output = self._config.tracking, self._output
         if self._group is not None and on_ray():
             from raymerge.distributed.metrics import RayMetrics
 
             yield "Ray's metrics", lambda: RayMetrics(output.name, self._steps)
-        if given.tensorboard:
+        if config.tensorboard:
             yield "tracking.tensorboard", lambda: TensorBoard(output / _TENSORBOARD, step)
-        wandb = given.wandb
+        wandb = config.wandb
         if wandb is not None:
             yield "tracking.wandb", lambda: Wandb(wandb, output, self._config)
 
     def observe(self, record: StepRecord) -> None:
         if self._group is None or not self._trackers:
             return
-        workers, new = self._group.workers, self._group.incidents[self._told :]
-        self._told += len(new)
+        workers, new = self._group.workers, self._group.incidents[self._logged_incidents :]
+        self._logged_incidents += len(new)
         self._each(lambda tracker: tracker.observe(record, workers, new))
 
     def finish(self, scores: Mapping[str, TaskScore]) -> None:
@@ -133,19 +136,20 @@ class Tracking:
     ) -> None:
         self._each(lambda tracker: tracker.close(failed=error is not None))
 
-    def _each(self, tell: Callable[[Tracker], None]) -> None:
+    def _each(self, action: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):
-            self._guarded(name, tell, tracker)
+            self._guard(name, action, tracker)
 
-    def _guarded(self, name: str, action: Callable[..., None], *args: Any) -> None:
+    def _guard(self, name: str, action: Callable[..., None], *args: Any) -> None:
+        """Run ``action``; on an error drop the tracker and log a warning."""
         try:
             action(*args)
-        except Exception as error:  # of a library, or of the network or disk beneath it
+        except Exception as error:  # raised by a library, the network or the disk
             failed = self._trackers.pop(name, None)
             if failed is not None:
                 with suppress(Exception):
                     failed.close(failed=True)
-            logger.warning("%s: %s; the run goes on without it", name, _line(error))
+            logger.warning("%s: %s; the run continues without it", name, _line(error))
 
 
 def _line(error: Exception) -> str:
@@ -154,7 +158,7 @@ def _line(error: Exception) -> str:
 
 
 def scalars(record: StepRecord, workers: int) -> dict[str, float]:
-    """The numbers of a step by name, ``entropy/TASK`` and the like."""
+    """Return the scalars of a step by name, such as ``entropy/TASK``."""
     out = {"seconds/step": record.seconds, "workers": float(workers)}
     if record.loss is not None:
         out["loss"] = record.loss
@@ -175,7 +179,7 @@ def _results(scores: Mapping[str, TaskScore]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files; steps after ``step`` that are there already are run again, and are hidden."""
+    """TensorBoard's event files; earlier events after ``step``, which runs again, are purged."""
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -201,12 +205,12 @@ class TensorBoard:
 
 
 class Wandb:
-    """One run of Weights & Biases for one output folder, however often it is resumed.
+    """One run of Weights & Biases per output folder, however often it is resumed.
 
-    No path, no name of the machine and no code is sent.
+    No path, no machine name and no code is sent.
     """
 
-    def __init__(self, given: WandbConfig, output: Path, config: Config) -> None:
+    def __init__(self, options: WandbConfig, output: Path, config: Config) -> None:
         import wandb
 
         self._failures = Counter[str]()
@@ -222,18 +226,18 @@ class Wandb:
             x_disable_machine_info=True,
         )
         self._run = wandb.init(
-            project=given.project,
-            entity=given.entity,
-            name=given.name or output.name,
+            project=options.project,
+            entity=options.entity,
+            name=options.name or output.name,
             id=_run_id(output / _WANDB),
-            reinit="create_new",  # one that the caller has open stays as it is
+            reinit="create_new",  # leaves a run that the caller has open alone
             resume="allow",
-            mode=given.mode,
+            mode=options.mode,
             dir=str(output),
-            config=public_config(config.model_dump(mode="json", exclude_none=True)),
+            config=redacted_config(config.model_dump(mode="json", exclude_none=True)),
             settings=settings,
         )
-        # By our own steps: after a resume some are taken, and logged, again.
+        # Our own step is the x axis: after a resume some steps are logged again.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -250,11 +254,11 @@ class Wandb:
 
 
 def _run_id(folder: Path) -> str:
-    """The name under which the run is known there, kept for ``--resume``."""
+    """Return the id of the run at Weights & Biases, kept in ``folder`` for ``--resume``."""
     folder.mkdir(exist_ok=True)
     file = folder / _RUN_ID
     with suppress(FileNotFoundError):
         return file.read_text(encoding="utf-8").strip()
-    made = secrets.token_hex(8)
-    file.write_text(made + "\n", encoding="utf-8")
-    return made
+    run_id = secrets.token_hex(8)
+    file.write_text(run_id + "\n", encoding="utf-8")
+    return run_id

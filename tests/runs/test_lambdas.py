@@ -71,7 +71,7 @@ def test_what_is_no_lambdas_json_is_refused_in_one_line(tmp_path, changes):
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", "\xff"])
 def test_a_file_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "lambdas.json").write_text(content, encoding="latin-1")
-    with pytest.raises(UserError, match=r"lambdas\.json: is no lambdas\.json"):
+    with pytest.raises(UserError, match=r"lambdas\.json: is not a lambdas\.json"):
         read_lambdas(str(tmp_path), MODELS, LAYERS)
 
 
@@ -118,7 +118,7 @@ def test_coefficients_of_other_vectors_are_not_of_the_models(tmp_path, method, f
     ],
 )
 def test_values_of_another_shape_or_kind(tmp_path, values):
-    with pytest.raises(UserError, match=r"is no lambdas\.json"):
+    with pytest.raises(UserError, match=r"is not a lambdas\.json"):
         read_lambdas(str(_run(tmp_path, values=values)), MODELS, LAYERS)
 
 
@@ -129,5 +129,5 @@ def test_a_name_that_no_file_can_have(tmp_path):
 
 def test_nesting_without_end(tmp_path):
     (tmp_path / "lambdas.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match=r"is no lambdas\.json"):
+    with pytest.raises(UserError, match=r"is not a lambdas\.json"):
         read_lambdas(str(tmp_path), MODELS, LAYERS)

@@ -58,10 +58,10 @@ def test_a_target_that_will_do(api: Hub, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("model", "is no name of a repository; write ORG/NAME"),
-        ("me/a b", "is no name of a repository"),
-        ("me/../x", "is no name of a repository"),
-        ("other/model", "me is no member of other; push to one of me, lab"),
+        ("model", "is not a repository name; write ORG/NAME"),
+        ("me/a b", "is not a repository name"),
+        ("me/../x", "is not a repository name"),
+        ("other/model", "me is not a member of other; push to one of me, lab"),
     ],
 )
 def test_a_target_that_will_not(api: Hub, name: str, reason: str) -> None:
@@ -71,7 +71,7 @@ def test_a_target_that_will_not(api: Hub, name: str, reason: str) -> None:
 
 def test_a_token_that_may_only_read(api: Hub) -> None:
     api.known["auth"] = {"accessToken": {"role": "read"}}
-    with pytest.raises(UserError, match="may only read; set HF_TOKEN"):
+    with pytest.raises(UserError, match="is read-only; set HF_TOKEN"):
         require_target("me/model")
 
 
@@ -85,7 +85,7 @@ def test_no_token_and_none_told(api: Hub) -> None:
 def test_a_failed_upload_says_how_to_go_on(api: Hub, tmp_path: Path) -> None:
     api.fails = OSError("503 hf_s3cr3t")
     with pytest.raises(
-        RunError, match=r"is written, but not on the hub as me/m .*--resume pushes"
+        RunError, match=r"is written, but was not uploaded to me/m .*--resume to upload"
     ) as caught:
         push(tmp_path, "me/m", private=True)
     assert "hf_s3cr3t" not in str(caught.value)

@@ -124,7 +124,7 @@ def test_one_that_fails_is_left_out_and_the_run_goes_on(
     assert result.scores
     told = [message for message in caplog.messages if "tracking.tensorboard" in message]
     assert told == [
-        "tracking.tensorboard: OSError: [Errno 28] No space left on device; the run goes on "
+        "tracking.tensorboard: OSError: [Errno 28] No space left on device; the run continues "
         "without it"
     ]
 

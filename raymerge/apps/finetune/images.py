@@ -1,6 +1,6 @@
-"""Which training images a step shows, and their pixels.
+"""The training images of a step: their order and their pixels.
 
-The order is a pure function of (seed, task, epoch), so nothing random is saved for ``--resume``.
+The order is a pure function of (seed, task, epoch), so no random state is saved for ``--resume``.
 
 Legend: N images of a task, B of them in a step, H × W the model's resolution.
 """
@@ -29,22 +29,22 @@ from raymerge.data.preprocess import Preprocess
 Augment = Literal["none", "open_clip"]
 
 _KEEP_BYTES = 1 << 31
-"""A target's images are decoded once and kept while they take less than this, all together."""
+"""A target's images are decoded once and kept if all of them take at most this."""
 _RANDOM = Lock()
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
-    """The last step of an epoch shows what is left."""
+    """Return the number of steps in an epoch; the last one has the images that remain."""
     return -(-images // batch_size)
 
 
 def step_indices(
     seed: int, task: str, step: int, batch_size: int, images: int
 ) -> NDArray[np.int64]:
-    """(B,) indices of the images of ``step``: every image once an epoch, reshuffled for each."""
-    epoch, place = divmod(step, steps_per_epoch(images, batch_size))
+    """Return the indices (B,) of the images of ``step``; each epoch is shuffled anew."""
+    epoch, position = divmod(step, steps_per_epoch(images, batch_size))
     order = np.random.default_rng([seed, _key(task), epoch]).permutation(images)
-    return order[place * batch_size : (place + 1) * batch_size]
+    return order[position * batch_size : (position + 1) * batch_size]
 
 
 def _key(text: str) -> int:
@@ -54,7 +54,7 @@ def _key(text: str) -> int:
 class TrainingImages:
     """One task's labelled images in the order of the steps.
 
-    ``keep``: decode all of them now and hold them; otherwise each is decoded when it is shown.
+    ``keep``: decode all images now and keep them; otherwise each is decoded when a step needs it.
     """
 
     def __init__(
@@ -74,7 +74,10 @@ class TrainingImages:
         self._pixels_N3HW = decode_all(images.items, preprocess) if keep else None
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) uint8 and (B,) labels. Raises :class:`DataError` for a damaged image."""
+        """Return images (B, 3, H, W) uint8 and labels (B,).
+
+        Raises :class:`DataError` for a damaged image.
+        """
         count = len(self._images)
         indices_B = step_indices(self._seed, self.task, step, self._batch_size, count)
         chosen = torch.from_numpy(indices_B)
@@ -90,7 +93,7 @@ class TrainingImages:
 
 
 def may_keep(images: int, preprocess: Preprocess, augment: Augment) -> bool:
-    """Whether so many images are decoded once: they fit, and are the same every time."""
+    """Return True if the images can be decoded once: without augmentation, and if they fit."""
     height, width = preprocess.size
     return augment == "none" and images * 3 * height * width <= _KEEP_BYTES
 
@@ -99,7 +102,7 @@ def may_keep(images: int, preprocess: Preprocess, augment: Augment) -> bool:
 
 
 def make_augment(visual: Any) -> Compose:
-    """open_clip's own training transform for this visual tower."""
+    """Return open_clip's own training transform for this visual tower."""
     transform: Compose = image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=True)
     return transform
 
@@ -107,7 +110,7 @@ def make_augment(visual: Any) -> Compose:
 def decode_augmented(
     items: Sequence[Item], keys: Sequence[int], preprocess: Preprocess, augment: Compose
 ) -> Tensor:
-    """(B, 3, H, W) uint8; what is random about an image depends on its key alone."""
+    """Return images (B, 3, H, W) uint8; the augmentation of each depends on its key alone."""
 
     def work(keyed: tuple[Item, int]) -> Tensor:
         item, key = keyed
@@ -119,9 +122,9 @@ def decode_augmented(
 
 
 class _Seeded:
-    """A transform up to its ToTensor, its random numbers drawn from a key.
+    """A transform up to its ToTensor, with random numbers that are seeded by a key.
 
-    torchvision draws them from torch's generator of the whole process: one image at a time then.
+    torchvision draws from torch's process-wide generator, so a lock lets one image in at a time.
     """
 
     def __init__(self, augment: Compose, key: int) -> None:

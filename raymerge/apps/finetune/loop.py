@@ -1,6 +1,7 @@
-"""The training loop that experts, the joint reference and the demo zoo share.
+"""The training loop shared by experts, the joint reference and the demo zoo.
 
-One step: the rate of the schedule, a backward pass, the gradient's norm clipped, the optimiser.
+A step sets the learning rate, runs a backward pass, clips the gradient's norm and updates. Batches,
+losses and state are the caller's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Schedule:
     warmup: int = 0
 
     def factor(self, step: int) -> float:
-        """On the learning rate of ``step``, which counts from 0."""
+        """Return the factor on the learning rate of ``step``, which counts from 0."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -45,10 +46,10 @@ def train(
 ) -> None:
     """Take the steps ``start`` to ``schedule.steps``.
 
-    ``backward(step)`` adds the gradient of the step's loss to the parameters' own and returns what
-    ``observe`` is told after the update. A step whose gradient is not finite raises
-    :class:`RunError` and changes nothing. The groups' learning rates are those of factor 1, and are
-    so again at the end, however it comes.
+    ``backward(step)`` adds the gradient of the step's loss to the parameters' own and returns the
+    result that ``observe`` receives after the update. A step whose gradient is not finite raises
+    :class:`RunError` and changes nothing. The groups' learning rates are those of factor 1; they
+    are restored at the end, also after an error.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     try:

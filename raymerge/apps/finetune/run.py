@@ -1,6 +1,7 @@
-"""``raymerge finetune``: check → train every target → test → results.
+"""``raymerge finetune``: check the input, train every target, test the models, write the results.
 
-A target is one Ray task, or work of this process where ``place`` says so; which, decides nothing.
+A target is trained by one Ray task or by this process, whichever the placement decides; the weights
+are the same. One target's training is :mod:`raymerge.apps.finetune.trainer`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _CONFIG = "finetune.yaml"
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What was trained, and its scores on the test images, where tasks have any."""
+    """The trained targets, and the scores of the tasks that have test images."""
 
     output: Path
     targets: tuple[Target, ...]
@@ -52,10 +53,10 @@ class FinetuneResult:
 
 
 def finetune(config: Config, *, resume: bool = False) -> FinetuneResult:
-    """Train what the config asks for and write the output folder.
+    """Train the targets of the config and write the output folder.
 
-    Raises :class:`UserError` before anything is written when the input is wrong, and
-    :class:`RunError` later; then ``resume`` continues from the newest states.
+    Raises :class:`UserError` before anything is written if the input is wrong, and
+    :class:`RunError` later; ``resume`` then continues from the newest states.
     """
     if config.output is None:
         raise UserError("output: missing; name a folder in the config or with --output")
@@ -63,15 +64,15 @@ def finetune(config: Config, *, resume: bool = False) -> FinetuneResult:
     require_output(output, [_CONFIG], writer="`raymerge finetune`", flags={"resume": resume})
     listed = training_images(config)
     targets = make_targets(config, listed, output)
-    left = [target for target in targets if not _is_finished(target)]
-    _check_inputs(config, listed if left else {})
-    placement = _declared(config, len(left))
+    unfinished = [target for target in targets if not _is_finished(target)]
+    _check_inputs(config, listed if unfinished else {})
+    placement = _declared_placement(config, len(unfinished))
     for target in targets:
-        if target not in left:
-            _say(f"{target.place}: finished, skipped")
+        if target not in unfinished:
+            _report(f"{target.place}: finished, skipped")
     began = perf_counter()
-    if left:
-        _train(config, left, output, placement)
+    if unfinished:
+        _train(config, unfinished, output, placement)
     trained = perf_counter()
     result = _test(config, targets, output)
     seconds = {"train": trained - began, "evaluate": perf_counter() - trained}
@@ -79,11 +80,14 @@ def finetune(config: Config, *, resume: bool = False) -> FinetuneResult:
     return result
 
 
-# --- checks: nothing is written ------------------------------------------------------------------
+# --- checks, which write nothing -----------------------------------------------------------------
 
 
 def _is_finished(target: Target) -> bool:
-    """Raises :class:`UserError` if what is there of the target is of another config."""
+    """Return True if the target is trained.
+
+    Raises :class:`UserError` if its file or its state is of another config.
+    """
     if target.is_finished():
         return True
     target.states().require_same_run()
@@ -91,8 +95,8 @@ def _is_finished(target: Target) -> bool:
 
 
 def _check_inputs(config: Config, listed: Mapping[int, ImageList]) -> None:
-    """The model, the test images, and every training image's file."""
-    tested = _tested(config)
+    """Check the model, the test images and the file of every training image."""
+    tested = _test_config(config)
     if any(task.test for task in config.tasks):
         make_plan(tested, known_resources(tested), experts=False)
     else:
@@ -107,8 +111,8 @@ def _check_inputs(config: Config, listed: Mapping[int, ImageList]) -> None:
         raise DataError(f"{problems[0]}{more}")
 
 
-def _tested(config: Config, experts: Mapping[str, Path] | None = None) -> Config:
-    """The config for testing: each task with its own expert, if it has one of these."""
+def _test_config(config: Config, experts: Mapping[str, Path] | None = None) -> Config:
+    """Return the config for testing: each task on its own expert, if ``experts`` has one."""
     tasks = [
         task.model_copy(
             update={
@@ -122,25 +126,26 @@ def _tested(config: Config, experts: Mapping[str, Path] | None = None) -> Config
     return config.model_copy(update={"tasks": tuple(tasks), "method": method, "output": None})
 
 
-def _declared(config: Config, targets: int) -> Placement | None:
-    """Where the targets are trained, if that is known before a cluster is asked."""
+def _declared_placement(config: Config, targets: int) -> Placement | None:
+    """Return the placement of the targets, or None if only a cluster can tell its resources."""
     known = known_resources(config)
     return None if known is None or not targets else _place(config, targets, known)
 
 
 def _place(config: Config, targets: int, resources: Any) -> Placement:
-    """As for merging, a worker being one target's task; a target is never sharded."""
+    """Return a placement as for merging, with one worker per target; targets are not sharded."""
     workers = config.cluster.workers
-    wanted = workers if workers == "auto" else min(workers, targets)
-    cluster = config.cluster.model_copy(update={"workers": wanted, "shards": 1})
+    count = workers if workers == "auto" else min(workers, targets)
+    cluster = config.cluster.model_copy(update={"workers": count, "shards": 1})
     return choose_placement(cluster, resources, targets)
 
 
 def _prepare(config: Config, output: Path) -> int:
+    """Create the output folder, write the config and return the claimed attempt."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output {output}: cannot be made: {error.strerror}") from error
+        raise UserError(f"output {output}: cannot be created: {error.strerror}") from error
     write_text(output / _CONFIG, dump_config(config))
     return claim_attempt(output / "state")
 
@@ -151,26 +156,26 @@ def _prepare(config: Config, output: Path) -> int:
 def _train(
     config: Config, targets: Sequence[Target], output: Path, declared: Placement | None
 ) -> None:
-    """Each target's states are removed once its file is written; the first error is raised.
+    """Train the targets and report each as it is finished; the first error is raised.
 
-    Nothing is written before there is a place for the work.
+    Nothing is written before the placement is known.
     """
     total = sum(target.steps for target in targets)
     with progress_bar(f"training {len(targets)} models", unit="step", total=total) as advance:
-        for name in _trained(config, targets, output, declared, advance):
-            _say(f"{name}: trained")
+        for name in _train_all(config, targets, output, declared, advance):
+            _report(f"{name}: trained")
 
 
-def _trained(
+def _train_all(
     config: Config,
     targets: Sequence[Target],
     output: Path,
     declared: Placement | None,
     advance: Progress,
 ) -> Iterator[str]:
-    """The places of the targets as they are finished."""
+    """Yield the name of each target as it is finished."""
     if declared is not None and declared.workers == 0:
-        yield from _trained_here(config, targets, output, advance)
+        yield from _train_here(config, targets, output, advance)
         return
     from raymerge.distributed.cluster import connect
     from raymerge.distributed.tasks import run_tasks
@@ -182,7 +187,7 @@ def _trained(
     with connect(config.cluster.address, local_cpus) as resources:
         placement = declared or _place(config, len(targets), resources)
         if placement.workers == 0:
-            yield from _trained_here(config, targets, output, advance)
+            yield from _train_here(config, targets, output, advance)
             return
         attempt = _prepare(config, output)
         cpus, gpus = placement.cpus_per_worker, placement.gpus_per_worker
@@ -197,7 +202,7 @@ def _trained(
         )
 
 
-def _trained_here(
+def _train_here(
     config: Config, targets: Sequence[Target], output: Path, advance: Progress
 ) -> Iterator[str]:
     attempt = _prepare(config, output)
@@ -209,7 +214,7 @@ def _trained_here(
 
 
 class _MetricsWatch:
-    """Moves the bar by what the targets' metrics, written anywhere, have grown."""
+    """Advances the progress bar by the new lines in the metrics of all targets."""
 
     def __init__(self, targets: Sequence[Target], advance: Progress) -> None:
         self._paths = [target.metrics for target in targets]
@@ -221,14 +226,14 @@ class _MetricsWatch:
         self._seen = lines
 
 
-# --- what came of it -----------------------------------------------------------------------------
+# --- results -------------------------------------------------------------------------------------
 
 
 def _test(config: Config, targets: Sequence[Target], output: Path) -> FinetuneResult:
-    """Test every trained model; what is wrong now was right before the training."""
+    """Test every trained model. Errors are run errors: the input was checked before training."""
     experts = {target.name: target.weights for target in targets if not target.is_joint}
     joint = [target.weights for target in targets if target.is_joint]
-    own = _tested(config, experts)
+    own = _test_config(config, experts)
     scores: dict[str, dict[str, TaskScore]] = {"experts": {}, "joint": {}}
     try:
         if any(task.test and task.checkpoint for task in own.tasks):
@@ -237,7 +242,7 @@ def _test(config: Config, targets: Sequence[Target], output: Path) -> FinetuneRe
             scores["joint"] = evaluate(own, str(joint[0]))
     except UserError as error:
         raise RunError(
-            f"{error}; this was found after the training: mend it, then run again with --resume"
+            f"{error}; this was found after the training: correct it, then run again with --resume"
         ) from error
     return FinetuneResult(output, tuple(targets), scores["experts"], scores["joint"])
 
@@ -266,5 +271,5 @@ def _results(
     return data
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     tqdm.write(f"raymerge: {text}", file=sys.stderr)

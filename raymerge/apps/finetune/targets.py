@@ -1,4 +1,8 @@
-"""What is trained: one expert a task, the joint reference, or both; and what decides its bits."""
+"""The encoders to train: one expert per task, the joint reference, or both.
+
+A target's fingerprint covers everything that decides its weights, so a finished or half-trained
+file is only reused for the same config and images.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +26,13 @@ from raymerge.models.checkpoints.locate import locate
 from raymerge.runs.state import SavedTensors, StateStore
 
 FINGERPRINT = "raymerge_fingerprint"
-"""Metadata of a finished target's file."""
+"""Metadata key in a finished target's file."""
 _KEEP_STATES = 2
 
 
 @dataclass(frozen=True)
 class Target:
-    """One encoder to train. ``place``: ``experts/<task>`` or ``joint``, below the output folder."""
+    """One encoder to train. ``place``: ``experts/<task>`` or ``joint``, its path in the output."""
 
     place: str
     tasks: tuple[int, ...]
@@ -53,7 +57,7 @@ class Target:
         return self.output / f"{self.place}.metrics.jsonl"
 
     def states(self) -> StateStore[SavedTensors]:
-        """Return the store of its weights and moments. The run's targets share the attempts."""
+        """Return the store of its weights and moments; a run's targets share its attempts."""
         attempts = self.output / "state"
         identity = {"fingerprint": self.fingerprint}
         return StateStore(
@@ -62,18 +66,21 @@ class Target:
         )  # fmt: skip
 
     def is_finished(self) -> bool:
-        """Raises :class:`UserError` if its file is of another config, or is no such file."""
+        """Return True if its file exists.
+
+        Raises :class:`UserError` if the file cannot be read or was trained with another config.
+        """
         if not self.weights.exists():
             return False
         try:
             with safe_open(self.weights, "pt") as file:
-                given = (file.metadata() or {}).get(FINGERPRINT)
+                fingerprint = (file.metadata() or {}).get(FINGERPRINT)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.weights}: cannot be read ({error}); remove it") from error
-        if given != self.fingerprint:
+        if fingerprint != self.fingerprint:
             raise UserError(
                 f"{self.weights}: was trained with another config or on other images; resume with "
-                "those that it was trained with, or give another output folder"
+                "those that it was trained with, or choose another output folder"
             )
         return True
 
@@ -83,8 +90,10 @@ def recipe_of(config: Config) -> FinetuneConfig:
 
 
 def training_images(config: Config) -> dict[int, ImageList]:
-    """By task index, for the tasks that have any. Raises :class:`DataError` where none has, or a
-    task has neither training nor test images."""
+    """Return the training images by task index, for the tasks that have any.
+
+    Raises :class:`DataError` if no task has any, or a task has neither training nor test images.
+    """
     listed = {}
     for k, task in enumerate(config.tasks):
         if task.train is not None:
@@ -103,7 +112,10 @@ def training_images(config: Config) -> dict[int, ImageList]:
 
 
 def make_targets(config: Config, listed: Mapping[int, ImageList], output: Path) -> list[Target]:
-    """In the order of the tasks, the joint reference last. Raises :class:`UserError`."""
+    """Return the targets in the order of the tasks, the joint reference last.
+
+    Raises :class:`UserError` if the number of steps is missing or less than the warm-up.
+    """
     recipe = recipe_of(config)
     steps = {k: _expert_steps(config, k, len(images)) for k, images in listed.items()}
     targets = []
@@ -145,8 +157,10 @@ def _target(
 def _fingerprint(
     config: Config, tasks: Sequence[int], images: Sequence[ImageList], steps: int
 ) -> str:
-    """SHA-256 of what decides the weights: not the cluster, nor where files lie, nor what else is
-    trained."""
+    """Return the SHA-256 of everything that decides the weights.
+
+    Left out are the cluster, the location of files and the other targets.
+    """
     recipe = recipe_of(config).model_dump(mode="json")
     for key in ("targets", "epochs", "steps", "joint_steps", "state_every_steps"):
         del recipe[key]
@@ -156,20 +170,20 @@ def _fingerprint(
         "precision": config.precision,
         "seed": config.seed,
         "tasks": [
-            _task(config, k, listed) for k, listed in zip(tasks, images, strict=True)
+            _task_identity(config, k, listed) for k, listed in zip(tasks, images, strict=True)
         ],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def _task(config: Config, task: int, images: ImageList) -> dict[str, Any]:
-    given = config.tasks[task]
-    names = images.keys(local_reference(str(given.train)))
-    head = {} if given.head is None else {"head": sha256(locate(given.head))}
+def _task_identity(config: Config, index: int, images: ImageList) -> dict[str, Any]:
+    task = config.tasks[index]
+    names = images.keys(local_reference(str(task.train)))
+    head = {} if task.head is None else {"head": sha256(locate(task.head))}
     return {
         **head,
-        "name": given.name,
-        "classnames": given.classnames,
-        "templates": given.templates,
+        "name": task.name,
+        "classnames": task.classnames,
+        "templates": task.templates,
         "images": hashlib.sha256("\n".join(names).encode()).hexdigest(),
     }

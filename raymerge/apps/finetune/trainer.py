@@ -1,4 +1,8 @@
-"""Trains one target, in this process or as a Ray task: the plain function behind both.
+"""Training one target: the plain function that runs in this process or as a Ray task.
+
+A step is decided by the config, the target and the step number alone, so an interrupted training
+continues from its newest state to the same weights. The steps themselves are taken by
+:func:`raymerge.apps.finetune.loop.train`.
 
 Legend: T tasks, B images of one task in a step, b images of one task in a pass, C classes,
 D features.
@@ -10,9 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,17 +31,22 @@ from raymerge.engine.messages import WorkerSpec
 from raymerge.engine.worker.clip_model import ClipModel, ClipSource
 from raymerge.engine.worker.evaluation import load_weights
 from raymerge.errors import RunError
-from raymerge.files.atomic import write_atomically, write_text
+from raymerge.files.atomic import write_atomically
+from raymerge.files.threads import torch_threads
+from raymerge.runs.folder import keep_lines
 from raymerge.runs.state import SavedTensors, StateStore
 
 Batch = Sequence[tuple[Tensor, Tensor]]
-"""Of each task: (B, 3, H, W) uint8 images and their (B,) labels."""
+"""For each task: (B, 3, H, W) uint8 images and their (B,) labels."""
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One target of a run. ``attempt``: the run's number, see ``attempts.claim_attempt``.
-    ``threads``: CPU threads; None leaves torch's own choice."""
+    """One target of a run, to be trained by one process.
+
+    ``attempt``: the number that the run has claimed. ``threads``: CPU threads; None leaves the
+    choice to torch.
+    """
 
     config: Config
     target: Target
@@ -50,27 +57,27 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class BatchScore:
-    """Of a step's images, before its update: mean loss and top-1 of each task, (T,)."""
+    """Mean loss and top-1 (T,) of each task on a step's images, before the update."""
 
     loss: tuple[float, ...]
     top1: tuple[float, ...]
 
 
 def train_target(job: TrainingJob, progress: Callable[[int], None] | None = None) -> str:
-    """Train ``job.target`` from its newest state on, and write its file; returns its place.
+    """Train ``job.target`` from its newest state on, write its file and return the target's name.
 
-    Interrupted at any time, it leaves a state no older than ``finetune.state_every_steps`` steps.
-    Raises :class:`~raymerge.errors.UserError` for a damaged image, :class:`RunError` when the
-    gradient is not finite or the disk is full.
+    An interrupted training leaves a state at most ``finetune.state_every_steps`` steps old. Raises
+    :class:`~raymerge.errors.UserError` for a damaged image, :class:`RunError` if the gradient is
+    not finite or the disk is full.
     """
-    with _threads(job.threads), torch.random.fork_rng(devices=[]):
+    with torch_threads(job.threads), torch.random.fork_rng(devices=[]):
         trainer = Trainer(job.config, job.target, _spec(job))
         target, states = job.target, job.target.states()
         states.claim(job.attempt)
         start, tensors = states.newest() or (0, {})
         if tensors:
             trainer.restore(tensors)
-        _keep_lines(target.metrics, start)
+        keep_lines(target.metrics, start)
         if progress is not None:
             progress(start)
         try:
@@ -94,7 +101,7 @@ def _spec(job: TrainingJob) -> WorkerSpec:
 class Trainer:
     """The pretrained encoder with its frozen heads, the images, and AdamW on the visual tower.
 
-    Batch statistics and dropout are off, as in evaluation: nothing random is left in a step.
+    The model is in evaluation mode (no batch statistics, no dropout), so no step is random.
     """
 
     def __init__(self, config: Config, target: Target, spec: WorkerSpec) -> None:
@@ -133,7 +140,7 @@ class Trainer:
     def run(
         self, states: StateStore[SavedTensors], start: int, progress: Callable[[int], None]
     ) -> None:
-        """The steps from ``start``, a line of metrics for each and now and then a state."""
+        """Take the steps from ``start`` on; each writes a line of metrics, some a state."""
         recipe, steps = self._recipe, self._target.steps
         schedule = Schedule(steps, recipe.warmup_steps)
         began = time.perf_counter()
@@ -153,7 +160,7 @@ class Trainer:
         self._target.metrics.parent.mkdir(parents=True, exist_ok=True)
         with (
             self._target.metrics.open("a", encoding="utf-8") as metrics,
-            _Ahead(self._batch, start, steps) as batches,
+            _Prefetcher(self._batch, start, steps) as batches,
         ):
             train(
                 self.parameters,
@@ -191,7 +198,7 @@ class Trainer:
         return BatchScore(tuple(loss_T.tolist()), tuple(correct_T.tolist()))
 
     def _line(self, step: int, score: BatchScore, rate: float, seconds: float) -> dict[str, Any]:
-        """Of ``metrics.jsonl``; ``step`` counts from 1 there."""
+        """Return a line of ``metrics.jsonl``, in which ``step`` counts from 1."""
         line: dict[str, Any] = {
             "step": step + 1,
             "loss": sum(score.loss) / len(score.loss),
@@ -205,10 +212,10 @@ class Trainer:
             line["tasks"] = {name: {"loss": loss, "top1": top1} for name, loss, top1 in rows}
         return line
 
-    # --- what a state holds --------------------------------------------------------------------
+    # --- state -----------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights and the optimiser's moments, on the CPU, sharing memory where they can."""
+        """Return the weights and the optimiser's moments on the CPU, sharing memory if possible."""
         out = {f"weights.{name}": tensor for name, tensor in self._weights().items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             out |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
@@ -216,7 +223,7 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what ``tensors`` gave."""
+        """Restore what :meth:`tensors` returned."""
         state: dict[int, dict[str, Tensor]] = {}
         weights = self._weights()
         for name, tensor in tensors.items():
@@ -230,20 +237,20 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _weights(self) -> dict[str, Tensor]:
-        """Views into θ, by the tower's own names."""
+        """Return views into θ by the tower's own names."""
         return self._model.layout.views(self._encoder.theta_P)
 
     def write(self) -> None:
-        """The target's file: the visual tower in float32, keys as in the whole model."""
+        """Write the target's file: the visual tower in float32, keys as in the whole model."""
         state = {f"visual.{k}": v.cpu().contiguous() for k, v in self._weights().items()}
-        # One entry alone: safetensors writes several in a random order, and the bytes would differ.
+        # A single entry: safetensors writes several in random order, and the bytes would differ.
         metadata = {FINGERPRINT: self._target.fingerprint}
         path = self._target.weights
         write_atomically(path, lambda temporary: save_file(state, temporary, metadata=metadata))
 
 
-class _Ahead:
-    """The batches of the steps in their order; the next one decodes while one is used."""
+class _Prefetcher:
+    """Yields the steps' batches in order and decodes the next one while one is used."""
 
     def __init__(self, make: Callable[[int], Batch], start: int, stop: int) -> None:
         self._make, self._stop = make, stop
@@ -258,7 +265,7 @@ class _Ahead:
         self._next = self._pool.submit(self._make, step + 1) if step + 1 < self._stop else None
         return batch
 
-    def __enter__(self) -> _Ahead:
+    def __enter__(self) -> _Prefetcher:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -266,28 +273,10 @@ class _Ahead:
 
 
 def _parts(counts: Sequence[int], first: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(task, start, stop) of each task's run within images ``first`` to ``stop`` of a step."""
+    """Yield (task, start, stop) of each task's images within ``first`` to ``stop`` of a step."""
     offset = 0
     for task, count in enumerate(counts):
         a, b = max(first, offset), min(stop, offset + count)
         if a < b:
             yield task, a, b
         offset += count
-
-
-def _keep_lines(metrics: Path, steps: int) -> None:
-    """Drop the lines of steps that are taken again after a resume, and a torn last line."""
-    if metrics.exists():
-        lines = metrics.read_text(encoding="utf-8").splitlines()[:steps]
-        write_text(metrics, "".join(f"{line}\n" for line in lines))
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Run with ``count`` threads inside torch and give the old number back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

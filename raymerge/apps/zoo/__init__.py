@@ -1,4 +1,4 @@
-"""A demo world made from nothing on a CPU: a small CLIP model and eight experts that interfere."""
+"""A demo world trained from scratch on a CPU: a small CLIP model and eight interfering experts."""
 
 from raymerge.apps.zoo.build import RunTasks, ZooPaths, build_zoo, write_images
 from raymerge.apps.zoo.experts import train_expert

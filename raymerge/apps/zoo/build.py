@@ -1,7 +1,7 @@
 """Build the demo world on disk: pretrained model, experts, images, class names and a config.
 
-Every part is written under a temporary name and renamed when it is whole, so an interrupted build
-goes on where it stopped, and the marker file, written last, lets a finished one return at once.
+Every part is written under a temporary name and renamed when it is complete, so an interrupted
+build continues where it stopped. The marker file is written last: with it a build returns at once.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from raymerge.apps.zoo.images import FAMILIES, Split, draw_images
 from raymerge.apps.zoo.joint import train_joint
 from raymerge.apps.zoo.pretrain import pretrain, save_model
 from raymerge.apps.zoo.recipe import TEMPLATE, ZooRecipe
+from raymerge.files.atomic import write_text
 from raymerge.files.output_folder import require_output
 
 T = TypeVar("T")
@@ -36,9 +37,9 @@ _EXPERT_WEIGHT = 30
 
 
 class RunTasks(Protocol):
-    """Calls a picklable function once per argument tuple, anywhere, in any order.
+    """Calls a picklable function once per argument tuple, in any process and order.
 
-    Yields each result when it is there; errors propagate.
+    Yields each result as it is finished; errors propagate.
     """
 
     def __call__(
@@ -48,7 +49,7 @@ class RunTasks(Protocol):
 
 @dataclass(frozen=True)
 class ZooPaths:
-    """Where the parts of a built world lie."""
+    """The paths of a built world's parts."""
 
     root: Path
 
@@ -88,21 +89,20 @@ def build_zoo(
     recipe: ZooRecipe | None = None,
     joint: bool = True,
 ) -> ZooPaths:
-    """Build the world under ``root``, with its ``joint`` reference or without, or return at once if
-    it is there.
+    """Build the world under ``root`` unless it exists, and return its paths.
 
-    ``run_tasks`` runs the independent pieces (image folders, experts); by default ``workers``
-    processes do, or this one if that is None or 1. The files do not depend on which.
-    A folder that holds a world of another seed or recipe is rebuilt from nothing.
+    ``joint``: also train the joint reference. ``run_tasks`` runs the independent parts (image
+    folders, experts); by default ``workers`` processes do, or this one if that is None or 1. The
+    files do not depend on it. A world of another seed or recipe is rebuilt. Raises
+    :class:`~raymerge.errors.UserError` for a folder that holds anything else.
     """
     recipe = recipe or ZooRecipe()
     paths = ZooPaths(Path(root).absolute())
     fingerprint = recipe.fingerprint(seed)
     if _read(paths.root / _MARKER) != fingerprint:
-        _start(paths, fingerprint)
-        run = run_tasks or (in_processes(workers) if workers and workers > 1 else in_turn)
-        _build(paths, recipe, seed, run, progress)
-        _write(paths.root / _MARKER, fingerprint)
+        _prepare(paths, fingerprint)
+        _build(paths, recipe, seed, run_tasks or in_processes(workers), progress)
+        write_text(paths.root / _MARKER, fingerprint)
     if joint:
         train_joint(paths.root, seed, recipe)
     return paths
@@ -123,20 +123,19 @@ def _build(paths: ZooPaths, recipe: ZooRecipe, seed: int, run: RunTasks, progres
             bar.update(_EXPERT_WEIGHT)
 
 
-def _start(paths: ZooPaths, fingerprint: str) -> None:
-    """Make the folders; parts that another recipe or seed left are removed first.
+def _prepare(paths: ZooPaths, fingerprint: str) -> None:
+    """Create the folders; parts of another recipe or seed are removed first.
 
-    A folder that holds anything else is refused, so that nobody's own ``data`` is deleted.
+    A folder that holds anything else is refused, so that no ``data`` of the user's is deleted.
     """
     require_output(paths.root, [_STARTED], writer="`raymerge demo`", what="zoo")
-    started = _read(paths.root / _STARTED)
-    if started != fingerprint:
+    if _read(paths.root / _STARTED) != fingerprint:
         (paths.root / _MARKER).unlink(missing_ok=True)
         paths.joint.unlink(missing_ok=True)
         for part in ("pretrained", "experts", "data", "classnames"):
             shutil.rmtree(paths.root / part, ignore_errors=True)
     paths.root.mkdir(parents=True, exist_ok=True)
-    _write(paths.root / _STARTED, fingerprint)
+    write_text(paths.root / _STARTED, fingerprint)
     for part in ("experts", "data", "classnames"):
         (paths.root / part).mkdir(exist_ok=True)
 
@@ -159,7 +158,7 @@ def write_images(root: Path, task: str, seed: int, recipe: ZooRecipe) -> Path:
         for index, (image, label) in enumerate(tests):
             Image.fromarray(image).save(folder / "test" / names[label] / f"{index:04d}.png")
 
-    _whole(target, fill)
+    _make_folder(target, fill)
     return target
 
 
@@ -171,19 +170,19 @@ def _pretrain(paths: ZooPaths, recipe: ZooRecipe, seed: int, bar: tqdm[Any]) -> 
         save_model(pretrain(recipe, seed, advance), recipe.model, folder)
 
     if not paths.pretrained.exists():
-        _whole(paths.pretrained, fill)
+        _make_folder(paths.pretrained, fill)
     else:
         bar.update(recipe.pretrain.steps)
 
 
 def _write_texts(paths: ZooPaths) -> None:
     for task in paths.tasks:
-        _write(paths.classnames(task), "\n".join(FAMILIES[task].classnames) + "\n")
-    _write(paths.config, yaml.safe_dump(_config(paths.tasks), sort_keys=False))
+        write_text(paths.classnames(task), "\n".join(FAMILIES[task].classnames) + "\n")
+    write_text(paths.config, yaml.safe_dump(_config(paths.tasks), sort_keys=False))
 
 
 def _config(tasks: Sequence[str]) -> dict[str, Any]:
-    """The raymerge config, with paths relative to the world's root."""
+    """Return the raymerge config, with paths relative to the world's root."""
     return {
         "model": "local-dir:pretrained",
         "tasks": [
@@ -210,14 +209,8 @@ def _read(path: Path) -> str | None:
     return path.read_text().strip() if path.exists() else None
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def _whole(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill ``folder`` under a temporary name, then rename; nothing to do if it exists."""
+def _make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fill ``folder`` under a temporary name, then rename it; does nothing if it exists."""
     if folder.exists():
         return
     partial = folder.with_name(f".{folder.name}.partial")
@@ -227,12 +220,13 @@ def _whole(folder: Path, fill: Callable[[Path], None]) -> None:
     partial.rename(folder)
 
 
-def in_turn(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], /) -> Iterator[T]:
-    return (function(*each) for each in arguments)
+def in_processes(workers: int | None) -> RunTasks:
+    """Return a function that runs tasks in ``workers`` processes; in this one for None or 1."""
 
-
-def in_processes(workers: int) -> RunTasks:
     def run(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], /) -> Iterator[T]:
+        if workers is None or workers <= 1:
+            yield from (function(*each) for each in arguments)
+            return
         count = min(workers, len(arguments), os.cpu_count() or 1)
         with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
             for future in [pool.submit(function, *each) for each in arguments]:

@@ -1,4 +1,6 @@
-"""Experts: the visual tower fine-tuned on one task's shifted images, its zero-shot head frozen.
+"""Experts: the visual tower fine-tuned on one task's shifted images with a frozen zero-shot head.
+
+The loss adds the drift of rehearsal features, which limits how much experts interfere.
 
 Legend: B batch, N images, C classes, D features.
 """
@@ -10,10 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from open_clip.model import CLIP
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from raymerge.apps.finetune.loop import Schedule, train
@@ -22,25 +22,27 @@ from raymerge.apps.zoo.pretrain import (
     Tokenizer,
     build_tokenizer,
     normalise,
+    open_for_training,
+    save_tower,
     to_tensor,
-    torch_threads,
 )
 from raymerge.apps.zoo.recipe import TEMPLATE, ExpertRecipe, ZooRecipe
+from raymerge.files.threads import torch_threads
 
 _EARLY = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer.resblocks.0.")
 
 
 @torch.no_grad()
 def zero_shot_head(model: CLIP, tokenizer: Tokenizer, task: str) -> Tensor:
-    """(D, C): the text features of the task's class names, times the logit scale."""
+    """Return the text features (D, C) of the task's class names, times the logit scale."""
     texts = [TEMPLATE.format(name) for name in FAMILIES[task].classnames]
     text_CD = model.encode_text(tokenizer(texts), normalize=True)
     head_DC: Tensor = model.logit_scale.exp() * text_CD.t()
     return head_DC
 
 
-def finetune(recipe: ZooRecipe, seed: int, task: str, model: CLIP) -> dict[str, Tensor]:
-    """Train ``model``'s visual tower in place; its state dict, keys as in the whole model."""
+def finetune(recipe: ZooRecipe, seed: int, task: str, model: CLIP) -> None:
+    """Train ``model``'s visual tower on the task, in place."""
     expert = recipe.expert_for(task)
     head_DC = zero_shot_head(model, build_tokenizer(recipe.model), task)
     images, labels = draw_images(seed, task, "train", expert.images)
@@ -50,12 +52,11 @@ def finetune(recipe: ZooRecipe, seed: int, task: str, model: CLIP) -> dict[str, 
         shown, target_B = to_tensor(images), torch.from_numpy(labels)
         loss = expert_loss(head_DC, shown, target_B, rehearsal, target_ND)
         train_tower(model, expert, loss)
-    return {f"visual.{k}": v.contiguous() for k, v in model.visual.state_dict().items()}
 
 
 @torch.no_grad()
 def rehearse(model: CLIP, seed: int, recipe: ExpertRecipe) -> tuple[Tensor, Tensor]:
-    """Pretraining images of all tasks, uint8 (N, 3, H, W), and their features (N, D)."""
+    """Return pretraining images of all tasks, uint8 (N, 3, H, W), and their features (N, D)."""
     styles: tuple[Split, ...] = ("plain", "shifted")
     drawn = [
         to_tensor(draw_images(seed, task, style, recipe.rehearsal_images)[0])
@@ -69,7 +70,7 @@ def rehearse(model: CLIP, seed: int, recipe: ExpertRecipe) -> tuple[Tensor, Tens
 def expert_loss(
     head_DC: Tensor, images: Tensor, labels: Tensor, rehearsal: Tensor, target_ND: Tensor
 ) -> Callable[[CLIP, ExpertRecipe], Tensor]:
-    """The loss of one random batch: cross-entropy, plus the drift of the rehearsal features."""
+    """Return the loss of a random batch: cross-entropy plus the drift of rehearsal features."""
 
     def loss(model: CLIP, recipe: ExpertRecipe) -> Tensor:
         own = torch.randint(len(images), (recipe.batch,))
@@ -85,7 +86,7 @@ def expert_loss(
 
 
 def expert_optimizer(model: CLIP, recipe: ExpertRecipe) -> torch.optim.Optimizer:
-    """Weight decay on matrices only; the early layers have a rate of their own."""
+    """Return the optimiser, with weight decay on matrices only and a rate for early layers."""
     groups: list[dict[str, Any]] = [
         {
             "params": [parameter],
@@ -113,20 +114,16 @@ def train_tower(
 
 
 def train_expert(root: Path, task: str, seed: int, recipe: ZooRecipe) -> Path:
-    """Fine-tune on ``task`` and write ``root/experts/<task>.safetensors``; one thread, picklable.
+    """Fine-tune on ``task`` and return ``root/experts/<task>.safetensors``; picklable.
 
-    Returns at once if the file is there. One thread, so that the result does not depend on how
-    many experts are trained side by side.
+    Does nothing if the file exists. Uses one thread, so that the result does not depend on how
+    many experts are trained at the same time.
     """
     path = root / "experts" / f"{task}.safetensors"
     if path.exists():
         return path
     with torch_threads(1):
-        model = open_clip.create_model(f"local-dir:{root / 'pretrained'}")
-        model.eval().requires_grad_(False)
-        model.visual.requires_grad_(True)
-        state = finetune(recipe, seed, task, model)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(save(state, metadata={"format": "pt"}))
-    partial.replace(path)
+        model = open_for_training(root)
+        finetune(recipe, seed, task, model)
+    save_tower(path, model, {"format": "pt"})
     return path

@@ -1,8 +1,8 @@
-"""More models for the demo world: candidates that a merge may choose from, or leave.
+"""More models for the demo world, as candidates of a merge that chooses among them.
 
-``relevant`` ones are fine-tuned on the world's own tasks, from other images and a shorter training
-than the experts; ``irrelevant`` ones on tasks that nothing here tests: by how much an image is
-turned, or which colour it was tinted. All start from the world's pretrained model.
+``relevant`` ones are fine-tuned on the world's own tasks, with other images and fewer steps than
+the experts; ``irrelevant`` ones on tasks that no test covers: how far an image is turned, or in
+which colour it is tinted. All start from the world's pretrained model.
 
 Legend: N images.
 """
@@ -19,17 +19,15 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import open_clip
 import torch
 from open_clip.model import CLIP
-from safetensors.torch import save
-from torch import Tensor
 
-from raymerge.apps.zoo.build import RunTasks, in_processes, in_turn
+from raymerge.apps.zoo.build import RunTasks, in_processes
 from raymerge.apps.zoo.experts import expert_loss, rehearse, train_tower
 from raymerge.apps.zoo.images import FAMILIES, draw_images
-from raymerge.apps.zoo.pretrain import build_tokenizer, to_tensor, torch_threads
+from raymerge.apps.zoo.pretrain import build_tokenizer, open_for_training, save_tower, to_tensor
 from raymerge.apps.zoo.recipe import TEMPLATE, ExpertRecipe, ZooRecipe
+from raymerge.files.threads import torch_threads
 from raymerge.models.heads import zero_shot_head
 
 Kind = Literal["relevant", "turned", "tinted"]
@@ -49,7 +47,7 @@ TINTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ExtraRecipe:
-    """How one extra model is trained: as an expert, but shorter and from fewer images."""
+    """Training of one extra model: as an expert, with fewer steps and images."""
 
     expert: ExpertRecipe = field(
         default_factory=lambda: ExpertRecipe(
@@ -58,14 +56,14 @@ class ExtraRecipe:
     )
 
     def fingerprint(self, zoo: ZooRecipe, seed: int) -> str:
-        """Hexadecimal digest of the world's numbers and these."""
+        """Return the hexadecimal digest of the world's numbers and these."""
         own = {"format": FORMAT, "zoo": zoo.fingerprint(seed), **asdict(self)}
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Extra:
-    """One model: what it is fine-tuned for, on which task's images; ``copy`` counts repetitions."""
+    """One model: its kind, the task of its images, and ``copy``, which counts repetitions."""
 
     kind: Kind
     task: str
@@ -77,7 +75,7 @@ class Extra:
 
 
 def extras(relevance: Relevance, count: int) -> tuple[Extra, ...]:
-    """The first ``count`` models of an endless list that goes round the tasks."""
+    """Return the first ``count`` models of an endless list that cycles through the tasks."""
     kinds: tuple[Kind, ...] = ("relevant",) if relevance == "relevant" else ("turned", "tinted")
     tasks = tuple(FAMILIES)
     rounds = ((i // len(tasks), tasks[i % len(tasks)]) for i in range(count))
@@ -86,7 +84,7 @@ def extras(relevance: Relevance, count: int) -> tuple[Extra, ...]:
 
 def build_extras(
     zoo_root: Path,
-    wanted: Sequence[Extra],
+    models: Sequence[Extra],
     *,
     seed: int = 0,
     workers: int | None = None,
@@ -94,16 +92,16 @@ def build_extras(
     recipe: ExtraRecipe | None = None,
     run_tasks: RunTasks | None = None,
 ) -> dict[str, Path]:
-    """Name → checkpoint of every wanted model, from the folder beside the world's or trained.
+    """Return the checkpoint of every model by name; those that are missing are trained.
 
-    ``run_tasks`` as for ``build_zoo``; the files do not depend on it.
+    They lie in a folder beside the world's. ``run_tasks`` as for ``build_zoo``.
     """
     zoo, recipe = zoo or ZooRecipe(), recipe or ExtraRecipe()
     folder = zoo_root.with_name(f"{zoo_root.name}-extras-{recipe.fingerprint(zoo, seed)}")
     folder.mkdir(parents=True, exist_ok=True)
-    run = run_tasks or (in_processes(workers) if workers and workers > 1 else in_turn)
-    paths = {extra.name: folder / f"{extra.name}.safetensors" for extra in wanted}
-    missing = [extra for extra in wanted if not paths[extra.name].exists()]
+    run = run_tasks or in_processes(workers)
+    paths = {extra.name: folder / f"{extra.name}.safetensors" for extra in models}
+    missing = [extra for extra in models if not paths[extra.name].exists()]
     if missing:
         arguments = [(zoo_root, folder, extra, seed, zoo, recipe) for extra in missing]
         for _ in run(train_extra, arguments):
@@ -114,22 +112,16 @@ def build_extras(
 def train_extra(
     zoo_root: Path, folder: Path, extra: Extra, seed: int, zoo: ZooRecipe, recipe: ExtraRecipe
 ) -> Path:
-    """Fine-tune one model and write ``folder/<name>.safetensors``; one thread, picklable."""
+    """Fine-tune one model and return ``folder/<name>.safetensors``; one thread, picklable."""
     path = folder / f"{extra.name}.safetensors"
     with torch_threads(1):
-        model = open_clip.create_model(f"local-dir:{zoo_root / 'pretrained'}")
-        model.eval().requires_grad_(False)
-        model.visual.requires_grad_(True)
-        state = _finetune(model, extra, seed, zoo, recipe.expert)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(save(state, metadata={"format": "pt"}))
-    partial.replace(path)
+        model = open_for_training(zoo_root)
+        _finetune(model, extra, seed, zoo, recipe.expert)
+    save_tower(path, model, {"format": "pt"})
     return path
 
 
-def _finetune(
-    model: CLIP, extra: Extra, seed: int, zoo: ZooRecipe, recipe: ExpertRecipe
-) -> dict[str, Tensor]:
+def _finetune(model: CLIP, extra: Extra, seed: int, zoo: ZooRecipe, recipe: ExpertRecipe) -> None:
     images, labels, names = draw_extra(extra, seed, zoo, recipe.images)
     head_DC = zero_shot_head(model, build_tokenizer(zoo.model), names, (TEMPLATE,))
     with torch.random.fork_rng(devices=[]):
@@ -138,15 +130,14 @@ def _finetune(
         shown, target_B = to_tensor(images), torch.from_numpy(labels)
         loss = expert_loss(head_DC, shown, target_B, rehearsal, target_ND)
         train_tower(model, recipe, loss)
-    return {f"visual.{k}": v.contiguous() for k, v in model.visual.state_dict().items()}
 
 
 def draw_extra(
     extra: Extra, seed: int, zoo: ZooRecipe, count: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], tuple[str, ...]]:
-    """Images (N, H, W, 3), labels (N,) and class names; no image of these trains the expert.
+    """Return images (N, H, W, 3), labels (N,) and class names; the expert sees none of them.
 
-    They are of the same seed, for another seed's handwritten digits are this one's test images.
+    They have the same seed: another seed's handwritten digits are test images of this one.
     """
     used = zoo.expert_for(extra.task).images
     start = used + count * (3 * extra.copy + ("relevant", "turned", "tinted").index(extra.kind))
@@ -154,8 +145,8 @@ def draw_extra(
     if extra.kind == "relevant":
         return images, labels, FAMILIES[extra.task].classnames
     change, names = _CHANGES[extra.kind]
-    drawn = np.random.default_rng((seed, zlib.crc32(extra.name.encode())))
-    labels = drawn.integers(len(names), size=count)
+    rng = np.random.default_rng((seed, zlib.crc32(extra.name.encode())))
+    labels = rng.integers(len(names), size=count)
     changed = [change(image, int(label)) for image, label in zip(images, labels, strict=True)]
     return np.stack(changed), labels, names
 

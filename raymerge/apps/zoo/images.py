@@ -1,10 +1,10 @@
 """Procedural image families: eight small classification tasks, each in two styles.
 
-Every image is 32 x 32 RGB and is a pure function of ``(seed, task, split, index)``, so any worker
-can draw any part of the data. The *plain* style is what captions describe well; the *shifted* style
-(negatives, outlines, clutter, false colour, night) is what the experts are fine-tuned for. The
-conventions of the shifted styles contradict each other on purpose: what is figure in one task is
-ground in the next, so that experts compete for the same early features.
+Every image is 32 x 32 RGB and a pure function of ``(seed, task, split, index)``, so any worker can
+draw any part of the data. Captions describe the *plain* style well; the experts are fine-tuned for
+the *shifted* style (negatives, outlines, clutter, false colour, night). The shifted styles
+contradict each other on purpose: the figure of one task is the background of the next, so experts
+compete for the same early features.
 
 Shapes: H = W = 32 pixels, N images. Masks are float in [0, 1], images float in [0, 1] or uint8.
 """
@@ -38,12 +38,12 @@ _COMPASS = ("east", "southeast", "south", "southwest", "west", "northwest", "nor
 
 @dataclass(frozen=True)
 class Family:
-    """One task: its class names and how an image of class ``label`` is drawn."""
+    """One task: its class names and the function that draws an image of class ``label``."""
 
     name: str
     classnames: tuple[str, ...]
     draw: Callable[[int, bool, Generator], Array]
-    """(label, shifted, rng) -> (H, W, 3) in [0, 1]."""
+    """Called as (label, shifted, rng); returns (H, W, 3) in [0, 1]."""
 
 
 # --- masks -------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def _polar(centre: Point, radius: float, angle: float) -> Point:
 
 
 def _polygon(centre: Point, radii: tuple[float, ...], corners: int, turn: float) -> list[Point]:
-    """``corners`` points around ``centre``; a second radius alternates (stars)."""
+    """Return ``corners`` points around ``centre``; a second radius alternates, for stars."""
     step = 2 * math.pi / corners
     return [_polar(centre, radii[i % len(radii)], turn + i * step) for i in range(corners)]
 
@@ -141,7 +141,7 @@ def _arrow(label: int, rng: Generator, thin: bool) -> Array:
 
 
 def _dots(count: int, rng: Generator, hollow: bool) -> Array:
-    """``count`` discs in distinct cells of a 3 x 3 grid."""
+    """Draw ``count`` discs in distinct cells of a 3 x 3 grid."""
     image, draw = _canvas()
     for cell in rng.permutation(9)[:count]:
         x, y = np.asarray((11 + 21 * (cell % 3), 11 + 21 * (cell // 3))) + rng.uniform(-2, 2, 2)
@@ -157,7 +157,7 @@ def _grid() -> tuple[Array, Array]:
 
 
 def _texture(label: int, rng: Generator, fine: bool) -> Array:
-    """Periodic patterns; ``fine`` halves the period."""
+    """Draw a periodic pattern; ``fine`` shortens its period."""
     x, y = _grid()
     period = rng.uniform(7, 9) / (1.5 if fine else 1.0)
     k = 2 * math.pi / period
@@ -197,7 +197,7 @@ def _dark(rng: Generator) -> Array:
 
 
 def _two_tone(mask: Array, figure: Array, ground: Array) -> Array:
-    """(H, W) mask and two (3,) colours -> (H, W, 3)."""
+    """Return (H, W, 3) from an (H, W) mask and two (3,) colours."""
     m = mask[..., None]
     return m * figure + (1 - m) * ground
 
@@ -227,7 +227,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _draw_digit(label: int, shifted: bool, rng: Generator) -> Array:
-    """Printed, whatever ``shifted`` says: shifted digits are handwritten ones (``_real_digit``)."""
+    """Draw a printed digit; shifted ones are handwritten and come from ``_real_digit``."""
     return _plain(_glyph(str(label), rng, outline=False), rng)
 
 
@@ -293,7 +293,7 @@ _SIGNS = _words(
 
 
 def _draw_sign(label: int, shifted: bool, rng: Generator) -> Array:
-    """Colour and shape together make the class."""
+    """Draw a sign whose class is given by its colour and shape together."""
     mask = _shape(_SIGN_SHAPES[label % 4], rng, outline=False)
     colour = _SIGN_COLOURS[label // 4] + rng.uniform(-0.1, 0.1, 3).astype(np.float32)
     if not shifted:
@@ -346,24 +346,24 @@ _HELD_OUT = {"test": (0, 500), "adapt": (500, 800)}
 
 @lru_cache(maxsize=4)
 def _handwritten(seed: int) -> tuple[Array, npt.NDArray[np.int64]]:
-    """scikit-learn's 1797 digits in a seeded order: (1797, 8, 8) in [0, 1] and their labels."""
+    """Return scikit-learn's 1797 digits in a seeded order, (1797, 8, 8) in [0, 1], and labels."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(labels))
     return (images[order].reshape(-1, 8, 8) / 16.0).astype(np.float32), labels[order]
 
 
 def _pick(seed: int, split: Split, index: int, rng: Generator) -> tuple[Array, int]:
-    """Held-out splits show each digit once; the training splits draw from all the rest."""
+    """Return a digit: each once in held-out splits, a random one of the rest in training."""
     images, labels = _handwritten(seed)
     start, stop = _HELD_OUT.get(split, (800, len(labels)))
     at = start + index if split in _HELD_OUT else int(rng.integers(start, stop))
     if at >= stop:
-        raise IndexError(f"digits/{split} holds {stop - start} images, asked for number {index}")
+        raise IndexError(f"digits/{split} has {stop - start} images, got index {index}")
     return images[at], int(labels[at])
 
 
 def _real_digit(pixels: Array, rng: Generator) -> Array:
-    """Enlarge 8 x 8 pixels to 32 x 32, light on dark, moved and scaled a little."""
+    """Enlarge 8 x 8 pixels to 32 x 32, light on dark, shifted and scaled a little."""
     side = int(rng.integers(26, 33))
     glyph = Image.fromarray((pixels * 255).astype(np.uint8))
     canvas = Image.new("L", (SIZE, SIZE), 0)
@@ -381,7 +381,7 @@ def _rng(seed: int, task: str, split: Split, index: int) -> Generator:
 
 
 def draw_image(seed: int, task: str, split: Split, index: int) -> tuple[npt.NDArray[np.uint8], int]:
-    """One image, uint8 (H, W, 3), and its label; depends on the four arguments alone."""
+    """Return one image, uint8 (H, W, 3), and its label; they depend on the arguments alone."""
     rng = _rng(seed, task, split, index)
     if task == "digits" and split != "plain":
         pixels, label = _pick(seed, split, index, rng)
@@ -396,7 +396,7 @@ def draw_image(seed: int, task: str, split: Split, index: int) -> tuple[npt.NDAr
 def draw_images(
     seed: int, task: str, split: Split, count: int, start: int = 0
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Images ``start`` to ``start + count``: uint8 (N, H, W, 3) and int64 labels (N,)."""
+    """Return images ``start`` to ``start + count``: uint8 (N, H, W, 3), int64 labels (N,)."""
     drawn = [draw_image(seed, task, split, index) for index in range(start, start + count)]
     images, labels = zip(*drawn, strict=True)
     return np.stack(images), np.asarray(labels, dtype=np.int64)

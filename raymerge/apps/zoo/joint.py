@@ -1,6 +1,6 @@
 """The joint reference (Traditional MTL): one visual tower trained on all tasks' shifted images.
 
-It is a part of its own beside a finished world, so that worlds built before it stay valid.
+It lies beside the world and has a fingerprint of its own, so worlds built earlier stay valid.
 
 Legend: B images of one task in a step, C classes, D features.
 """
@@ -11,38 +11,38 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import open_clip
 import torch
 from open_clip.model import CLIP
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from raymerge.apps.finetune.loop import Schedule, train
 from raymerge.apps.zoo.experts import expert_optimizer, zero_shot_head
 from raymerge.apps.zoo.images import FAMILIES, draw_images
-from raymerge.apps.zoo.pretrain import build_tokenizer, normalise, to_tensor, torch_threads
+from raymerge.apps.zoo.pretrain import (
+    build_tokenizer,
+    normalise,
+    open_for_training,
+    save_tower,
+    to_tensor,
+)
 from raymerge.apps.zoo.recipe import ZooRecipe
+from raymerge.files.threads import torch_threads
 
 _FINGERPRINT = "zoo_joint"
 
 
 def train_joint(root: Path, seed: int, recipe: ZooRecipe) -> Path:
-    """Train on all tasks and write ``root/joint.safetensors``; nothing to do if it is there."""
+    """Train on all tasks and return ``root/joint.safetensors``; does nothing if it is there."""
     path = root / "joint.safetensors"
     fingerprint = recipe.joint_fingerprint(seed)
     if path.exists() and _fingerprint(path) == fingerprint:
         return path
     with torch_threads(recipe.joint.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = open_clip.create_model(f"local-dir:{root / 'pretrained'}")
-        model.eval().requires_grad_(False)
-        model.visual.requires_grad_(True)
+        model = open_for_training(root)
         _train(model, seed, recipe)
-    state = {f"visual.{k}": v.contiguous() for k, v in model.visual.state_dict().items()}
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(save(state, metadata={_FINGERPRINT: fingerprint}))
-    partial.replace(path)
+    save_tower(path, model, {_FINGERPRINT: fingerprint})
     return path
 
 
@@ -72,8 +72,10 @@ def _train(model: CLIP, seed: int, recipe: ZooRecipe) -> None:
 def joint_loss(
     model: CLIP, pixels: Tensor, targets: Sequence[Tensor], heads: Sequence[Tensor]
 ) -> Tensor:
-    """The tasks' mean cross-entropy. ``pixels`` uint8, task by task; of each task, ``targets``
-    (B,) and ``heads`` (D, C)."""
+    """Return the mean of the tasks' cross-entropies.
+
+    ``pixels``: uint8, task by task; ``targets`` (B,) and ``heads`` (D, C) for each task.
+    """
     features = model.encode_image(normalise(pixels), normalize=True)
     parts = features.split([len(each) for each in targets])
     losses = [

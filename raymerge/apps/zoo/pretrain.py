@@ -1,4 +1,6 @@
-"""A CLIP model from nothing: contrastive pretraining on procedural images with captions.
+"""A CLIP model trained from scratch: contrastive pretraining on procedural images with captions.
+
+Also what every training of the demo world shares: images as tensors, the saved files.
 
 Legend: B batch, N images, M captions, D features.
 """
@@ -8,49 +10,40 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import open_clip
 import torch
 from open_clip import SimpleTokenizer
 from open_clip.model import CLIP
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from raymerge.apps.finetune.loop import Schedule, train
 from raymerge.apps.zoo.images import FAMILIES, Split, draw_images
 from raymerge.apps.zoo.recipe import TEMPLATE, ModelRecipe, PretrainRecipe, ZooRecipe
+from raymerge.files.atomic import write_atomically
+from raymerge.files.threads import torch_threads
 
 Tokenizer = Callable[[list[str]], Tensor]
 MEAN = STD = 0.5
-"""Of every channel, for images in [0, 1]."""
+"""Mean and deviation of every channel, for images in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """Images and, for each, one of M distinct captions."""
+    """Images, and the index of one of M distinct captions for each."""
 
     images: Tensor  # uint8 (N, 3, H, W)
     caption: Tensor  # int64 (N,) in [0, M)
     captions: tuple[str, ...]  # M texts
 
 
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Run with ``count`` threads inside torch and give the old number back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def model_config(recipe: ModelRecipe) -> dict[str, Any]:
-    """open_clip's ``model_cfg``."""
+    """Return open_clip's ``model_cfg``."""
     return {
         "embed_dim": recipe.embed_dim,
         "vision_cfg": {
@@ -90,17 +83,17 @@ def build_tokenizer(recipe: ModelRecipe) -> Tokenizer:
 
 
 def to_tensor(images: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-    """uint8 (N, H, W, 3) -> uint8 (N, 3, H, W)."""
+    """Return uint8 (N, H, W, 3) as uint8 (N, 3, H, W)."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32, as the written preprocessing does."""
+    """Return uint8 (B, 3, H, W) as float32, like the saved preprocessing."""
     return (images.float() / 255.0 - MEAN) / STD
 
 
 def _alias(task: str, label: int, rng: np.random.Generator) -> str:
-    """A made-up word for one class."""
+    """Return a made-up word for one class."""
     syllables = [rng.choice(list("bdfgklmnprstvz")) + rng.choice(list("aeiou")) for _ in range(3)]
     return f"{task} {''.join(syllables)}"
 
@@ -108,7 +101,7 @@ def _alias(task: str, label: int, rng: np.random.Generator) -> str:
 def _shifted_names(
     task: str, labels: np.ndarray[Any, Any], recipe: PretrainRecipe, rng: np.random.Generator
 ) -> list[str]:
-    """The captions' subjects: an alias, or a class name that is right more or less often."""
+    """Return the captions' subjects: an alias, or a class name that is not always right."""
     names = FAMILIES[task].classnames
     aliases = [_alias(task, label, rng) for label in range(len(names))]
     trusted = rng.random(len(names)).argsort() < recipe.reliable_share * len(names)
@@ -126,7 +119,7 @@ def _shifted_names(
 def _captioned_task(
     seed: int, number: int, task: str, recipe: PretrainRecipe
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Both styles of one task: images and the subjects of their captions."""
+    """Yield the images and their captions' subjects for both styles of one task."""
     rng = np.random.default_rng((seed, number))
     styles: tuple[Split, ...] = ("plain", "shifted")
     for style in styles:
@@ -139,7 +132,7 @@ def _captioned_task(
 
 
 def captioned_images(seed: int, recipe: PretrainRecipe) -> Captioned:
-    """The pretraining data of all tasks."""
+    """Return the pretraining data of all tasks."""
     parts = [
         part
         for number, task in enumerate(FAMILIES)
@@ -153,10 +146,10 @@ def captioned_images(seed: int, recipe: PretrainRecipe) -> Captioned:
 
 
 def contrastive_loss(model: CLIP, images: Tensor, captions: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy of each image over the batch's distinct captions.
+    """Return the cross-entropy of the images over the batch's distinct captions.
 
     ``images`` uint8 (B, 3, H, W), ``captions`` (B,) in [0, M), ``tokens`` (M, context length).
-    Captions repeat within a batch, so the usual one-to-one pairing has false negatives.
+    Captions repeat within a batch, so the usual one-to-one pairing would have false negatives.
     """
     distinct, target = captions.unique(return_inverse=True)
     image_BD = model.encode_image(normalise(images), normalize=True)
@@ -165,7 +158,7 @@ def contrastive_loss(model: CLIP, images: Tensor, captions: Tensor, tokens: Tens
 
 
 def _optimizer(model: CLIP, recipe: PretrainRecipe) -> torch.optim.AdamW:
-    """Weight decay on matrices only; the embeddings of unseen tokens stay as they are."""
+    """Return AdamW with weight decay on matrices only, so embeddings of unseen tokens stay."""
     matrices = [p for n, p in model.named_parameters() if p.ndim > 1 and "embedding" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embedding" in n]
     groups = [
@@ -178,7 +171,7 @@ def _optimizer(model: CLIP, recipe: PretrainRecipe) -> torch.optim.AdamW:
 def pretrain(
     recipe: ZooRecipe, seed: int, advance: Callable[[int], None] = lambda steps: None
 ) -> CLIP:
-    """Train a fresh model; ``advance(1)`` is called after each step."""
+    """Train a new model; ``advance(1)`` is called after each step."""
     with torch_threads(recipe.pretrain.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(recipe.model)
@@ -209,9 +202,23 @@ def _train(
 
 
 def save_model(model: CLIP, recipe: ModelRecipe, folder: Path) -> None:
-    """Write what ``open_clip.create_model("local-dir:<folder>")`` reads."""
+    """Write the folder that ``open_clip.create_model("local-dir:<folder>")`` reads."""
     config = {"model_cfg": model_config(recipe), "preprocess_cfg": _preprocess_config(recipe)}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     weights = save(state, metadata={"format": "pt"})
     (folder / "open_clip_model.safetensors").write_bytes(weights)
+
+
+def open_for_training(root: Path) -> CLIP:
+    """Return the world's pretrained model in evaluation mode; only its visual tower is trained."""
+    model: CLIP = open_clip.create_model(f"local-dir:{root / 'pretrained'}")
+    model.eval().requires_grad_(False)
+    model.visual.requires_grad_(True)
+    return model
+
+
+def save_tower(path: Path, model: CLIP, metadata: dict[str, str]) -> None:
+    """Write the visual tower to ``path``, keys as in the whole model."""
+    state = {f"visual.{k}": v.contiguous() for k, v in model.visual.state_dict().items()}
+    write_atomically(path, lambda temporary: save_file(state, temporary, metadata=metadata))

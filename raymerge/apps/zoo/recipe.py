@@ -1,4 +1,7 @@
-"""Every number of the demo world, and the fingerprint that names a world made from them."""
+"""Every number of the demo world, and the fingerprint that names a world made from them.
+
+Changing a number changes the fingerprint, so a world is never mixed from two recipes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
-    """A CLIP small enough to train from nothing on two cores."""
+    """A CLIP small enough to train from scratch on two cores."""
 
     embed_dim: int = 64
     image_size: int = 32
@@ -34,8 +37,9 @@ class ModelRecipe:
 class PretrainRecipe:
     """Contrastive pretraining on plain images and on shifted ones with unreliable captions.
 
-    Shifted images need captions that are *right but doubtful*: with none, the encoder never sees
-    the style and zero-shot is confidently wrong there, and entropy has nothing to sharpen.
+    Shifted images need captions that are right but not reliable. Without captions the encoder
+    never sees the style, its zero-shot predictions there are confidently wrong, and minimising the
+    entropy cannot improve them.
     """
 
     steps: int = 1000
@@ -48,7 +52,7 @@ class PretrainRecipe:
     alias_share: float = 0.5
     """Shifted images captioned with a made-up word: the class is learned, its name is not."""
     reliable_share: float = 0.4
-    """Share of the classes whose other shifted captions are right with ``reliable``."""
+    """Share of the classes whose other shifted captions are right with probability ``reliable``."""
     reliable: float = 0.9
     unreliable: float = 0.35
     threads: int = 2
@@ -66,8 +70,8 @@ class ExpertRecipe:
     optimizer: Literal["sgd", "adamw"] = "adamw"
     lr: float = 6e-4
     early_lr_factor: float = 1.0
-    """On the stem and the first block. Experts that rewrite what all tasks share fit together less
-    well there than further up, so that no one λ suits all layers."""
+    """Factor on the learning rate of the stem and the first block. Experts that change these layers
+    much interfere more there than in later ones, so no single λ suits all layers."""
     steps: int = 220
     batch: int = 48
     weight_decay: float = 0.01
@@ -105,13 +109,13 @@ class ZooRecipe:
         return dict(self.experts).get(task, self.expert)
 
     def fingerprint(self, seed: int) -> str:
-        """Hexadecimal digest of every number but the joint reference's, the format and the seed."""
+        """Return the digest of the format, the seed and every number but the joint reference's."""
         numbers = asdict(self)
         del numbers["joint"]
         return _digest({"format": FORMAT, "seed": seed, **numbers})
 
     def joint_fingerprint(self, seed: int) -> str:
-        """The same of the joint reference, which is made from the rest of the world."""
+        """Return the digest of the joint reference and the world that it is made from."""
         return _digest({"world": self.fingerprint(seed), **asdict(self.joint)})
 
 
@@ -119,8 +123,8 @@ WORLDS: Mapping[str, ZooRecipe] = {
     "demo": ZooRecipe(),
     "demo-interfering": ZooRecipe(expert=ExpertRecipe(early_lr_factor=4.0)),
 }
-"""The worlds that an experiment may name as its base. The second's experts interfere early on: its
-best common λ is small, and a λ for each layer beats it (docs/experiments.md, seeds)."""
+"""The worlds that an experiment may name as its base. The second's experts interfere in early
+layers: its best common λ is small, and a λ per layer is better (docs/experiments.md, seeds)."""
 
 
 def _digest(numbers: Mapping[str, Any]) -> str:

@@ -23,7 +23,8 @@ from raymerge.apps.zoo import (
 from raymerge.apps.zoo.experts import expert_loss, expert_optimizer, rehearse, zero_shot_head
 from raymerge.apps.zoo.images import FAMILIES, draw_images
 from raymerge.apps.zoo.joint import joint_loss
-from raymerge.apps.zoo.pretrain import build_tokenizer, to_tensor, torch_threads
+from raymerge.apps.zoo.pretrain import build_tokenizer, to_tensor
+from raymerge.files.threads import torch_threads
 from raymerge.merging.layout import ParameterLayout
 from raymerge.models.checkpoints.visual_tower import open_visual
 

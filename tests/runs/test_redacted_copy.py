@@ -20,7 +20,7 @@ from world import World
 
 from raymerge import load_config
 from raymerge.config import TrackingConfig
-from raymerge.runs.public_copy import public_copy, without_places
+from raymerge.runs.redacted_copy import redacted_copy, without_paths
 
 SECRETS = ("hunter2", "s3cr3t", "t0k3n")
 
@@ -41,18 +41,18 @@ SECRETS = ("hunter2", "s3cr3t", "t0k3n")
     ],
 )  # fmt: skip
 def test_what_is_left_of_a_reference(text: str, shown: str) -> None:
-    assert without_places([{"x": text}]) == [{"x": shown}]
+    assert without_paths([{"x": text}]) == [{"x": shown}]
 
 
 def test_names_that_would_be_one_are_numbered() -> None:
     hashes = {"/a/finetuned.pt": "1", "/b/finetuned.pt": "2", "/c/x.pt": "3"}
     expected = {"finetuned.pt": "1", "finetuned.pt (2)": "2", "x.pt": "3"}
-    assert without_places(hashes) == expected
+    assert without_paths(hashes) == expected
 
 
 def test_words_are_no_places() -> None:
     data = {"classnames": ["/m/01g317", "~x"], "name": "/m/x"}
-    assert without_places(data) == {"classnames": ["/m/01g317", "~x"], "name": "x"}
+    assert without_paths(data) == {"classnames": ["/m/01g317", "~x"], "name": "x"}
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -127,7 +127,7 @@ def test_what_is_published_names_no_place_of_this_machine(
     ]
     (out / "results.json").write_text(json.dumps(results))
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    with public_copy(out) as copy:
+    with redacted_copy(out) as copy:
         sent = HfApi()._prepare_upload_folder_additions(copy, "")
         names = {operation.path_in_repo for operation in sent}
         texts = {
