@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from raymerge.apps.experiments.bench import Bench, Changes, say
+from raymerge.apps.experiments.bench import Bench, Changes, report_line
 from raymerge.apps.experiments.lambda_scan import means, scan
 from raymerge.apps.experiments.methods import METHODS, known_methods
 from raymerge.apps.zoo import ZooPaths, ZooRecipe, build_zoo
@@ -59,7 +59,7 @@ def run_demo(
     write_json(output / "comparison.json", comparison)
     write_plots(output)
     report = write_report(output)
-    say(f"{perf_counter() - began:.0f} s in all; report: {report}")
+    report_line(f"{perf_counter() - began:.0f} s in all; report: {report}")
     return comparison_table(comparison["methods"], comparison["uniform_scan"])
 
 
@@ -106,7 +106,7 @@ def _zoo(root: Path | None, seed: int, recipe: ZooRecipe) -> ZooPaths:
     from raymerge.distributed.tasks import run_tasks
 
     root = root or cache_folder() / f"zoo-{recipe.fingerprint(seed)}"
-    say(f"zoo in {root}")
+    report_line(f"zoo in {root}")
     return build_zoo(root, seed=seed, run_tasks=run_tasks, recipe=recipe)
 
 

@@ -103,7 +103,7 @@ def test_merge_and_publish(
     given = {"license": "mit", "authors": ["Ada", "Emmy"]}
     config = write_config(tmp_path / "c.yaml", config_data(world, card=given, cluster=dict(LOCAL)))
     out = tmp_path / "out"
-    refused(raymerge("merge", config, "--output", out, "--push-to-hub", "no/m"), "no member")
+    refused(raymerge("merge", config, "--output", out, "--push-to-hub", "no/m"), "not a member")
     assert not out.exists()
     ran = raymerge.ok("merge", config, "--output", out, "--push-to-hub", "me/m", "--private")
     assert ran.out.endswith("published as https://hub/me/m\n")

@@ -1,4 +1,4 @@
-"""What every experiment stands on: a base config, workers, and merges that go through the session.
+"""The base of every experiment: a config to change, workers to share, merges like a user's own.
 
 An experiment is a function of a :class:`Bench` that returns :class:`~.findings.Findings`.
 """
@@ -37,10 +37,11 @@ _RUN = re.compile(r"(?!\.)[\w.+-]+(/(?!\.)[\w.+-]+)*")
 
 @dataclass
 class Bench:
-    """``base``: the config that every merge changes; ``output``: below it each run has a folder.
+    """One experiment's base config and output folder.
 
-    ``methods``: what the user asked for instead of an experiment's own. ``reseed``: the base with
-    another seed, which is another world where the base is an embedded one.
+    ``base``: the config that every merge changes. ``output``: the folder of the runs' folders.
+    ``methods``: the user's methods instead of the experiment's. ``reseed``: returns the base with
+    another seed, which for an embedded base is another world.
     """
 
     base: Config
@@ -50,7 +51,7 @@ class Bench:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def tasks(self, names: Sequence[str] | None) -> tuple[TaskConfig, ...]:
-        """The base's tasks of these names; all for None. Raises :class:`UserError`."""
+        """Return the base's tasks of these names, or all for None. Raises :class:`UserError`."""
         if names is None:
             return self.base.tasks
         known = {task.name: task for task in self.base.tasks}
@@ -65,24 +66,25 @@ class Bench:
     def config(
         self, changes: Changes, run: str, tasks: Sequence[TaskConfig] | None = None
     ) -> Config:
-        """The base with ``changes`` (as in YAML), for ``tasks``, writing to ``runs/run``.
+        """Return the base with ``changes`` (as in YAML) for ``tasks``, writing to ``runs/run``.
 
-        A preset decides what the base's optimizer would else override.
+        With a preset the base's optimizer is left out, for it would override the preset.
         """
         if not _RUN.fullmatch(run):
-            raise UserError(f"experiment: methods: {run!r} is no name for a row and its folder")
-        given = self.base if tasks is None else self.base.model_copy(update={"tasks": tuple(tasks)})
-        decided = {"optimizer"} if "preset" in changes else set()
-        data = given.model_dump(mode="json", exclude_none=True, exclude=decided)
+            raise UserError(f"experiment: methods: {run!r} is not a valid name of a row and folder")
+        exclude = {"optimizer"} if "preset" in changes else set()
+        data = self._base(tasks).model_dump(mode="json", exclude_none=True, exclude=exclude)
         data = {**data, **changes, "output": str(self.output / "runs" / run)}
         return parse_config(data, root=self.output, source=f"experiment: methods: {run}")
 
     @contextmanager
     def workers(self, tasks: Sequence[TaskConfig] | None = None) -> Iterator[WorkerGroup]:
-        """Workers for these tasks, to be shared by the merges of them."""
-        given = self.base if tasks is None else self.base.model_copy(update={"tasks": tuple(tasks)})
-        with open_group(given, None) as group:
+        """Yield workers for these tasks, which all their merges share."""
+        with open_group(self._base(tasks), None) as group:
             yield group
+
+    def _base(self, tasks: Sequence[TaskConfig] | None) -> Config:
+        return self.base if tasks is None else self.base.model_copy(update={"tasks": tuple(tasks)})
 
     def merge(
         self,
@@ -91,18 +93,18 @@ class Bench:
         group: WorkerGroup,
         tasks: Sequence[TaskConfig] | None = None,
     ) -> MergeResult:
-        """One merge; says on stderr how well it does and how long it took."""
+        """Run one merge and report its top-1 and its time on stderr."""
         began = perf_counter()
         config = self.config(changes, name, tasks)
         result = merge(config, overwrite=_exists(config), group=group)
         self.seconds[name] = perf_counter() - began
         top1 = "" if result.top1 is None else f": {result.top1:.1%}"
-        say(f"{name}: {describe(config.method)}{top1} ({self.seconds[name]:.0f} s)")
+        report_line(f"{name}: {describe(config.method)}{top1} ({self.seconds[name]:.0f} s)")
         return result
 
 
 def collapsed(result: MergeResult) -> tuple[str, ...]:
-    """The tasks whose predictions the guard saw collapse; none where no λ was learned."""
+    """Return the tasks whose predictions collapsed while λ was learned."""
     config, names = result.config, result.config.task_names
     if result.output is None or method_of(config.method).loop is None:
         return ()
@@ -124,10 +126,17 @@ def _exists(config: Config) -> bool:
 
 
 def mean_top1(scores: Mapping[str, TaskScore], tasks: Sequence[str] | None = None) -> float | None:
-    """Unweighted, over ``tasks`` (default all) that have a score."""
+    """Return the unweighted mean over those of ``tasks`` (default: all) that have a score."""
     rows = [row.top1 for name, row in scores.items() if tasks is None or name in tasks]
     return sum(rows) / len(rows) if rows else None
 
 
-def say(text: str) -> None:
+def top1_cells(scores: Mapping[str, TaskScore], tasks: Sequence[str]) -> list[float | None]:
+    """Return the top-1 of each task, None where it has no score, and their mean."""
+    each = [scores[task].top1 if task in scores else None for task in tasks]
+    return [*each, mean_top1(scores, tasks)]
+
+
+def report_line(text: str) -> None:
+    """Print a line of progress on stderr."""
     print(f"raymerge: {text}", file=sys.stderr)

@@ -3,10 +3,10 @@
     $RAYMERGE_CACHE/corrupted/jpeg-2-cifar-1f0c…/<the images' own paths>.png
     $RAYMERGE_CACHE/corrupted/jpeg-2-cifar-77e1…/00000.tar
 
-The first is an image folder's; that of a stored data set is one too, of tar shards in its order.
-A copy is named after all that decides it: the corruption with its parameters and seed, and the
-source's path with the names, sizes and times of its images or files. It appears by one rename, so
-it is whole or absent. PNG keeps every level, so what is scored is what the corruption made.
+The first is a copy of an image folder, the second of a stored data set, as tar shards in its order.
+A copy's name is a digest of everything that decides it: the corruption with its parameters and
+seed, and the source's path with the names, sizes and times of its images or files. It appears by
+one rename, so it is complete or absent. PNG is lossless, so no level changes before scoring.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from raymerge.errors import DataError, RunError
 from raymerge.files.atomic import cache_folder
 from raymerge.files.progress import Progress, progress_bar
 
-_FORMAT = 1  # another number when the files that one key stands for would differ
+_FORMAT = 1  # increased when the files of a key would differ
 _CHUNK = 64
-_ALONE = 4 * _CHUNK  # so few images are sooner done than processes are started
+_FEW = 4 * _CHUNK  # up to so many images one process is faster than starting several
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """As in :func:`~raymerge.apps.experiments.corruptions.corrupt`; ``seed``: of the run."""
+    """The arguments of :func:`~raymerge.apps.experiments.corruptions.corrupt`; the run's seed."""
 
     name: str
     severity: int = 2
@@ -55,11 +55,11 @@ class Corruption:
 def corrupted_tasks(
     tasks: Sequence[TaskConfig], corruption: Corruption, workers: int = 1
 ) -> tuple[TaskConfig, ...]:
-    """The tasks on corrupted copies of their images; copies that are there are not made again.
+    """Return the tasks with corrupted copies of their images; missing copies are made.
 
-    ``workers``: processes. An image's draws depend on its path below its folder and the seed alone,
-    so a task that adapts on its test images does so on the same corrupted ones. Raises
-    :class:`DataError` for a folder or an image that is wrong.
+    ``workers``: processes. An image's draws depend only on its path below its folder and the seed,
+    so a task that adapts on its test images adapts on the same corrupted ones. Raises
+    :class:`DataError` for a wrong folder or image.
     """
     sources = [_sources(task, f"tasks[{i}]") for i, task in enumerate(tasks)]
     missing = {
@@ -79,25 +79,25 @@ def corrupted_tasks(
 
 
 class _Source(Protocol):
-    """What is copied; hashable."""
+    """Images to copy; hashable."""
 
     def __len__(self) -> int: ...
 
-    def what(self) -> dict[str, Any]:
-        """Decides the copy, but for the corruption."""
+    def identity(self) -> dict[str, Any]:
+        """Return everything that decides the copy, except the corruption."""
         ...
 
     def part(self, start: int) -> _Source:
-        """The ``_CHUNK`` images from ``start`` on."""
+        """Return the ``_CHUNK`` images from ``start`` on."""
         ...
 
     def write(self, corruption: Corruption, partial: Path) -> int:
-        """Copy the images; returns how many."""
+        """Write the copies and return their number."""
         ...
 
 
 def _target(source: _Source, corruption: Corruption) -> Path:
-    key = {"format": _FORMAT, **asdict(corruption), **source.what()}
+    key = {"format": _FORMAT, **asdict(corruption), **source.identity()}
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     name = f"{corruption.name}-{corruption.severity}-{corruption.parameters}-{digest}"
     return cache_folder() / "corrupted" / name
@@ -105,7 +105,7 @@ def _target(source: _Source, corruption: Corruption) -> Path:
 
 @dataclass(frozen=True)
 class _Folder:
-    """One folder and its images' paths below it, sorted."""
+    """An image folder, with the sorted paths of its images below it."""
 
     root: Path
     images: tuple[Path, ...]
@@ -113,7 +113,7 @@ class _Folder:
     def __len__(self) -> int:
         return len(self.images)
 
-    def what(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         stats = [(self.root / image).stat() for image in self.images]
         return {
             "root": str(self.root.resolve()),
@@ -130,15 +130,17 @@ class _Folder:
         for image in self.images:
             copy = partial / _png(image)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            pixels_HW3 = corrupted(self.root / image, image.as_posix(), corruption)
+            pixels_HW3 = corrupt_image(self.root / image, image.as_posix(), corruption)
             Image.fromarray(pixels_HW3).save(copy, "PNG")
         return len(self)
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A data set; ``labels``: places in the task's class names, empty if it has none.
-    ``start``: of this part."""
+    """A stored data set, or the part of it from ``start`` on.
+
+    ``labels``: indices of the task's class names; empty if the data set has none.
+    """
 
     reference: str
     images: StoredImages
@@ -148,7 +150,7 @@ class _Stored:
     def __len__(self) -> int:
         return len(self.images)
 
-    def what(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         return {
             "data": self.reference,
             "files": repr(self.images.source),
@@ -165,7 +167,7 @@ class _Stored:
             for i in range(len(self)):
                 image = self.images[i]
                 content = io.BytesIO()
-                pixels_HW3 = corrupted(image, image.key, corruption)
+                pixels_HW3 = corrupt_image(image, image.key, corruption)
                 Image.fromarray(pixels_HW3).save(content, "PNG")
                 _add(shard, f"{self.start + i:08}.png", content.getvalue())
                 if self.labels:
@@ -180,21 +182,21 @@ def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _sources(task: TaskConfig, where: str) -> dict[str, _Source]:
-    """By the task's key: ``adapt`` and ``test``, where it has them."""
-    found: dict[str, _Source] = {}
+    """Return the sources of ``adapt`` and ``test``, if the task has them."""
+    sources: dict[str, _Source] = {}
     if task.adapt is not None:
         images = unlabeled_images(task.adapt, f"{where}.adapt")
         if isinstance(images.items, StoredImages):
             images = _with_labels(task, images)
-        found["adapt"] = _source(task.adapt, images)
+        sources["adapt"] = _source(task.adapt, images)
     if task.test is not None:
         images = labelled_images(task.test, task.classnames, f"{where}.test")
-        found["test"] = _source(task.test, images)
-    return found
+        sources["test"] = _source(task.test, images)
+    return sources
 
 
 def _with_labels(task: TaskConfig, images: ImageList) -> ImageList:
-    """A data set's labels, if it has any: methods that look at them find them in the copy."""
+    """Return the images with their labels if they have any, so that the copy has them too."""
     try:
         return labelled_images(str(task.adapt), task.classnames, "adapt")
     except DataError:
@@ -215,24 +217,24 @@ def _folder(root: Path, paths: Iterable[Path]) -> _Folder:
     for image in images:
         if copies[_png(image)] != image:
             raise DataError(
-                f"image {root / image}: its copy would have the name of that of "
-                f"{copies[_png(image)].name}; rename one"
+                f"image {root / image}: its copy would have the same name as the copy of "
+                f"{copies[_png(image)].name}; rename one of them"
             )
     return _Folder(root, images)
 
 
 def _png(image: Path) -> Path:
-    """Where the copy lies below its folder; its name ends in .png."""
+    """Return the path of the copy below its folder; its name ends in .png."""
     return image if image.suffix == ".png" else image.with_name(image.name + ".png")
 
 
-# --- making them -------------------------------------------------------------------------------
+# --- making the copies -------------------------------------------------------------------------
 
 
 def _make(sources: Sequence[_Source], corruption: Corruption, workers: int) -> None:
     count = sum(map(len, sources))
     with (
-        _pool(workers if count > _ALONE else 1) as pool,
+        _pool(workers if count > _FEW else 1) as pool,
         progress_bar(f"corrupting: {corruption.name}", unit="img", total=count) as progress,
     ):
         for source in sources:
@@ -269,7 +271,7 @@ def _make_one(
 
 
 def _rename(partial: Path, target: Path) -> None:
-    """Into place; another process may have made the same copy meanwhile."""
+    """Rename ``partial``; another process may have made the same copy meanwhile."""
     try:
         partial.rename(target)
     except OSError:
@@ -282,8 +284,8 @@ def _write_part(job: tuple[_Source, Corruption, Path]) -> int:
     return part.write(corruption, partial)
 
 
-def corrupted(item: Item, key: str, corruption: Corruption) -> np.ndarray:
-    """(H, W, 3) uint8: the image corrupted, at its own resolution; ``key`` decides its draws."""
+def corrupt_image(item: Item, key: str, corruption: Corruption) -> np.ndarray:
+    """Return the corrupted image (H, W, 3) uint8 at its own resolution; ``key`` seeds it."""
     try:
         with open_image(item) as opened:
             pixels_HW3 = np.asarray(opened.convert("RGB"))

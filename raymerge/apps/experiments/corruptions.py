@@ -103,12 +103,12 @@ _STEPS_5x5 = np.array(
 def corrupt(
     image_HW3: Pixels, name: str, severity: int = 2, *, parameters: str = "cifar", seed: int
 ) -> Pixels:
-    """(H, W, 3) uint8 RGB, a new array; ``image_HW3`` is (H, W, 3) uint8 RGB, any H, W ≥ 1.
+    """Return the corrupted image, a new (H, W, 3) uint8 RGB array; H and W are at least 1.
 
-    The defaults are, to all evidence, those of AdaMerging's corrupted sets. ``seed`` (≥ 0) alone
-    decides the random draws: make one per image with :func:`image_seed`. Raises
-    :class:`UserError` for an unknown name, severity or parameter set, ValueError for an array that
-    is no RGB image.
+    The defaults are, as far as is known, those of AdaMerging's corrupted sets. ``seed`` (≥ 0)
+    alone decides the random draws: make one per image with :func:`image_seed`. Raises
+    :class:`UserError` for an unknown name, severity or parameter set, and ValueError for an array
+    that is not an RGB image.
     """
     _require_known("corruption", name, CORRUPTIONS)
     _require_known("severity", severity, SEVERITIES)
@@ -121,10 +121,10 @@ def corrupt(
 
 
 def image_seed(seed: int, key: str) -> int:
-    """64-bit seed for one image of a run: the same in every process, on every machine.
+    """Return the 64-bit seed of one image of a run, the same in every process.
 
-    ``key`` names the image (such as its path below the data folder), not its place in a list, so
-    that adding an image leaves the draws of the others alone.
+    ``key`` names the image (such as its path below the data folder), not its position in a list,
+    so that adding an image leaves the draws of the others unchanged.
     """
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     return int.from_bytes(digest[:8], "little")
@@ -137,7 +137,7 @@ def _require_known(what: str, value: object, known: tuple[object, ...]) -> None:
 
 
 def _to_pixels(levels: Levels) -> Pixels:
-    """Clipped to 0–255, the fraction cut off."""
+    """Return the levels clipped to 0–255, without their fractions."""
     return np.clip(levels, 0, 255).astype(np.uint8)
 
 
@@ -145,25 +145,25 @@ def _to_pixels(levels: Levels) -> Pixels:
 
 
 def _gaussian_noise(image_HW3: Pixels, rng: np.random.Generator, sigma: float) -> Pixels:
-    """clip(x + N(0, σ²)), each element by itself."""
+    """Return clip(x + N(0, σ²)), with a draw for each element."""
     return _to_pixels(image_HW3 + 255 * sigma * rng.normal(size=image_HW3.shape))
 
 
 def _impulse_noise(image_HW3: Pixels, rng: np.random.Generator, probability: float) -> Pixels:
-    """Each element, with the given probability, becomes 0 or 255 with equal chance."""
+    """Set each element with the given probability to 0 or 255, with equal chance."""
     hit = rng.random(image_HW3.shape) < probability
     extreme = np.where(rng.random(image_HW3.shape) < 0.5, np.uint8(255), np.uint8(0))
     return np.where(hit, extreme, image_HW3)
 
 
 def _contrast(image_HW3: Pixels, rng: np.random.Generator, factor: float) -> Pixels:
-    """clip((x − μ)·factor + μ), μ the mean of the channel over this image."""
+    """Return clip((x − μ)·factor + μ), μ the mean of the channel over this image."""
     mean_113 = image_HW3.mean(axis=(0, 1), keepdims=True)
     return _to_pixels((image_HW3 - mean_113) * factor + mean_113)
 
 
 def _jpeg(image_HW3: Pixels, rng: np.random.Generator, quality: int) -> Pixels:
-    """A round trip through Pillow's JPEG, with its default chroma subsampling."""
+    """Encode and decode with Pillow's JPEG and its default chroma subsampling."""
     buffer = io.BytesIO()
     Image.fromarray(image_HW3).save(buffer, "JPEG", quality=quality)
     with Image.open(buffer, formats=("JPEG",)) as decoded:
@@ -171,7 +171,7 @@ def _jpeg(image_HW3: Pixels, rng: np.random.Generator, quality: int) -> Pixels:
 
 
 def _pixelate(image_HW3: Pixels, rng: np.random.Generator, kept: float) -> Pixels:
-    """Box-resized to ⌊S·kept⌋ on each side S (at least 1 pixel), and back."""
+    """Resize each side S to ⌊S·kept⌋ (at least 1 pixel) with a box filter, and back."""
     height, width, _ = image_HW3.shape
     small = max(1, int(width * kept)), max(1, int(height * kept))
     shrunk = Image.fromarray(image_HW3).resize(small, Image.Resampling.BOX)
@@ -182,19 +182,19 @@ def _pixelate(image_HW3: Pixels, rng: np.random.Generator, kept: float) -> Pixel
 
 
 def _motion_blur(image_HW3: Pixels, rng: np.random.Generator, radius: int, sigma: float) -> Pixels:
-    """Blurred along a direction drawn from U(−45°, 45°) of the horizontal; edges replicated."""
+    """Blur along a direction drawn from U(−45°, 45°) of the horizontal; edges are replicated."""
     angle = math.radians(rng.uniform(-45, 45))
     return _blur_along(image_HW3, _motion_kernel(radius, sigma), angle)
 
 
 def _motion_kernel(radius: int, sigma: float) -> Levels:
-    """(2·radius + 1,) weights exp(−i²/2σ²) for i = 0, 1, …, normalised: a one-sided gaussian."""
+    """Return (2·radius + 1,) weights exp(−i²/2σ²), normalised: a one-sided gaussian."""
     weights = np.exp(-(np.arange(2 * radius + 1) ** 2) / (2 * sigma**2))
     return np.asarray(weights / weights.sum())
 
 
 def _blur_along(image_HW3: Pixels, kernel: Levels, angle: float) -> Pixels:
-    """Σᵢ kernelᵢ · the image moved by i pixels against ``angle`` (radians, y downwards).
+    """Return Σᵢ kernelᵢ · the image moved by i pixels against ``angle`` (radians, y downwards).
 
     Offsets are rounded to whole pixels, ⌈v − ½⌉, and the sum to the nearest level, as ImageMagick's
     ``MotionBlurImage`` does. Where a move leaves the image its edge is replicated; the pure-numpy
@@ -223,7 +223,7 @@ def _spatter(
     strength: float,
     mud: int,
 ) -> Pixels:
-    """Drops of water or mud where a blurred gaussian layer reaches the threshold."""
+    """Add drops of water or mud where a blurred gaussian layer reaches the threshold."""
     layer_HW = _liquid(rng, image_HW3.shape[:2], mean, deviation, blur)
     layer_HW[layer_HW < threshold] = 0
     if mud:
@@ -234,25 +234,25 @@ def _spatter(
 def _liquid(
     rng: np.random.Generator, shape: tuple[int, ...], mean: float, deviation: float, blur: float
 ) -> Levels:
-    """(H, W) of about 0–1: N(mean, deviation²) under a gaussian blur, edges replicated."""
+    """Return (H, W) values of about 0–1: N(mean, deviation²) under a gaussian blur."""
     return _gaussian_blur(rng.normal(mean, deviation, shape), blur)
 
 
 def _gaussian_blur(layer_HW: Levels, sigma: float) -> Levels:
-    """Cut off at 4σ, edges replicated: what scikit-image's ``gaussian`` does."""
+    """Return scikit-image's ``gaussian``: cut off at 4σ, edges replicated."""
     blurred: Levels = ndimage.gaussian_filter(layer_HW, sigma, mode="nearest", truncate=4.0)
     return blurred
 
 
 def _mud(image_HW3: Pixels, wet_HW: NDArray[np.bool_], blur: float) -> Pixels:
-    """Brown over the image, with the blurred mask as its opacity where that is at least 0.8."""
+    """Paint brown with the blurred mask as its opacity, where that is at least 0.8."""
     opacity_HW1 = _gaussian_blur(wet_HW.astype(np.float64), blur)[..., None]
     opacity_HW1[opacity_HW1 < 0.8] = 0
     return _to_pixels(image_HW3 * (1 - opacity_HW1) + np.array(_MUD_RGB) * opacity_HW1)
 
 
 def _water(image_HW3: Pixels, layer_HW: Levels, strength: float) -> Pixels:
-    """Pale turquoise added where the layer is not 0, embossed to look like drops.
+    """Add pale turquoise where the layer is not 0, embossed to look like drops.
 
     The original's OpenCV steps (Canny, distance transform, equalisation, 3 × 3 filters), redone
     with scipy.ndimage: on the same layer the result is OpenCV's to within one level, where OpenCV
@@ -269,7 +269,7 @@ def _water(image_HW3: Pixels, layer_HW: Levels, strength: float) -> Pixels:
 
 
 def _relief(layer_HW: NDArray[np.int32]) -> Levels:
-    """(H, W) levels 0–255: distance to the drops' edges, equalised, embossed and smoothed."""
+    """Return (H, W) levels 0–255: distance to the drops' edges, equalised, embossed, smoothed."""
     distance_HW = np.floor(_box_3x3(_edge_distance(_canny(layer_HW))))
     emboss = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
     embossed_HW = ndimage.correlate(_equalise(distance_HW), emboss, mode="mirror")
@@ -277,13 +277,13 @@ def _relief(layer_HW: NDArray[np.int32]) -> Levels:
 
 
 def _box_3x3(layer_HW: Levels) -> Levels:
-    """Mean over 3 × 3 pixels, mirrored at the edges."""
+    """Return the mean over 3 × 3 pixels, mirrored at the edges."""
     mean: Levels = ndimage.correlate(layer_HW, np.ones((3, 3)), mode="mirror") / 9
     return mean
 
 
 def _edge_distance(edge_HW: NDArray[np.bool_]) -> Levels:
-    """(H, W) pixels to the nearest edge along OpenCV's 5 × 5 steps, at most 20."""
+    """Return the distance (H, W) to the nearest edge along OpenCV's 5 × 5 steps, at most 20."""
     distance_HW = np.where(edge_HW, 0.0, _WATER_REACH)
     while True:
         nearer_HW: Levels = ndimage.grey_erosion(distance_HW, structure=-_STEPS_5x5, mode="nearest")
@@ -293,7 +293,7 @@ def _edge_distance(edge_HW: NDArray[np.bool_]) -> Levels:
 
 
 def _equalise(levels_HW: Levels) -> Levels:
-    """Histogram equalisation: the lowest level becomes 0, the highest 255, one level stays."""
+    """Equalise the histogram: the lowest level becomes 0, the highest 255; a single one stays."""
     values, inverse, counts = np.unique(levels_HW, return_inverse=True, return_counts=True)
     if len(values) == 1:
         return levels_HW
@@ -303,7 +303,7 @@ def _equalise(levels_HW: Levels) -> Levels:
 
 
 def _canny(layer_HW: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Edges: ridges of the gradient above 50 that connect to one above 150 (|∂x| + |∂y|, Sobel)."""
+    """Return the edges: ridges of |∂x| + |∂y| (Sobel) above 50 connected to one above 150."""
     dx_HW, dy_HW = (ndimage.sobel(layer_HW, axis=axis, mode="nearest") for axis in (1, 0))
     magnitude_HW = np.abs(dx_HW) + np.abs(dy_HW)
     ridge_HW = (magnitude_HW > _CANNY_LOW) & _ridges(magnitude_HW, dx_HW, dy_HW)
@@ -315,9 +315,10 @@ def _canny(layer_HW: NDArray[np.int32]) -> NDArray[np.bool_]:
 def _ridges(
     magnitude_HW: NDArray[np.int32], dx_HW: NDArray[np.int32], dy_HW: NDArray[np.int32]
 ) -> NDArray[np.bool_]:
-    """Where the magnitude is largest along the gradient's direction, in steps of 45°.
+    """Return True where the magnitude is largest along the gradient's direction (steps of 45°).
 
-    Outside the image it is 0. Of equals in a row or column the first counts, on a diagonal none.
+    It is 0 outside the image. Of equal ones in a row or column the first counts, on a diagonal
+    none.
     """
     height, width = magnitude_HW.shape
     padded = np.pad(magnitude_HW, 1)

@@ -1,4 +1,4 @@
-"""Does entropy tell where the loss is high? Binned means and a rank correlation.
+"""The relation of entropy and loss over samples: binned means and a rank correlation.
 
 Legend: N samples.
 """
@@ -24,14 +24,14 @@ BIN_NAMES = (
 
 @dataclass(frozen=True)
 class EntropyLoss:
-    """Entropy against cross-entropy, per sample, in nats (AdaMerging Figs 3 and 11)."""
+    """Cross-entropy against entropy, per sample, in nats (AdaMerging Figs 3 and 11)."""
 
     counts: tuple[int, ...]
     """Samples per bin of :data:`ENTROPY_EDGES`, and above."""
     mean_loss: tuple[float | None, ...]
-    """Per bin; None where it is empty."""
+    """Mean loss per bin; None for an empty bin."""
     spearman: float | None
-    """Rank correlation of entropy and loss; None where one of them is constant."""
+    """Rank correlation of entropy and loss; None if one of them is constant."""
 
     def to_json(self) -> dict[str, Any]:
         return {"edges": ENTROPY_EDGES, **asdict(self)}
@@ -41,13 +41,13 @@ def entropy_against_loss(entropy_N: FloatArray, loss_N: FloatArray) -> EntropyLo
     """Bin the samples by entropy and correlate; both arrays are (N,), in nats.
 
     For the figure over all tasks, concatenate their samples: bins and ranks do not average.
-    ValueError where the lengths differ or a value is not finite.
+    Raises ValueError if the lengths differ or a value is not finite.
     """
     entropy_N, loss_N = (np.asarray(x, dtype=np.float64) for x in (entropy_N, loss_N))
     if entropy_N.ndim != 1 or entropy_N.shape != loss_N.shape:
         raise ValueError(f"entropies {entropy_N.shape} and losses {loss_N.shape} do not pair up")
-    if lost := int((~np.isfinite(entropy_N) | ~np.isfinite(loss_N)).sum()):
-        raise ValueError(f"{lost} of {len(loss_N)} samples have no finite entropy and loss")
+    if bad := int((~np.isfinite(entropy_N) | ~np.isfinite(loss_N)).sum()):
+        raise ValueError(f"{bad} of {len(loss_N)} samples have no finite entropy and loss")
     bin_N = np.searchsorted(ENTROPY_EDGES, entropy_N, side="left")
     bins = len(ENTROPY_EDGES) + 1
     counts = np.bincount(bin_N, minlength=bins)
@@ -60,9 +60,9 @@ def entropy_against_loss(entropy_N: FloatArray, loss_N: FloatArray) -> EntropyLo
 
 
 def spearman(x_N: FloatArray, y_N: FloatArray) -> float | None:
-    """Pearson's correlation of the ranks, ties sharing their mean rank; None if x or y is constant.
+    """Return Pearson's correlation of the ranks; ties share their mean rank.
 
-    Fewer than two samples are constant. No NaN.
+    None if x or y is constant, as fewer than two samples are. The values must not be NaN.
     """
     x_N, y_N = _centred_ranks(x_N), _centred_ranks(y_N)
     scale = float(np.sqrt((x_N @ x_N) * (y_N @ y_N)))
@@ -70,7 +70,7 @@ def spearman(x_N: FloatArray, y_N: FloatArray) -> float | None:
 
 
 def _centred_ranks(x_N: FloatArray) -> FloatArray:
-    """Ranks 1..N, tied values at the mean of theirs, less their mean (N+1)/2: halves, so exact."""
+    """Return ranks 1..N minus their mean; ties share their mean rank. Halves, so exact."""
     _, group_N, counts = np.unique(x_N, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     ranks: FloatArray = (last - (counts - 1) / 2)[group_N] - (len(x_N) + 1) / 2

@@ -1,4 +1,4 @@
-"""Entropy against loss of every test image under a merged model: the paper's Figures 3 and 11."""
+"""Entropy against loss of every test image under a merged model: AdaMerging's Figs 3 and 11."""
 
 from __future__ import annotations
 
@@ -34,44 +34,45 @@ def run(bench: Bench, options: EntropyLoss) -> Findings:
     tasks = [task.name for task in bench.base.tasks if task.test is not None]
     if not tasks:
         raise UserError("experiment: entropy_loss needs test images; name tasks[].test in the base")
-    found: dict[str, dict[str, Relation]] = {}
+    by_method: dict[str, dict[str, Relation]] = {}
     with bench.workers() as group:
         for name, changes in methods.items():
-            found[name] = relations(sample_values(bench.merge(name, changes, group), group), name)
+            result = bench.merge(name, changes, group)
+            by_method[name] = relations(sample_values(result, group), name)
     return Findings(
         "Entropy against loss",
-        tables=[_correlations(found, tasks), _bins(found)],
+        tables=[_correlations(by_method, tasks), _bins(by_method)],
         curves=[
-            _curves("All tasks", {name: each[ALL] for name, each in found.items()}),
+            _curves("All tasks", {name: each[ALL] for name, each in by_method.items()}),
             *(
                 _curves(f"Each task, {name}", {task: each[task] for task in tasks})
-                for name, each in found.items()
+                for name, each in by_method.items()
             ),
         ],
         notes=[
             f"base: {len(bench.base.models)} models of {bench.base.model.reference}, "
-            f"{sum(next(iter(found.values()))[ALL].counts)} test images",
+            f"{sum(next(iter(by_method.values()))[ALL].counts)} test images",
             f"Spearman {PUBLISHED_ALL} is published for CLIP ViT-B/32 on the eight data sets of "
-            "the AdaMerging paper; it is not of this world.",
+            "the AdaMerging paper, not for this world.",
         ],
         data={
             name: {task: relation.to_json() for task, relation in each.items()}
-            for name, each in found.items()
+            for name, each in by_method.items()
         },
     )
 
 
 def sample_values(result: MergeResult, group: WorkerGroup) -> dict[str, Samples]:
-    """Each test image's entropy and loss under what a merge wrote, by task.
+    """Return each test image's entropy and loss under the merged model, by task.
 
-    Where nothing was merged, each task is on its own expert.
+    If the method merges nothing, each task is scored on its own expert.
     """
-    merged = method_of(result.config.method).merges
-    own = {task.name: task.checkpoint for task in result.config.tasks}
+    is_merge = method_of(result.config.method).merges
+    experts = {task.name: task.checkpoint for task in result.config.tasks}
     checkpoints = {
-        task.name: str(result.output) if merged else str(own[task.name])
+        task.name: str(result.output) if is_merge else str(experts[task.name])
         for task in result.config.tasks
-        if task.test is not None and (merged or task.checkpoint is not None)
+        if task.test is not None and (is_merge or task.checkpoint is not None)
     }
     autocast = result.config.precision == "bfloat16"
     request = EvaluateRequest(checkpoints, autocast, per_sample=True)
@@ -79,36 +80,39 @@ def sample_values(result: MergeResult, group: WorkerGroup) -> dict[str, Samples]
 
 
 def relations(by_task: Mapping[str, Samples], name: str = "") -> dict[str, Relation]:
-    """Of every task, and of all their images together as ``all``; RunError for a broken model."""
-    together = Samples(
+    """Return the relation for every task, and for all images together as ``all``.
+
+    Raises :class:`RunError` if a value is not finite.
+    """
+    everything = Samples(
         np.concatenate([each.entropy_N for each in by_task.values()]),
         np.concatenate([each.loss_N for each in by_task.values()]),
     )
     try:
         return {
             task: entropy_against_loss(each.entropy_N, each.loss_N)
-            for task, each in {**by_task, ALL: together}.items()
+            for task, each in {**by_task, ALL: everything}.items()
         }
     except ValueError as error:
         raise RunError(f"experiment: {name}: {error}; its λ may be too large") from error
 
 
-def _correlations(found: Mapping[str, Mapping[str, Relation]], tasks: list[str]) -> Table:
+def _correlations(by_method: Mapping[str, Mapping[str, Relation]], tasks: list[str]) -> Table:
     columns = [*tasks, ALL]
     rows = {
         name: [_number(each[task].spearman if task in each else None) for task in columns]
-        for name, each in found.items()
+        for name, each in by_method.items()
     }
     rows[PUBLISHED] = [*([_number(None)] * len(tasks)), PUBLISHED_ALL]
     return Table("Spearman's rank correlation of entropy and loss", columns, rows)
 
 
-def _bins(found: Mapping[str, Mapping[str, Relation]]) -> Table:
-    columns = [f"{what}, {name}" for name in found for what in ("images", "mean loss")]
+def _bins(by_method: Mapping[str, Mapping[str, Relation]]) -> Table:
+    columns = [f"{what}, {name}" for name in by_method for what in ("images", "mean loss")]
     rows = {
         label: [
             cell
-            for each in found.values()
+            for each in by_method.values()
             for cell in (f"{each[ALL].counts[i]:,}", _number(each[ALL].mean_loss[i]))
         ]
         for i, label in enumerate(BIN_NAMES)
@@ -124,7 +128,7 @@ def _curves(title: str, lines: Mapping[str, Relation]) -> Curves:
         y_label="mean loss, nats",
         x=_X,
         series={name: relation.mean_loss for name, relation in lines.items()},
-        caption="One point for each tenth of a nat; the last is all entropies above 1.",
+        caption="One point for each tenth of a nat; the last is for all entropies above 1.",
     )
 
 

@@ -1,4 +1,7 @@
-"""What an experiment found, as tables and curves: written as JSON, printed, and drawn."""
+"""The results of an experiment as tables and curves: written as JSON, printed as text.
+
+:mod:`raymerge.report` draws them as a page.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,18 @@ Cell = str | float | None
 
 @dataclass(frozen=True)
 class Table:
-    """Fractions are shown as percentages; None as a dash."""
+    """A table of named rows. Fractions are shown as percentages, None as a dash."""
 
     title: str
     columns: Sequence[str]
-    """Of the numbers; the first column of a row is its name."""
+    """Headings of the numbers; the name of a row stands before them."""
     rows: Mapping[str, Sequence[Cell]]
     caption: str = ""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Series over one axis; None where there is no value."""
+    """Series over one axis; None is a missing value."""
 
     title: str
     x_label: str
@@ -34,20 +37,22 @@ class Curves:
 
 @dataclass(frozen=True)
 class Findings:
+    """The tables, curves and notes of one experiment."""
+
     title: str
     tables: Sequence[Table] = ()
     curves: Sequence[Curves] = ()
     notes: Sequence[str] = ()
-    """What a reader must know to read them: on which world, with which settings."""
+    """Facts needed to read the tables: the world, the settings."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """The numbers behind them, for whoever wants more."""
+    """The numbers behind the tables and curves."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def text(findings: Findings) -> str:
-    """The tables for a terminal."""
+    """Return the tables as text for a terminal."""
     parts = [findings.title]
     for table in findings.tables:
         parts += ["", table.title, *_lines(table)]
@@ -74,7 +79,7 @@ def _lines(table: Table) -> list[str]:
 
 
 def show(cell: Cell) -> str:
-    """A cell as it is read: 0.7312 is 73.1, None a dash, text itself."""
+    """Return a cell as text: 0.7312 as 73.1, None as a dash, text unchanged."""
     if cell is None:
         return "–"
     return cell if isinstance(cell, str) else f"{100 * cell:.1f}"

@@ -1,10 +1,10 @@
-"""Merge and adapt on the seen tasks, test on all of them: the paper's Tables 3 and 6."""
+"""Merge and adapt on the seen tasks, test on all of them: AdaMerging's Tables 3 and 6."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from raymerge.apps.experiments.bench import Bench, Changes, mean_top1
+from raymerge.apps.experiments.bench import Bench, Changes, top1_cells
 from raymerge.apps.experiments.findings import Cell, Findings, Table
 from raymerge.apps.experiments.methods import select
 from raymerge.apps.experiments.published_numbers import SPLITS
@@ -29,14 +29,14 @@ def run(bench: Bench, options: Generalisation) -> Findings:
         "Generalisation to unseen tasks",
         [*tables, *published_tables()],
         notes=[
-            f"{bench.base.model.reference}: of the unseen tasks neither a checkpoint is merged nor "
-            "an image seen while λ is learned; zero_shot is the model before merging.",
+            f"{bench.base.model.reference}: no checkpoint and no image of an unseen task is used "
+            "to merge or to learn λ; zero_shot is the model before merging.",
         ],
     )
 
 
 def split(bench: Bench, unseen: Sequence[str]) -> tuple[TaskConfig, ...]:
-    """All tasks with test images; the ``unseen`` ones without checkpoint and adapt.
+    """Return all tasks, the ``unseen`` ones without checkpoint and images to adapt on.
 
     Raises :class:`UserError` for an unknown task, one without test images, or if none is left.
     """
@@ -69,21 +69,16 @@ def _scores(
 def _table(unseen: Sequence[str], scores: Mapping[str, Mapping[str, TaskScore]]) -> Table:
     tested = next(iter(scores.values()))
     seen = [task for task in tested if task not in unseen]
-    rows: dict[str, list[Cell]] = {}
-    for name, found in scores.items():
-        rows[name] = [*_part(found, seen), *_part(found, unseen)]
+    rows: dict[str, list[Cell]] = {
+        name: [*top1_cells(each, seen), *top1_cells(each, unseen)] for name, each in scores.items()
+    }
     columns = [*seen, "seen mean", *unseen, "unseen mean"]
     title = f"Unseen: {', '.join(unseen)}"
-    return Table(title, columns, rows, "Top-1 in %; the unseen tasks stand last.")
-
-
-def _part(scores: Mapping[str, TaskScore], tasks: Sequence[str]) -> list[Cell]:
-    each: list[Cell] = [scores[task].top1 if task in scores else None for task in tasks]
-    return [*each, mean_top1(scores, tasks)]
+    return Table(title, columns, rows, "Top-1 in %; the unseen tasks are last.")
 
 
 def published_tables() -> list[Table]:
-    """The paper's means, a table for each pair of unseen data sets."""
+    """Return the paper's means, a table for each pair of unseen data sets."""
     return [_published(unseen) for unseen in dict.fromkeys(split.unseen for split in SPLITS)]
 
 
@@ -97,6 +92,6 @@ def _published(unseen: tuple[str, str]) -> Table:
     }
     caption = (
         "AdaMerging paper, Tables 3 and 6: mean top-1 in % over the six seen and the two unseen "
-        "of its eight data sets, CLIP ViTs; not this world."
+        "of its eight data sets, CLIP ViTs; not for this world."
     )
     return Table(f"Published, unseen: {', '.join(unseen)}", columns, rows, caption)

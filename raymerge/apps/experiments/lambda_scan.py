@@ -1,4 +1,4 @@
-"""Top-1 against the one λ of task arithmetic, TIES and their like: the paper's Fig. 1."""
+"""Top-1 against the single λ of task arithmetic, TIES and similar methods: AdaMerging's Fig. 1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from time import perf_counter
 
 import torch
 
-from raymerge.apps.experiments.bench import Bench, Changes, mean_top1, say
+from raymerge.apps.experiments.bench import Bench, Changes, mean_top1, report_line
 from raymerge.apps.experiments.findings import Cell, Curves, Findings, Table
 from raymerge.apps.experiments.methods import select
 from raymerge.apps.experiments.published_numbers import BEST_SCALING
@@ -26,7 +26,7 @@ from raymerge.runs.merge import score
 METHODS: Mapping[str, Changes] = select("task_arithmetic", "ties")
 
 Scan = Sequence[Mapping[str, TaskScore]]
-"""The scores at each λ."""
+"""The scores at each λ in turn."""
 
 
 def run(bench: Bench, options: LambdaScan) -> Findings:
@@ -39,7 +39,7 @@ def run(bench: Bench, options: LambdaScan) -> Findings:
             began = perf_counter()
             scans[name] = scan(config, group, options.scalings, bench.output)
             bench.seconds[name] = perf_counter() - began
-            say(f"{name}: {len(options.scalings)} λ ({bench.seconds[name]:.0f} s)")
+            report_line(f"{name}: {len(options.scalings)} λ ({bench.seconds[name]:.0f} s)")
     tasks = list(next(iter(scans.values()))[0])
     return Findings(
         "Top-1 against λ",
@@ -60,9 +60,10 @@ def run(bench: Bench, options: LambdaScan) -> Findings:
 def scan(
     config: Config, group: WorkerGroup, scalings: Sequence[float], folder: Path
 ) -> list[Mapping[str, TaskScore]]:
-    """The config's constant method with each λ in turn; its basis is made once.
+    """Return the scores of the config's method at each λ; its task vectors are prepared once.
 
-    ``folder``: where every worker can read one model at a time; nothing is left there.
+    ``folder``: a folder that every worker can read; one model at a time is written there and
+    removed.
     """
     merging = Merging(config)
     scores: list[Mapping[str, TaskScore]] = []
@@ -82,7 +83,7 @@ def _check(configs: Mapping[str, Config], options: LambdaScan) -> None:
     for name, config in configs.items():
         if not method_of(config.method).constant:
             raise UserError(
-                f"experiment: methods: {name}: {config.method.name} has no one λ to scan; use "
+                f"experiment: methods: {name}: {config.method.name} has no single λ to scan; use "
                 "task_arithmetic, ties, dare or another that needs no images"
             )
         if all(task.test is None for task in config.tasks):
@@ -90,12 +91,12 @@ def _check(configs: Mapping[str, Config], options: LambdaScan) -> None:
 
 
 def means(found: Scan) -> list[float]:
-    """Mean top-1 at each λ."""
+    """Return the mean top-1 at each λ."""
     return [mean for scores in found if (mean := mean_top1(scores)) is not None]
 
 
 def _best(scalings: Sequence[float], top1: Sequence[float]) -> tuple[float, float]:
-    """(λ, top-1); of equals the smallest λ."""
+    """Return the best (λ, top-1); of equal ones the smallest λ."""
     return max(zip(scalings, top1, strict=True), key=lambda pair: (pair[1], -pair[0]))
 
 
@@ -103,13 +104,13 @@ def _best_table(scalings: Sequence[float], scans: Mapping[str, Scan]) -> Table:
     rows: dict[str, list[Cell]] = {}
     for name, found in scans.items():
         best, top1 = _best(scalings, means(found))
-        theirs = BEST_SCALING.get(name)
-        told: list[Cell] = [None, None] if theirs is None else [f"{theirs[0]:g}", theirs[1]]
-        rows[name] = [f"{best:g}", top1, *told]
+        published = BEST_SCALING.get(name)
+        cells: list[Cell] = [f"{published[0]:g}", published[1]] if published else [None, None]
+        rows[name] = [f"{best:g}", top1, *cells]
     columns = ["best λ", "top-1", "published: best λ", "top-1 there"]
     caption = (
         "Mean top-1 over the tasks in %. Published: AdaMerging paper, Fig. 1, ViT-B/32 on eight "
-        "data sets; not this world."
+        "data sets; not for this world."
     )
     return Table("The best λ", columns, rows, caption)
 

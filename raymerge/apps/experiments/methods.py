@@ -1,11 +1,11 @@
-"""All methods on all tasks: the paper's Tables 1, 2 and 5."""
+"""All methods on all tasks: AdaMerging's Tables 1, 2 and 5."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from raymerge.apps.experiments.bench import FAST, Bench, Changes, mean_top1
+from raymerge.apps.experiments.bench import FAST, Bench, Changes, top1_cells
 from raymerge.apps.experiments.findings import Cell, Findings, Table
 from raymerge.apps.experiments.published_numbers import MEANS_COLUMNS, published
 from raymerge.apps.zoo import ZooPaths
@@ -17,7 +17,7 @@ PAPER: Changes = {"optimizer": {"steps": 500, "lr": 1e-3, "batch_size": 16}}
 
 
 def adamerging(**options: object) -> Changes:
-    """AdaMerging with these options, by the preset ``fast``."""
+    """Return AdaMerging with these options and the preset ``fast``."""
     return {"method": {"name": "adamerging", **options}, **FAST}
 
 
@@ -48,16 +48,16 @@ METHODS: Mapping[str, Changes] = {
     "fw_soft": {"method": {"name": "fw_soft", "objective": "entropy", "iterations": 2}, **FAST},
     "adamerging_500": {"method": {"name": "adamerging"}, **PAPER},
 }
-"""What each row changes in the base config. The last has the paper's own optimiser settings."""
+"""Each row's changes of the base config. The last has the paper's own optimiser settings."""
 
 
 def select(*names: str) -> dict[str, Changes]:
-    """These of :data:`METHODS`, in this order."""
+    """Return these of :data:`METHODS`, in this order."""
     return {name: METHODS[name] for name in names}
 
 
 def known_methods(base: Config) -> dict[str, Changes]:
-    """All of :data:`METHODS`, and Traditional MTL where the embedded world has a joint model."""
+    """Return :data:`METHODS`, with Traditional MTL if the embedded world has a joint model."""
     methods = dict(METHODS)
     root = Path(base.model.reference.removeprefix("local-dir:")).parent
     joint = ZooPaths(root).joint
@@ -68,20 +68,19 @@ def known_methods(base: Config) -> dict[str, Changes]:
 
 
 def run(bench: Bench, options: Methods) -> Findings:
-    methods = bench.methods or _possible(bench)
+    methods = bench.methods or _methods_with_images(bench)
     scores = {}
     with bench.workers() as group:
         for name, changes in methods.items():
             scores[name] = bench.merge(name, changes, group).scores
     tasks = [task.name for task in bench.base.tasks if task.test is not None]
-    rows: dict[str, list[Cell]] = {}
-    for name, found in scores.items():
-        each: list[Cell] = [found[task].top1 if task in found else None for task in tasks]
-        rows[name] = [*each, mean_top1(found), *published(name).cells]
+    rows: dict[str, list[Cell]] = {
+        name: [*top1_cells(each, tasks), *published(name).cells] for name, each in scores.items()
+    }
     columns = [*tasks, "mean", *MEANS_COLUMNS]
     caption = (
         "Top-1 in %. B/32, B/16, L/14: the mean published for CLIP ViTs on the eight data sets of "
-        "the AdaMerging paper; not this world, and not all of the same fine-tuned checkpoints."
+        "the AdaMerging paper; not for this world, and not all for the same fine-tuned checkpoints."
     )
     return Findings(
         "Performance on all tasks",
@@ -90,8 +89,8 @@ def run(bench: Bench, options: Methods) -> Findings:
     )
 
 
-def _possible(bench: Bench) -> dict[str, Changes]:
-    """The methods for which the base config has the images."""
+def _methods_with_images(bench: Bench) -> dict[str, Changes]:
+    """Return the methods for which the base config has the images."""
     kept = {}
     for name, changes in known_methods(bench.base).items():
         config = bench.config(changes, name)

@@ -1,7 +1,7 @@
-"""Numbers that were published for CLIP ViTs, to stand beside ours in tables; they are never ours.
+"""Numbers published for CLIP ViTs, shown beside ours in tables; none of them was measured here.
 
 All are mean top-1 over data sets of the AdaMerging paper (SUN397, Cars, RESISC45, EuroSAT, SVHN,
-GTSRB, MNIST, DTD), of models that others fine-tuned. None is a dash in the source.
+GTSRB, MNIST, DTD), for models that others fine-tuned. None means a dash in the source.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ARCHITECTURES: tuple[Architecture, ...] = ("B/32", "B/16", "L/14")
 
 @dataclass(frozen=True)
 class Means:
-    """Of all eight data sets, in [0, 1]."""
+    """Mean top-1 over all eight data sets, in [0, 1], by architecture."""
 
     b32: float | None
     b16: float | None
@@ -25,7 +25,7 @@ class Means:
 
     @property
     def cells(self) -> tuple[float | None, float | None, float | None, str]:
-        """Under :data:`MEANS_COLUMNS`."""
+        """The cells under :data:`MEANS_COLUMNS`."""
         return (self.b32, self.b16, self.l14, self.source)
 
 
@@ -57,7 +57,7 @@ MEANS: Mapping[str, Means] = {
 
 
 def published(method: str) -> Means:
-    """All None, without a source, where nothing was published."""
+    """Return the published means of a method; all None if nothing was published."""
     return MEANS.get(method, Means(None, None, None, "–"))
 
 

@@ -1,10 +1,10 @@
-"""Adapt and test on clean and on corrupted images: the paper's Tables 4 and 7."""
+"""Adapt and test on clean and on corrupted images: AdaMerging's Tables 4 and 7."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from raymerge.apps.experiments.bench import Bench, Changes, collapsed, mean_top1
+from raymerge.apps.experiments.bench import Bench, Changes, collapsed, mean_top1, top1_cells
 from raymerge.apps.experiments.corrupted_tasks import Corruption, corrupted_tasks
 from raymerge.apps.experiments.corruptions import CORRUPTIONS
 from raymerge.apps.experiments.findings import Cell, Findings, Table
@@ -29,16 +29,16 @@ def run(bench: Bench, options: Robustness) -> Findings:
     tasks = bench.tasks(options.tasks)
     _check(tasks, options)
     scores: dict[str, Mapping[str, Mapping[str, TaskScore]]] = {}
-    lost: dict[str, list[str]] = {}
+    collapses: dict[str, list[str]] = {}
     for condition in (CLEAN, *(options.corruptions or CORRUPTIONS)):
-        shown = _under(condition, tasks, options, bench.base.seed)
-        with bench.workers(shown) as group:
+        images = _corrupt_tasks(condition, tasks, options, bench.base.seed)
+        with bench.workers(images) as group:
             results = {
-                name: bench.merge(f"{condition}/{name}", changes, group, shown)
+                name: bench.merge(f"{condition}/{name}", changes, group, images)
                 for name, changes in methods.items()
             }
         scores[condition] = {name: result.scores for name, result in results.items()}
-        lost[condition] = [
+        collapses[condition] = [
             f"{name}: {', '.join(names)}"
             for name, result in results.items()
             if (names := collapsed(result))
@@ -47,7 +47,7 @@ def run(bench: Bench, options: Robustness) -> Findings:
     return Findings(
         "Robustness to corrupted images",
         [
-            _means_table(list(methods), scores, lost),
+            _means_table(list(methods), scores, collapses),
             *(_task_table(name, tested, scores) for name in methods),
         ],
         notes=[
@@ -67,7 +67,7 @@ def _check(tasks: Sequence[TaskConfig], options: Robustness) -> None:
         raise UserError("experiment.tasks: none of them has a checkpoint, so nothing can be merged")
 
 
-def _under(
+def _corrupt_tasks(
     condition: str, tasks: tuple[TaskConfig, ...], options: Robustness, seed: int
 ) -> tuple[TaskConfig, ...]:
     if condition == CLEAN:
@@ -77,7 +77,7 @@ def _under(
 
 
 def _means_table(
-    methods: Sequence[str], scores: Scores, lost: Mapping[str, Sequence[str]]
+    methods: Sequence[str], scores: Scores, collapses: Mapping[str, Sequence[str]]
 ) -> Table:
     published = [
         (f"{architecture} {method}", means)
@@ -86,24 +86,23 @@ def _means_table(
     ]
     rows: dict[str, list[Cell]] = {
         condition: [
-            *(mean_top1(found[name]) for name in methods),
-            "; ".join(lost[condition]) or None,
+            *(mean_top1(each[name]) for name in methods),
+            "; ".join(collapses[condition]) or None,
             *(means.get(condition) for _, means in published),
         ]
-        for condition, found in scores.items()
+        for condition, each in scores.items()
     }
     columns = [*methods, "collapsed tasks", *(name for name, _ in published)]
     caption = (
-        "Mean top-1 over the tasks in %. Collapsed: the guard saw the predictions of these tasks "
-        "shrink to few classes while λ was learned. B/32 and B/16: published in the AdaMerging "
-        "paper's Tables 4 and 7 for Cars, EuroSAT, RESISC45 and GTSRB; not this world."
+        "Mean top-1 over the tasks in %. Collapsed: the predictions of these tasks shrank to few "
+        "classes while λ was learned. B/32 and B/16: published in the AdaMerging "
+        "paper's Tables 4 and 7 for Cars, EuroSAT, RESISC45 and GTSRB; not for this world."
     )
     return Table("All conditions", columns, rows, caption)
 
 
 def _task_table(method: str, tasks: Sequence[str], scores: Scores) -> Table:
     rows: dict[str, list[Cell]] = {
-        condition: [found[method][task].top1 if task in found[method] else None for task in tasks]
-        for condition, found in scores.items()
+        condition: list(top1_cells(each[method], tasks)[:-1]) for condition, each in scores.items()
     }
     return Table(f"{method}, by task", tasks, rows)

@@ -1,4 +1,7 @@
-"""``raymerge experiment``: from its config to ``experiment.json``, a report and a printed table."""
+"""``raymerge experiment``: run one experiment and write ``experiment.json`` and a report.
+
+The experiments are modules of this folder; their merges write below ``runs/`` of the output.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from raymerge.apps.experiments.bench import Bench, say
+from raymerge.apps.experiments.bench import Bench, report_line
 from raymerge.apps.experiments.findings import Findings, text
 from raymerge.config import Config, load_config
 from raymerge.config.experiments import EMBEDDED, ExperimentConfig
@@ -26,13 +29,13 @@ EXPERIMENTS = (
     "fw_scaling",
     "seeds",
 )
-"""Each is a module here with ``run(bench, options) -> Findings``."""
+"""Each is a module of this folder with ``run(bench, options) -> Findings``."""
 
 
 def run_experiment(config: ExperimentConfig, *, overwrite: bool = False) -> str:
-    """Run it, write ``experiment.json`` and ``report.html``, return the tables as text.
+    """Run the experiment, write its files and return the tables as text.
 
-    Raises :class:`UserError` before any work where the input is wrong.
+    Raises :class:`~raymerge.errors.UserError` before any work if the input is wrong.
     """
     output = Path(config.output).absolute()
     marks, flags = ("experiment.json", "runs"), {"overwrite": overwrite}
@@ -41,7 +44,7 @@ def run_experiment(config: ExperimentConfig, *, overwrite: bool = False) -> str:
     reseed = partial(base_config, config)
     bench = Bench(reseed(config.seed), output, config.methods, reseed)
     for name, changes in (config.methods or {}).items():
-        bench.config(changes, name)  # a wrong one is refused before the first runs
+        bench.config(changes, name)  # a wrong method is refused before the first one runs
     run: Callable[[Bench, Any], Findings] = import_module(
         f"raymerge.apps.experiments.{config.experiment.name}"
     ).run
@@ -54,24 +57,26 @@ def run_experiment(config: ExperimentConfig, *, overwrite: bool = False) -> str:
     }
     write_json(output / "experiment.json", record)
     report = write_report(output)
-    say(f"{perf_counter() - began:.0f} s in all; report: {report}")
+    report_line(f"{perf_counter() - began:.0f} s in all; report: {report}")
     return text(findings)
 
 
 def base_config(config: ExperimentConfig, seed: int) -> Config:
-    """The merge config that the experiment changes, with this seed; an embedded world is built."""
+    """Return the merge config that the experiment changes; an embedded world is built."""
     if config.base in EMBEDDED:
         return world_config(config.base, seed, joint=config.experiment.name == "methods")
     return load_config(config.base, [f"seed={seed}"])
 
 
 def world_config(world: str, seed: int, *, joint: bool) -> Config:
-    """The embedded world of this seed, from the cache if it is there; merges run in this process,
-    which for so small a model is faster than to start workers."""
+    """Return the config of the embedded world of this seed, built unless it is in the cache.
+
+    Merges run in this process, which for so small a model is faster than starting workers.
+    """
     from raymerge.apps.zoo import WORLDS, build_zoo
 
     recipe = WORLDS[world]
     root = cache_folder() / f"zoo-{recipe.fingerprint(seed)}"
-    say(f"zoo in {root}")
+    report_line(f"zoo in {root}")
     paths = build_zoo(root, seed=seed, workers=2, recipe=recipe, joint=joint)
     return load_config(paths.config, [f"seed={seed}", "cluster.workers=0"])

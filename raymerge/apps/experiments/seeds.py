@@ -1,6 +1,6 @@
 """Learned methods over several seeds, at equal steps: means and standard deviations.
 
-Of an embedded world each seed is a world of its own: other images, another pretraining, other
+For an embedded base each seed is a world of its own: other images, another pretraining, other
 experts. With any other base only the images that a step draws differ.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import mean, stdev
 
-from raymerge.apps.experiments.bench import Bench, Changes, mean_top1, say
+from raymerge.apps.experiments.bench import Bench, Changes, mean_top1, report_line
 from raymerge.apps.experiments.findings import Cell, Findings, Table
 from raymerge.apps.experiments.lambda_scan import means, scan
 from raymerge.apps.experiments.methods import adamerging, select
@@ -31,7 +31,7 @@ METHODS: Mapping[str, Changes] = {
     "iso_kl": adamerging(task_vectors="iso", clamp="none", objective="kl"),
 }
 UNIFORM = "best uniform λ"
-"""The best of task arithmetic's with the test labels: a reference that no method may choose."""
+"""Task arithmetic at the λ that is best for the test labels: a reference, not a method."""
 REFERENCES = ("adamerging", UNIFORM)
 SCALINGS = tuple(round(0.1 * step, 1) for step in range(1, 11))
 
@@ -49,7 +49,7 @@ def run(bench: Bench, options: Seeds) -> Findings:
             uniform = means(scan(config, group, SCALINGS, world.output))
             found[UNIFORM].append(max(uniform))
             best_of.append(f"{SCALINGS[uniform.index(max(uniform))]:g} (seed {seed})")
-            say(f"seed {seed}: best uniform λ {best_of[-1]}: {max(uniform):.1%}")
+            report_line(f"seed {seed}: best uniform λ {best_of[-1]}: {max(uniform):.1%}")
             for name, changes in methods.items():
                 top1 = mean_top1(world.merge(f"seed{seed}/{name}", changes, group).scores)
                 assert top1 is not None  # checked above
@@ -62,7 +62,7 @@ def run(bench: Bench, options: Seeds) -> Findings:
 
 
 def table(seeds: Sequence[int], found: Mapping[str, Sequence[float]]) -> Table:
-    """A row for each method: its top-1 by seed, their mean and spread, and what it gains."""
+    """Return a row per method: top-1 by seed, mean and deviation, gain over each reference."""
     columns = [*(f"seed {seed}" for seed in seeds), "mean", "sd"]
     rows: dict[str, list[Cell]] = {
         name: [*values, mean(values), _spread(values)] for name, values in found.items()
@@ -82,5 +82,5 @@ def table(seeds: Sequence[int], found: Mapping[str, Sequence[float]]) -> Table:
 
 
 def _spread(values: Sequence[float]) -> float | None:
-    """The sample standard deviation; None of one value."""
+    """Return the sample standard deviation; None for a single value."""
     return stdev(values) if len(values) > 1 else None

@@ -31,7 +31,7 @@ def test_a_preset_replaces_the_optimizer_of_the_base(world: World, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["", "../up", "a/../b", "/root", "a b"])
 def test_a_row_is_named_as_its_folder(world: World, tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="is no name for a row and its folder"):
+    with pytest.raises(UserError, match="is not a valid name of a row and folder"):
         bench(world, tmp_path).config(ARITHMETIC, name)
 
 
@@ -116,7 +116,7 @@ def test_the_command_writes_the_findings_and_prints_them(
         ({"experiment": {"name": "robustness", "corruptions": ["fog"]}}, "known: motion_blur"),
         ({"methods": {"mine": {"method": {"name": "tise"}}}}, "methods: mine: method.name"),
         ({"methods": {"mine": {"metod": "ties"}}}, "methods: mine: metod"),
-        ({"methods": {"../mine": {"method": "ties"}}}, "'../mine' is no name"),
+        ({"methods": {"../mine": {"method": "ties"}}}, "'../mine' is not a valid name"),
         ({"base": "nowhere.yaml"}, "nowhere.yaml: cannot be read"),
     ],
 )

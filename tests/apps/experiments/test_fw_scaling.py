@@ -13,7 +13,7 @@ import pytest
 from experiment_worlds import ARITHMETIC, STEPS, bench
 from world import MODEL_CFG, World, write_model
 
-from raymerge.apps.experiments import fw_scaling
+from raymerge.apps.experiments import fw_candidates, fw_memory, fw_scaling
 from raymerge.apps.experiments.bench import Bench
 from raymerge.apps.zoo import ExpertRecipe, ModelRecipe, ZooRecipe
 from raymerge.apps.zoo.extras import TURNS, Extra, ExtraRecipe, build_extras, draw_extra, extras
@@ -108,7 +108,7 @@ def _bare(world: World, count: int = 1) -> list[dict[str, Any]]:
     ("most", "expected"), [(16, [4, 8, 16]), (5, [4, 5]), (4, [4]), (3, [3]), (0, [])]
 )
 def test_candidates_are_doubled_up_to_all_of_them(most: int, expected: list[int]) -> None:
-    assert fw_scaling.steps(most) == expected
+    assert fw_candidates.candidate_counts(most) == expected
 
 
 def test_without_candidates_there_is_no_experiment(world: World, tmp_path: Path) -> None:
@@ -126,20 +126,20 @@ def test_a_pool_starts_with_some_models_and_grows_to_all(
     """At every point all tasks are tested and learned for; of the models only the pool's are in."""
     names = [task.name for task in world.parse().tasks]
     options = OPTIONS.model_copy(update={"own": own})
-    (scan,) = fw_scaling.scans(bench(world, tmp_path), options)
-    assert [task.name for task in scan.own] == first
-    assert scan.counts[-1] == len(names) - len(first)
-    for count in scan.counts:
-        tasks = scan.tasks(count)
+    (pool,) = fw_candidates.growing_pools(bench(world, tmp_path), options)
+    assert [task.name for task in pool.own] == first
+    assert pool.counts[-1] == len(names) - len(first)
+    for count in pool.counts:
+        tasks = pool.tasks(count)
         assert [task.name for task in tasks] == names
         assert all(task.adapt and task.test for task in tasks)
         assert sum(task.checkpoint is not None for task in tasks) == len(first) + count
         assert {task.name for task in tasks if task.checkpoint} >= set(first)
-        learned = scan.with_images(count)
+        learned = pool.with_images(count)
         assert learned is not None
         assert [task.adapt is not None for task in learned] == [bool(t.checkpoint) for t in tasks]
         assert all(task.test for task in learned)
-    assert scan.tasks(scan.counts[-1]) == world.parse().tasks
+    assert pool.tasks(pool.counts[-1]) == world.parse().tasks
 
 
 def test_a_pool_starts_only_with_models_that_there_are(world: World, tmp_path: Path) -> None:
@@ -147,14 +147,14 @@ def test_a_pool_starts_only_with_models_that_there_are(world: World, tmp_path: P
         options = OPTIONS.model_copy(update={"own": (own,)})
         given = Bench(world.parse(tasks=_bare(world)), tmp_path)
         with pytest.raises(UserError, match=message):
-            fw_scaling.scans(given, options)
+            fw_candidates.growing_pools(given, options)
 
 
 def test_frank_wolfe_chooses_the_models_of_the_tasks_that_the_pool_lacked(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Soft chooses one for each task: as many as there are."""
-    monkeypatch.setattr(fw_scaling, "_memory", lambda *given: {})
+    monkeypatch.setattr(fw_scaling, "measure_memory", lambda *given: {})
     soft = {
         "method": {"name": "fw_soft", "iterations": 1, "images": 4},
         "optimizer": {"steps": 1, "batch_size": 4},
@@ -181,9 +181,9 @@ def test_labels_are_used_where_the_images_have_them(world: World, tmp_path: Path
 def test_a_base_with_bare_models_is_measured_with_more_and_more(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fw_scaling, "MEMORY_MODELS", (5, 6))
+    monkeypatch.setattr(fw_memory, "MEMORY_MODELS", (5, 6))
     monkeypatch.setattr(fw_scaling, "START", STEPS)
-    monkeypatch.setattr(fw_scaling, "peak_anonymous_bytes", lambda command: 7_000_000)
+    monkeypatch.setattr(fw_memory, "peak_anonymous_bytes", lambda command: 7_000_000)
     still = {"method": {"name": "fw_hard", "iterations": 1, "step_size": 1e-30, "images": 4}}
     methods = {"ta": ARITHMETIC, "ada": STEPS, "fw": still}
     given = Bench(world.parse(tasks=_bare(world, 2)), tmp_path, methods)
@@ -205,7 +205,7 @@ def test_a_start_knows_no_candidate(world: World, tmp_path: Path) -> None:
     own, tasks = given.base.tasks[:3], given.base.tasks
     with given.workers(own) as group:
         start = given.merge("start", STEPS, group, own)
-    path = fw_scaling._padded(start, tasks, tmp_path / "fw")
+    path = fw_scaling._pad_start(start, tasks, tmp_path / "fw")
     padded = json.loads(Path(path).read_text())
     assert padded["tasks"] == [task.name for task in tasks]
     assert padded["values"][:3] == start.lambdas.tolist()
@@ -215,7 +215,7 @@ def test_a_start_knows_no_candidate(world: World, tmp_path: Path) -> None:
 def test_a_method_that_needs_images_gets_those_of_a_tested_task(world: World) -> None:
     own = world.parse().tasks[0]
     bare = own.model_copy(update={"name": "more", "adapt": None, "test": None, "classnames": ()})
-    more = fw_scaling.Candidate(bare, own).with_images
+    more = fw_candidates.Candidate(bare, own).with_images
     assert (more.name, more.adapt, more.classnames) == ("more", own.adapt, own.classnames)
     assert more.test is None
 
@@ -223,7 +223,7 @@ def test_a_method_that_needs_images_gets_those_of_a_tested_task(world: World) ->
 def test_models_repeat_under_other_names_until_there_are_enough(world: World) -> None:
     tasks = world.parse().tasks
     for models in (3, 4, 10):
-        found = fw_scaling.listed(tasks, models)
+        found = fw_memory.repeat_models(tasks, models)
         assert len({task.name for task in found}) == models
         assert [task.checkpoint for task in found] == [
             tasks[i % 4].checkpoint for i in range(models)
@@ -235,10 +235,10 @@ def test_models_repeat_under_other_names_until_there_are_enough(world: World) ->
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 def test_peak_memory_is_that_of_the_child_and_its_children() -> None:
     hold = "x = b'1' * 100_000_000; import time; time.sleep(.3)"
-    alone = fw_scaling.peak_anonymous_bytes([sys.executable, "-c", hold])
+    alone = fw_memory.peak_anonymous_bytes([sys.executable, "-c", hold])
     assert 100e6 < alone < 140e6
     child = f"subprocess.run([sys.executable, '-c', {hold!r}])"
     nested = f"import subprocess, sys; y = b'1' * 60_000_000; {child}"
-    assert 160e6 < fw_scaling.peak_anonymous_bytes([sys.executable, "-c", nested]) < 220e6
+    assert 160e6 < fw_memory.peak_anonymous_bytes([sys.executable, "-c", nested]) < 220e6
     with pytest.raises(RunError, match="no such thing"):
-        fw_scaling.peak_anonymous_bytes([sys.executable, "-c", "raise SystemExit('no such thing')"])
+        fw_memory.peak_anonymous_bytes([sys.executable, "-c", "raise SystemExit('no such thing')"])

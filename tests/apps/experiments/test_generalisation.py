@@ -51,7 +51,7 @@ def test_a_split_has_a_table_and_every_published_pair_another(world: World, tmp_
     ]
     for table in findings.tables:
         assert {len(row) for row in table.rows.values()} == {len(table.columns)}
-    assert all("not this world" in table.caption for table in findings.tables[2:])
+    assert all("not for this world" in table.caption for table in findings.tables[2:])
 
 
 def test_what_is_published_improves_on_task_arithmetic() -> None:

@@ -55,7 +55,7 @@ def test_of_equals_the_smallest_lambda_is_best() -> None:
 
 
 def test_a_method_without_one_lambda_is_refused(world: World, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="methods: learned: adamerging has no one λ to scan"):
+    with pytest.raises(UserError, match="methods: learned: adamerging has no single λ to scan"):
         lambda_scan.run(bench(world, tmp_path / "out", {"learned": STEPS}), _options(0.3))
     with pytest.raises(UserError, match="scalings: is empty"):
         lambda_scan.run(bench(world, tmp_path / "out"), _options())
