@@ -1,7 +1,6 @@
-"""``raymerge demo``: build the zoo, merge it with every method, print one table, draw it.
+"""``raymerge demo``: build the demo world, merge it with every method, print and draw one table.
 
-Every merge goes through the same ``session.merge`` as a user's own; the workers (Ray actors, one
-per core) are opened once and serve all of them.
+Every merge is an ordinary run; the workers (Ray actors, one per core) are started once for all.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ def run_demo(
 ) -> str:
     """Write the comparison below ``output`` and return its table as text.
 
-    ``recipe`` and ``steps`` are for a smaller world and shorter merges, as tests want them.
-
-    Raises :class:`UserError` before any work if ``output`` holds something that no demo wrote.
+    ``recipe`` and ``steps`` give a smaller world and shorter merges, for tests. Raises
+    :class:`~raymerge.errors.UserError` before any work if ``output`` holds anything else than an
+    earlier demo.
     """
     from raymerge.distributed.cluster import connect
 
@@ -64,7 +63,7 @@ def run_demo(
 
 
 def _methods(base: Config, steps: int | None) -> dict[str, Changes]:
-    """The experiment's rows; ``steps``: of all that learn."""
+    """Return the rows of the experiment ``methods``. ``steps``: of every method that learns."""
     methods = known_methods(base)
     if steps is None:
         return methods
@@ -84,8 +83,8 @@ def _compare(bench: Bench, group: WorkerGroup, methods: Mapping[str, Changes]) -
 
 
 _NOTES = (
-    "The zoo is raymerge's own: a small CLIP model made from nothing, eight tasks of drawn images; "
-    "its numbers are not those of the paper's checkpoints.",
+    "The zoo is raymerge's own: a small CLIP model trained from scratch and eight tasks of drawn "
+    "images; its numbers are not those of the paper's checkpoints.",
     "The best uniform λ is chosen with the test labels, which no merging method may see.",
     "Methods that learn, and Fisher merging and RegMean, see 300 unlabeled images per task, "
     "disjoint from the test images.",
@@ -95,14 +94,14 @@ _NOTES = (
 
 
 def _uniform_scan(bench: Bench, group: WorkerGroup) -> dict[str, list[float]]:
-    """Task arithmetic's mean top-1 against its one λ, which needs labels to be chosen (Fig 1)."""
+    """Return task arithmetic's mean top-1 at each λ; choosing one needs labels (Fig 1)."""
     config = bench.config(METHODS["task_arithmetic"], "task_arithmetic")
     top1 = means(scan(config, group, SCALINGS, bench.output))
     return {"scalings": list(SCALINGS), "top1": top1}
 
 
 def _zoo(root: Path | None, seed: int, recipe: ZooRecipe) -> ZooPaths:
-    """The zoo, built now or taken from the cache; its independent parts are Ray tasks."""
+    """Return the zoo, built or from the cache; its independent parts are Ray tasks."""
     from raymerge.distributed.tasks import run_tasks
 
     root = root or cache_folder() / f"zoo-{recipe.fingerprint(seed)}"
@@ -111,7 +110,7 @@ def _zoo(root: Path | None, seed: int, recipe: ZooRecipe) -> ZooPaths:
 
 
 def _workers() -> dict[str, Any]:
-    """One worker per GPU of the cluster; without GPUs one per core, up to eight."""
+    """Return the cluster settings: a worker per GPU, without GPUs one per core, up to eight."""
     resources = local_resources()
     if environment_address() or resources.gpus:
         return {"workers": "auto"}

@@ -1,7 +1,8 @@
-"""What ``raymerge submit`` sends to a cluster, checked here first; which job it belongs to.
+"""``raymerge submit``: prepare the config that is sent to a cluster, and check it here first.
 
-One file travels: the resolved config, with suites, presets, overrides and the lists of text files
-written out. All that it refers to lies where the cluster's nodes open it.
+One file is sent: the resolved config, with suites, presets, overrides and the lists of text files
+written out. Everything it refers to must lie where the cluster's nodes can open it. Jobs themselves
+are handled by :mod:`raymerge.distributed.jobs`.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from raymerge.errors import UserError
 from raymerge.files.urls import is_remote, redact_values
 
 _UPLOAD_BYTES = 100 * 1024**2
-"""What Ray takes as a job's working directory; more is HTTP 413."""
+"""The largest working directory that Ray accepts with a job; more gives HTTP 413."""
 _MIB = 1024**2
 
 
-def dashboard_address(given: str | None) -> str:
-    """The cluster's dashboard: what was given, else what ``ray job submit`` takes."""
-    named = (os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name))
-    address = given or next(named, None)
+def dashboard_address(option: str | None) -> str:
+    """Return the URL of the cluster's dashboard: the option, else ``ray job submit``'s variable.
+
+    Raises :class:`UserError` if neither is set or it is no such URL.
+    """
+    variables = (os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name))
+    address = option or next(variables, None)
     if address is None:
         raise UserError(
             "--address: missing; give the URL of the cluster's dashboard, such as "
@@ -35,8 +39,8 @@ def dashboard_address(given: str | None) -> str:
         )
     if not re.match(r"https?://[^/]", address):
         raise UserError(
-            f"address {address}: is no dashboard's URL; jobs are sent to http://HEAD:8265, where "
-            "HEAD is the cluster's head node or this machine with that port forwarded"
+            f"address {address}: is not a dashboard's URL; use http://HEAD:8265, HEAD being the "
+            "cluster's head node, or this machine with that port forwarded"
         )
     return address.rstrip("/")
 
@@ -48,27 +52,27 @@ def prepare(
     root: str | None = None,
     output: str | None = None,
 ) -> Submission:
-    """The config as the cluster's nodes are to read it; opens none of the files it refers to.
+    """Return the config for the cluster's nodes; the files it refers to are not opened.
 
-    ``root``: the folder on the cluster that relative paths start from; without it there may be
-    none. Raises :class:`UserError`.
+    ``root``: the folder on the cluster from which relative paths start; without it relative paths
+    are an error. Raises :class:`UserError`.
     """
     path, overrides = Path(path), tuple(overrides)
     if root is not None and not PurePosixPath(root).is_absolute():
         raise UserError(f"--root {root}: is relative; give an absolute path on the cluster")
     if open_foreign(path, overrides) is not None:
         raise UserError(
-            f"config {path}: is another tool's; submit takes raymerge's own, and `ray job submit "
-            "--working-dir DIR -- python -m raymerge merge` any"
+            f"config {path}: is another tool's file, and submit takes raymerge's own; use `ray job "
+            "submit --working-dir DIR -- python -m raymerge merge` instead"
         )
-    load_config(path, overrides)  # its errors name the file as the user did
+    load_config(path, overrides)  # for its errors, which name the file as the user did
     data = _on_the_cluster(path, overrides, root)
     if output is not None:
         joined = output if root is None or is_remote(output) else f"{root}/{output}"
         data["output"] = output if PurePosixPath(output).is_absolute() else joined
     _require_output(data.get("output"))
     _require_no_secret(data, path)
-    data["cluster"].pop("address", None)  # the job is where it has been sent
+    data["cluster"].pop("address", None)  # the job runs on the cluster that it was sent to
     config = parse_config(data, root=Path("/"), source=f"config {path}")
     text = dump_config(config)
     _require_small(text, data, path)
@@ -76,10 +80,10 @@ def prepare(
 
 
 def _on_the_cluster(path: Path, overrides: tuple[str, ...], root: str | None) -> dict[str, Any]:
-    """The resolved config with relative references taken from ``root``.
+    """Return the resolved config with relative references taken from ``root``.
 
-    They are told from absolute ones by loading the file under a spelling of its folder that
-    nobody writes, with which they then begin.
+    To recognise relative references, the file is loaded with an unusual spelling of its folder,
+    with which they then begin.
     """
     folder = path.parent.resolve()
     spelling = folder / ".." / folder.name
@@ -98,8 +102,10 @@ def _on_the_cluster(path: Path, overrides: tuple[str, ...], root: str | None) ->
 
 
 def _replaced(data: Any, old: str, new: str) -> Any:
-    """Plain data with a folder in its strings replaced, also where it is percent-encoded, as in
-    ``torchvision:…?root=``."""
+    """Return plain data with a folder in its strings replaced.
+
+    It is also replaced where it is percent-encoded, as in ``torchvision:…?root=``.
+    """
     if isinstance(data, dict):
         return {key: _replaced(value, old, new) for key, value in data.items()}
     if isinstance(data, list):
@@ -111,7 +117,7 @@ def _replaced(data: Any, old: str, new: str) -> Any:
 
 
 def _changes(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, before, after) of each value that differs between two data of one shape."""
+    """Yield (key, before, after) of each value that differs between two data of one structure."""
     if isinstance(before, dict):
         for name in before:
             yield from _changes(before[name], after[name], f"{key}.{name}" if key else name)
@@ -137,11 +143,11 @@ def _require_output(output: str | None) -> None:
 
 
 def _require_no_secret(data: dict[str, Any], path: Path) -> None:
-    """What a job carries can be read by everyone who reaches the cluster's API."""
-    for key, _, public in _changes(data, redact_values(data)):
+    """Raise :class:`UserError` for a password: everyone who reaches the cluster can read a job."""
+    for key, _, public in _changes(data, redacted_values(data)):
         raise UserError(
             f"config {path}: {key}: {public} has a password or a signature, which a job would show "
-            "to all users of the cluster; leave it out and set the credentials on the nodes"
+            "to all users of the cluster; remove it and set the credentials on the nodes"
         )
 
 
@@ -152,7 +158,7 @@ def _require_small(text: str, data: dict[str, Any], path: Path) -> None:
     lists = {task["name"]: len(str(task)) for task in data["tasks"]}
     largest = sorted(lists, key=lambda name: -lists[name])[:3]
     raise UserError(
-        f"config {path}: with its lists written out it has {size / _MIB:.1f} MiB, and Ray takes "
+        f"config {path}: with its lists written out it has {size / _MIB:.1f} MiB, and Ray accepts "
         f"{_UPLOAD_BYTES / _MIB:.0f} with a job; shorten the class names and templates of "
         + ", ".join(f"{name} ({lists[name] / _MIB:.1f} MiB)" for name in largest)
     )

@@ -119,6 +119,11 @@ def phi(vectors_KN: Tensor, thresholds_K: Tensor, majority: float) -> Tensor:
     return disjoint(trimmed_KN, elect_sign(trimmed_KN, majority))
 
 
+def strongest(phi_KN: Tensor) -> Tensor:
+    """Return the entry farthest from zero of each column of Φ, (N,)."""
+    return torch.where(phi_KN.sum(0) > 0, phi_KN.amax(0), phi_KN.amin(0))
+
+
 def entries(phi_KN: Tensor) -> Tensor:
     """The number of tasks with an entry in each column, (N,), at least 1."""
     return (phi_KN != 0).sum(0).clamp(min=1)

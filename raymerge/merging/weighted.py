@@ -20,10 +20,14 @@ from math import inf
 import torch
 from torch import Tensor
 
+from raymerge.merging.dare import dropped
+from raymerge.merging.layout import CELL
 from raymerge.merging.select import Parts, kth_smallest_magnitude
 
 _NO_WEIGHT = 1e-8
 """Weights whose sum is smaller divide nothing."""
+_SMALLEST_NORM = 1e-7
+"""A vector with a smaller sum of magnitudes is not rescaled."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,38 @@ def largest(parts: Parts, keep: int, numel: int, sample: Tensor | None = None) -
         ties.append((magnitude_n == value).nonzero().squeeze(1) + start)
         start += len(magnitude_n)
     return Cut(value, int(torch.cat(ties)[keep - above - 1]))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Keeps random entries of one vector, the same however the vector is cut.
+
+    ``name``: the vector among those of one ``seed``, as in :mod:`~raymerge.merging.dare`.
+    """
+
+    seed: int
+    name: str
+    density: float
+
+    def kept(self, vector_n: Tensor, start: int) -> Tensor:
+        """Return which entries stay, (n,) bool, of the columns from ``start``."""
+        shift = start % CELL
+        columns = len(vector_n) + shift
+        return ~dropped(self.seed, self.name, start - shift, columns, self.density)[shift:]
+
+
+def rescale_factor(parts: Parts, choice: Cut | Drawn) -> float:
+    """Return the factor that gives the kept entries the sum of magnitudes of all entries.
+
+    It is 1 for a vector of almost nothing but zeros.
+    """
+    before, after, start = 0.0, 0.0, 0
+    for vector_n in parts():
+        magnitude_n = vector_n.abs().double()
+        before += float(magnitude_n.sum())
+        after += float(magnitude_n[choice.kept(vector_n, start)].sum())
+        start += len(vector_n)
+    return before / after if min(before, after) >= _SMALLEST_NORM else 1.0
 
 
 def linear(models_Kn: Tensor, weights: Sequence[float], *, normalize: bool) -> Tensor:

@@ -70,7 +70,7 @@ def _api() -> Any:
 
 
 def _short(error: Exception) -> str:
-    """What the hub says, without a token."""
+    """Return the hub's error in one line, without the user's token."""
     import huggingface_hub
 
     text = redact(str(error).strip()) or type(error).__name__

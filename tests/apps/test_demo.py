@@ -1,4 +1,4 @@
-"""The demo on a world too small to be any good: what it writes; the zoo is deterministic."""
+"""The demo on a very small world: the files it writes, and that the zoo is deterministic."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_two_processes_build_the_same_bytes_as_one(zoo: ZooPaths, tmp_path: Path
     assert _hashes(again.root) == _hashes(zoo.root)
 
 
-def test_an_interrupted_build_goes_on(zoo: ZooPaths, tmp_path: Path) -> None:
+def test_an_interrupted_build_continues(zoo: ZooPaths, tmp_path: Path) -> None:
     first = True
 
     def interrupted(function, arguments):  # type: ignore[no-untyped-def]
@@ -79,7 +79,7 @@ def test_an_interrupted_build_goes_on(zoo: ZooPaths, tmp_path: Path) -> None:
     assert all((tmp_path / "experts" / name).stat().st_mtime_ns == t for name, t in kept.items())
 
 
-def test_a_folder_that_is_no_zoo_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_zoo_is_refused(tmp_path: Path) -> None:
     precious = tmp_path / "data" / "precious.txt"
     precious.parent.mkdir()
     precious.write_text("mine")
@@ -89,7 +89,7 @@ def test_a_folder_that_is_no_zoo_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_the_demo_writes_the_contract(
+def test_the_demo_writes_its_files(
     zoo: ZooPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scalings = (0.2, 0.3)
@@ -115,7 +115,7 @@ def test_the_demo_writes_the_contract(
         assert (tmp_path / "demo" / name).stat().st_size > 1000
 
 
-def test_the_demo_leaves_a_strangers_folder_alone(tmp_path: Path) -> None:
+def test_the_demo_refuses_a_folder_that_it_did_not_write(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="is in use and was not written by `raymerge demo`"):
         run_demo(tmp_path)

@@ -1,4 +1,4 @@
-"""`raymerge submit` before and around the job: what travels, what is refused, which job it is.
+"""`raymerge submit` before and around the job: the config sent, refused input, the job's number.
 
 The job itself, on a real cluster: distributed/test_job.py.
 """
@@ -32,7 +32,7 @@ SUBMISSION = Submission("seed: 1\n", "/shared/runs/my merge!")
 
 
 def _config(**changes: Any) -> dict[str, Any]:
-    """Of files that only the cluster has."""
+    """Return a config of files that only the cluster has."""
     task = {"classnames": ["cat", "dog"], "adapt": "/shared/data/pets"}
     data = {
         "model": "local-dir:/shared/pretrained",
@@ -55,7 +55,7 @@ def raymerge(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 # --- what travels --------------------------------------------------------------------------------
 
 
-def test_the_resolved_config_travels_and_reads_back_as_the_config(tmp_path: Path) -> None:
+def test_the_resolved_config_is_sent_and_reads_back_as_the_config(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     data = _config(preset="fast", cluster={"workers": 2, "address": "10.0.0.1:6379"})
     data["tasks"][0]["classnames"] = "names.txt"
@@ -108,7 +108,7 @@ def test_a_relative_reference_is_refused_by_its_key_and_word(case: str, tmp_path
 
 
 @pytest.mark.parametrize("case", RELATIVE)
-def test_with_a_root_it_starts_there(case: str, tmp_path: Path) -> None:
+def test_with_a_root_relative_references_start_there(case: str, tmp_path: Path) -> None:
     path = write_config(tmp_path / "merge.yaml", _config(**RELATIVE[case][0]))
     there = tmp_path / "on" / "the cluster"
     there.mkdir(parents=True)
@@ -117,12 +117,12 @@ def test_with_a_root_it_starts_there(case: str, tmp_path: Path) -> None:
     assert load_config(tmp_path / "sent.yaml") == expected
 
 
-def test_an_absolute_path_below_the_configs_own_folder_is_as_good_as_any(tmp_path: Path) -> None:
+def test_an_absolute_path_below_the_configs_own_folder_is_allowed(tmp_path: Path) -> None:
     path = write_config(tmp_path / "merge.yaml", _config(output=str(tmp_path / "merged")))
     assert prepare(path).output == str(tmp_path / "merged")
 
 
-def test_the_given_output_wins_and_starts_from_the_root(tmp_path: Path) -> None:
+def test_the_output_option_overrides_and_starts_from_the_root(tmp_path: Path) -> None:
     path = write_config(tmp_path / "merge.yaml", _config())
     assert prepare(path, output="/other").output == "/other"
     assert prepare(path, root="/shared", output="/other/").output == "/other"
@@ -179,11 +179,11 @@ def test_another_tools_config_is_refused_with_the_way_to_run_it(tmp_path: Path) 
         save_file({"w": ones(2)}, tmp_path / name / "model.safetensors")
     models = [{"model": name, "parameters": {"weight": 1}} for name in ("a", "b")]
     path = write_config(tmp_path / "m.yaml", {"merge_method": "linear", "models": models})
-    with pytest.raises(UserError, match=r"is another tool's; submit takes .* `ray job submit"):
+    with pytest.raises(UserError, match=r"is another tool's file, .*; use `ray job submit"):
         prepare(path)
 
 
-def test_a_config_that_ray_would_not_carry_is_refused_with_the_numbers(
+def test_a_config_too_large_for_ray_is_refused_with_the_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = _config()
@@ -203,12 +203,12 @@ def test_a_config_that_ray_would_not_carry_is_refused_with_the_numbers(
     ("address", "mentions"),
     [
         (None, ("--address: missing", "http://HEAD:8265", "RAY_ADDRESS")),
-        ("head:6379", ("address head:6379: is no dashboard's URL",)),
-        ("ray://head:10001", ("address ray://head:10001: is no dashboard's URL",)),
-        ("http://", ("is no dashboard's URL",)),
+        ("head:6379", ("address head:6379: is not a dashboard's URL",)),
+        ("ray://head:10001", ("address ray://head:10001: is not a dashboard's URL",)),
+        ("http://", ("is not a dashboard's URL",)),
     ],
 )
-def test_an_address_that_takes_no_jobs(
+def test_an_address_that_accepts_no_jobs_is_refused(
     address: str | None, mentions: Sequence[str], raymerge: Commands, tmp_path: Path
 ) -> None:
     path = write_config(tmp_path / "merge.yaml", _config())
@@ -216,7 +216,7 @@ def test_an_address_that_takes_no_jobs(
     refused(raymerge("submit", path, *argv), *mentions)
 
 
-def test_the_given_address_wins_over_rays_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_address_option_overrides_rays_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", f"{HEAD}/")
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     assert dashboard_address(None) == HEAD
@@ -232,14 +232,14 @@ def _job(number: int, running: bool, submission: Submission = SUBMISSION) -> Kno
     return KnownJob(f"{submission.name}-{number}", running, submission.metadata)
 
 
-def test_a_run_is_known_by_its_folder() -> None:
+def test_a_run_is_identified_by_its_folder() -> None:
     assert re.fullmatch(r"raymerge-my-merge-[0-9a-f]{8}", SUBMISSION.name)
     assert SUBMISSION.name == Submission("seed: 2\n", SUBMISSION.output).name
     assert SUBMISSION.name != Submission(SUBMISSION.text, "/other/runs/my merge!").name
     assert re.fullmatch(r"raymerge-[0-9a-f]{8}", Submission("", "/é").name)
 
 
-def test_the_first_job_is_number_1_and_ended_ones_are_counted_on() -> None:
+def test_the_first_job_is_number_1_and_ended_ones_count() -> None:
     other = Submission(SUBMISSION.text, "/other/runs/my merge!")
     assert choose(SUBMISSION, [_job(7, True, other)]) == (f"{SUBMISSION.name}-1", False)
     ended = [_job(10, False), _job(2, False), KnownJob(f"{SUBMISSION.name}-mine", True, {})]
@@ -297,7 +297,7 @@ def _server(status: int, body: bytes) -> Iterator[str]:
         (403, b"Forbidden", "asks for its token (Authentication failed: Forbidden)"),
     ],
 )
-def test_what_is_no_cluster_of_ours_is_one_line(
+def test_an_address_that_is_no_ray_dashboard_is_one_line(
     status: int, body: bytes, told: str, raymerge: Commands, tmp_path: Path
 ) -> None:
     path = write_config(tmp_path / "merge.yaml", _config())
@@ -309,7 +309,7 @@ def test_what_is_no_cluster_of_ours_is_one_line(
     assert told in ran.err
 
 
-def test_where_nobody_listens(raymerge: Commands, tmp_path: Path) -> None:
+def test_an_address_without_a_server_is_one_line(raymerge: Commands, tmp_path: Path) -> None:
     path = write_config(tmp_path / "merge.yaml", _config())
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening
@@ -330,7 +330,7 @@ class _Details:
 
 @dataclass
 class _Client:
-    """Ray's client for one job. ``tails``: what each connection sends, or how it breaks."""
+    """A stand-in for Ray's client for one job. ``tails``: each connection's output or error."""
 
     tails: list[list[str | BaseException]] = field(default_factory=list)
     jobs: list[_Details] = field(default_factory=list)
@@ -399,7 +399,7 @@ def test_nothing_but_the_config_is_sent(run: _Run, monkeypatch: pytest.MonkeyPat
     assert not Path(client.sent["runtime_env"]["working_dir"]).exists()
 
 
-def test_a_broken_connection_is_made_again_and_prints_nothing_twice(
+def test_a_broken_connection_is_reopened_and_prints_nothing_twice(
     run: _Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client = _Client(
@@ -413,7 +413,9 @@ def test_a_broken_connection_is_made_again_and_prints_nothing_twice(
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
 
 
-def test_a_cluster_that_stays_away_is_given_up(run: _Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_does_not_come_back_is_an_error(
+    run: _Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from raymerge.distributed import jobs
 
     monkeypatch.setattr(jobs, "_RECONNECT_TIMEOUT_S", 0.0)
@@ -463,7 +465,7 @@ def test_a_refused_job_is_an_error(run: _Run) -> None:
         run(client)
 
 
-def test_ctrl_c_leaves_the_job_and_says_how_to_stop_it(run: _Run) -> None:
+def test_ctrl_c_leaves_the_job_running_and_prints_how_to_stop_it(run: _Run) -> None:
     job = f"{SUBMISSION.name}-1"
     with pytest.raises(KeyboardInterrupt):
         run(_Client(tails=[["one\n", KeyboardInterrupt()]]))
@@ -473,7 +475,7 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_stop_it(run: _Run) -> None:
     )
 
 
-def test_rays_own_variables_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rays_own_variables_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     from raymerge.distributed import jobs
 
     monkeypatch.setenv("RAY_ADDRESS", "http://other:1")

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raymerge.merging.weighted import EVERYTHING, NOTHING, largest, linear, merge_tasks
+from raymerge.merging.layout import CELL
+from raymerge.merging.ties import strongest
+from raymerge.merging.weighted import (
+    EVERYTHING,
+    NOTHING,
+    Drawn,
+    largest,
+    linear,
+    merge_tasks,
+    rescale_factor,
+)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 50, 99, 100])
@@ -47,3 +57,27 @@ def test_equal_vectors_are_their_mean_whatever_the_weights() -> None:
         rows = vector.repeat(3, 1)
         out = merge_tasks(base, rows, [0.2, 0.5, 4.0], elect=elect, normalize=True, scaling=1.0)
         torch.testing.assert_close(out, base + vector)
+
+
+def test_random_entries_do_not_depend_on_how_the_vector_is_cut() -> None:
+    drawn, vector = Drawn(3, "one", 0.3), torch.ones(4 * CELL)
+    kept = drawn.kept(vector, 0)
+    assert 0.25 < kept.float().mean() < 0.35
+    for start, stop in ((0, 7), (7, CELL + 1), (CELL + 1, 4 * CELL)):
+        assert torch.equal(drawn.kept(vector[start:stop], start), kept[start:stop])
+    assert not torch.equal(Drawn(3, "two", 0.3).kept(vector, 0), kept)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_rescaling_restores_the_sum_of_magnitudes(parts: int) -> None:
+    vector = torch.randn(3 * CELL, generator=torch.Generator().manual_seed(4))
+    for choice in (Drawn(0, "one", 0.5), largest(lambda: [vector], CELL, len(vector))):
+        factor = rescale_factor(lambda: vector.chunk(parts), choice)
+        rescaled = vector[choice.kept(vector, 0)] * factor
+        torch.testing.assert_close(rescaled.abs().sum(), vector.abs().sum())
+    assert rescale_factor(lambda: [torch.zeros(8)], NOTHING) == 1.0
+
+
+def test_the_strongest_entry_has_the_columns_sign() -> None:
+    phi = torch.tensor([[1.0, -1.0, 0.0], [3.0, -2.0, 0.0], [0.0, 0.0, 0.0]])
+    assert strongest(phi).tolist() == [3.0, -2.0, 0.0]

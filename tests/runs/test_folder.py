@@ -1,4 +1,4 @@
-"""The output folder: who may write it, what a replaced run loses, what is recorded."""
+"""The output folder: permission to write it, replacing a run, and the record of the steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from raymerge.runs.state import StateStore, learning_states
 
 @pytest.fixture(autouse=True)
 def only_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing is tested elsewhere and takes longer than these merges."""
+    """Do not draw plots, which takes longer than these merges and is tested elsewhere."""
     cache_tokenizer(monkeypatch)
     monkeypatch.setattr("raymerge.runs.folder.write_plots", lambda folder: None)
 
@@ -57,7 +57,7 @@ def test_an_unused_folder_is_free(
     assert tree(folder.path) == before
 
 
-def test_a_used_folder_needs_a_decision(world: World, folder: RunFolder) -> None:
+def test_a_folder_in_use_needs_a_flag(world: World, folder: RunFolder) -> None:
     config = world.parse(output=folder.path)
     folder.prepare(config, resume=False)
     with pytest.raises(
@@ -177,7 +177,7 @@ def _misfit(state: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("spoil", [_nan, _misfit])
 @pytest.mark.parametrize("method", ["adamerging", "average", "ties", "individual"])
-def test_a_merge_that_cannot_be_leaves_the_run_it_would_replace(
+def test_a_refused_merge_leaves_the_run_it_would_replace(
     world: World,
     tmp_path: Path,
     finished: Path,
@@ -253,7 +253,7 @@ def _observe(
             raise _StoppedError
 
 
-def test_a_line_is_there_as_soon_as_its_step_is(
+def test_a_line_of_metrics_is_written_with_its_step(
     folder: RunFolder, store: StateStore[AdamState]
 ) -> None:
     with Recorder(folder, store, 10, _state(0), 3) as recorder:
@@ -266,7 +266,7 @@ def test_a_line_is_there_as_soon_as_its_step_is(
     assert {"step", "loss", "entropy", "seconds"} <= set(line)
 
 
-def test_while_a_machine_is_about_to_go_every_step_is_saved(
+def test_every_step_is_saved_while_a_preemption_is_pending(
     folder: RunFolder, store: StateStore[AdamState]
 ) -> None:
     leaving = [False, True, True, False]
@@ -276,7 +276,7 @@ def test_while_a_machine_is_about_to_go_every_step_is_saved(
         assert store.steps() == [2, 3]
 
 
-def test_states_are_kept_every_so_often_and_at_the_end(
+def test_states_are_saved_at_intervals_and_at_the_end(
     folder: RunFolder, store: StateStore[AdamState]
 ) -> None:
     _observe(folder, store, range(1, 11))
@@ -309,7 +309,7 @@ def test_a_run_without_a_step_leaves_no_state(
 def test_each_step_has_one_line_after_a_resume(
     folder: RunFolder, store: StateStore[AdamState], torn: str
 ) -> None:
-    """Lines after the saved state are of steps that run again; a torn last line is none."""
+    """Lines of steps after the saved state are removed, and so is a torn last line."""
     _observe(folder, store, range(1, 8))
     with folder.metrics.open("a") as file:
         file.write(torn)

@@ -1,4 +1,4 @@
-"""Reading an earlier run's coefficients: by name, and only where they mean the same."""
+"""Reading an earlier run's coefficients: by name, and only if they mean the same."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_folder_or_its_file_is_read_bit_for_bit(tmp_path, name):
 
 
 def test_rows_and_columns_are_matched_by_name(tmp_path):
-    """Of another order, and of some of the models."""
+    """The models are a subset in another order."""
     lambdas_KL = read_lambdas(str(_run(tmp_path)), ("dtd", "sun"), LAYERS[::-1])
     assert lambdas_KL.tolist() == [[1e-300, 0.5], [1 / 3, 0.1]]
 
@@ -62,7 +62,7 @@ def test_a_run_of_other_models_or_layers_is_refused_by_name(tmp_path, models, la
         {"layers": {"conv1.weight": 0}},
     ],
 )
-def test_what_is_no_lambdas_json_is_refused_in_one_line(tmp_path, changes):
+def test_an_invalid_lambdas_json_is_refused_in_one_line(tmp_path, changes):
     with pytest.raises(UserError, match=r"method\.start: .*lambdas\.json: ") as raised:
         read_lambdas(str(_run(tmp_path, **changes)), MODELS, LAYERS)
     assert "\n" not in str(raised.value)
@@ -75,13 +75,13 @@ def test_a_file_of_something_else_is_refused(tmp_path, content):
         read_lambdas(str(tmp_path), MODELS, LAYERS)
 
 
-def test_a_run_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"gone/lambdas\.json|gone: No such file"):
         read_lambdas(str(tmp_path / "gone"), MODELS, LAYERS)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_coefficients_that_are_no_numbers_are_refused(tmp_path, bad):
+def test_coefficients_that_are_not_numbers_are_refused(tmp_path, bad):
     run = _run(tmp_path, values=[[bad, 0.1], [0.2, 0.3], [0.4, 0.5]])
     with pytest.raises(UserError, match="holds NaN or Inf"):
         read_lambdas(str(run), MODELS, LAYERS)
@@ -96,7 +96,7 @@ def test_coefficients_that_are_no_numbers_are_refused(tmp_path, bad):
         ({"name": "adamerging", "task_vectors": "tsv"}, False),
     ],
 )
-def test_coefficients_of_other_vectors_are_not_of_the_models(tmp_path, method, fits):
+def test_coefficients_of_other_vectors_are_refused(tmp_path, method, fits):
     run = _run(tmp_path)
     (run / "config.yaml").write_text(json.dumps({"method": method}))  # JSON is YAML
     if fits:
@@ -117,17 +117,17 @@ def test_coefficients_of_other_vectors_are_not_of_the_models(tmp_path, method, f
         [["0.1"] * 2] * 3,
     ],
 )
-def test_values_of_another_shape_or_kind(tmp_path, values):
+def test_values_of_another_shape_or_type_are_refused(tmp_path, values):
     with pytest.raises(UserError, match=r"is not a lambdas\.json"):
         read_lambdas(str(_run(tmp_path, values=values)), MODELS, LAYERS)
 
 
-def test_a_name_that_no_file_can_have(tmp_path):
+def test_a_name_that_no_file_can_have_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"method\.start: .*too long"):
         read_lambdas(str(tmp_path / ("x" * 5000)), MODELS, LAYERS)
 
 
-def test_nesting_without_end(tmp_path):
+def test_endless_nesting_is_refused(tmp_path):
     (tmp_path / "lambdas.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"is not a lambdas\.json"):
         read_lambdas(str(tmp_path), MODELS, LAYERS)

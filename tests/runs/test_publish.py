@@ -1,4 +1,4 @@
-"""Publishing: what is checked before the work, what is sent, and that no token is told."""
+"""Publishing: the checks before the merge, the uploaded files, and that no token is printed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 
 @pytest.mark.parametrize("name", ["me/model", "lab/model-1.0_x"])
-def test_a_target_that_will_do(api: Hub, name: str) -> None:
+def test_a_valid_target_is_accepted(api: Hub, name: str) -> None:
     require_target(name)
     assert api.sent == []
 
@@ -64,25 +64,25 @@ def test_a_target_that_will_do(api: Hub, name: str) -> None:
         ("other/model", "me is not a member of other; push to one of me, lab"),
     ],
 )
-def test_a_target_that_will_not(api: Hub, name: str, reason: str) -> None:
+def test_an_invalid_target_is_refused(api: Hub, name: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         require_target(name)
 
 
-def test_a_token_that_may_only_read(api: Hub) -> None:
+def test_a_read_only_token_is_refused(api: Hub) -> None:
     api.known["auth"] = {"accessToken": {"role": "read"}}
     with pytest.raises(UserError, match="is read-only; set HF_TOKEN"):
         require_target("me/model")
 
 
-def test_no_token_and_none_told(api: Hub) -> None:
+def test_a_missing_token_is_refused_and_no_token_is_printed(api: Hub) -> None:
     api.known = OSError("401 for https://hub/api?token=hf_s3cr3t with hf_s3cr3t")
     with pytest.raises(UserError, match=r"does not know you .*set HF_TOKEN") as caught:
         require_target("me/model")
     assert "hf_s3cr3t" not in str(caught.value)
 
 
-def test_a_failed_upload_says_how_to_go_on(api: Hub, tmp_path: Path) -> None:
+def test_a_failed_upload_says_how_to_repeat_it(api: Hub, tmp_path: Path) -> None:
     api.fails = OSError("503 hf_s3cr3t")
     with pytest.raises(
         RunError, match=r"is written, but was not uploaded to me/m .*--resume to upload"

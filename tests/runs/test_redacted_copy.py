@@ -1,4 +1,4 @@
-"""What a published folder says of the machine and the user that made it: nothing."""
+"""A redacted copy contains nothing about the machine and the user that made the run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_names_that_would_be_one_are_numbered() -> None:
     assert without_paths(hashes) == expected
 
 
-def test_words_are_no_places() -> None:
+def test_class_names_are_not_paths() -> None:
     data = {"classnames": ["/m/01g317", "~x"], "name": "/m/x"}
     assert without_paths(data) == {"classnames": ["/m/01g317", "~x"], "name": "x"}
 
@@ -81,7 +81,7 @@ def run(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Path, str]:
-    """An output folder, and everything that the command said or logged."""
+    """Return an output folder and everything that the command printed or logged."""
     cache_tokenizer(monkeypatch)
     monkeypatch.setenv("RAYMERGE_CACHE", str(tmp_path / "cache"))
     caplog.set_level(logging.DEBUG, logger="raymerge")
@@ -100,9 +100,7 @@ def run(
     return out, "".join((ran.out, ran.err, missing.err, planned.out, planned.err, caplog.text))
 
 
-def test_no_secret_of_a_url_is_written_logged_or_told(
-    run: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_no_secret_of_a_url_is_written_or_logged(run: tuple[Path, str], tmp_path: Path) -> None:
     out, told = run
     files = [*out.rglob("*"), *(tmp_path / "cache").rglob("*")]
     contents = {str(file): file.read_bytes() for file in files if file.is_file()}
@@ -113,7 +111,7 @@ def test_no_secret_of_a_url_is_written_logged_or_told(
         assert [n for n, c in contents.items() if secret in n or secret.encode() in c] == []
 
 
-def test_what_is_published_names_no_place_of_this_machine(
+def test_a_redacted_copy_has_no_path_of_this_machine(
     run: tuple[Path, str], world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HfApi, "_validate_yaml", lambda *args, **kwargs: None)  # asks the hub

@@ -1,4 +1,4 @@
-"""Saved state: bit-equal, the newest whole one, only of this run, only by the newest driver."""
+"""Saved state: bit for bit, the newest undamaged one, of this run, by the newest driver only."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     assert found.lambdas.view(torch.int64).tolist() == state.lambdas.view(torch.int64).tolist()
 
 
-def test_what_the_loop_remembers_comes_back_in_its_own_dtype(tmp_path):
+def test_the_memory_of_the_loop_comes_back_in_its_own_dtype(tmp_path):
     """Tensors that share their memory with another, or are part of a larger one, included."""
     shared = torch.arange(12, dtype=torch.float64).reshape(3, 4)
     column, flags = shared[:, 1], torch.tensor([False, True, False])
@@ -102,7 +102,7 @@ def test_coefficients_of_any_stride_are_saved(tmp_path):
     assert _same(_store(tmp_path).newest(), state)
 
 
-def test_without_a_state_there_is_none(tmp_path):
+def test_newest_is_none_without_a_state(tmp_path):
     assert _store(tmp_path / "nowhere").newest() is None
     assert _saved(tmp_path).newest() is None
 
@@ -184,7 +184,7 @@ def test_a_damaged_state_is_skipped_with_a_warning(tmp_path, caplog, how):
 
 @pytest.mark.parametrize("name", ["state.safetensors", "manifest.json"])
 def test_no_flipped_bit_is_ever_taken_for_a_state(tmp_path, name):
-    """Whatever byte is hit: the state as saved, the one before, or a refusal; never another λ."""
+    """A flip of any byte gives the saved state, the one before, or an error; never another λ."""
     store = _saved(tmp_path, 10, 20)
     path = tmp_path / "step-00000020" / name
     content = path.read_bytes()
@@ -393,7 +393,7 @@ TASK = {"name": "a", "checkpoint": "a.pt", "classnames": ["x", "y"], "adapt": "d
         {"tasks": [{**TASK, "test": None}, {**TASK, "name": "b", "test": "u"}]},
     ],
 )
-def test_what_does_not_decide_lambda_may_change(changes):
+def test_settings_that_do_not_decide_lambda_may_change(changes):
     assert fingerprint(_config(**changes)) == fingerprint(_config())
 
 
@@ -419,7 +419,7 @@ def test_what_does_not_decide_lambda_may_change(changes):
         {"tasks": [{**TASK, "templates": ["{}"]}, {**TASK, "name": "b"}]},
     ],
 )
-def test_what_decides_lambda_must_not(changes):
+def test_settings_that_decide_lambda_must_not_change(changes):
     assert fingerprint(_config(**changes)) != fingerprint(_config())
 
 
@@ -456,7 +456,7 @@ def _killed(write: Callable[[], None], after_s: float) -> None:
 
 
 def _wide(step: int) -> LearningState:
-    """A state that takes a while to write; every number of it is ``step``."""
+    """Return a state that takes a while to write; every number of it is ``step``."""
     value = torch.full((2, 40_000), float(step), dtype=torch.float64)
     return LearningState(AdamState(value, value.clone(), value.clone(), step))
 
@@ -471,7 +471,7 @@ def _whole(state: LearningState | None) -> bool:
 
 
 def test_killed_a_hundred_times_while_it_writes_a_whole_state_is_there(tmp_path, caplog):
-    """Each driver goes on from the newest state, and is killed at some moment of its saves."""
+    """Each driver continues from the newest state and is killed at a random moment."""
     store = _wide_store(tmp_path)
     store.claim()
     store.save(_wide(1))
@@ -497,7 +497,7 @@ def test_killed_a_hundred_times_while_it_writes_a_whole_state_is_there(tmp_path,
 
 
 def test_a_writer_in_place_would_be_caught(tmp_path):
-    """The check above can fail: what is written in place is torn before long."""
+    """The check above can fail: a file that is written in place is soon torn."""
     target = tmp_path / "state"
     torch.save(_wide(1).lambdas, target)
     moments = random.Random(0)
@@ -520,7 +520,7 @@ def test_a_writer_in_place_would_be_caught(tmp_path):
 
 
 def test_on_a_full_disk_the_state_before_stays(tmp_path):
-    """The limit on a file's size stands for the disk: the write fails in the middle."""
+    """A limit on the size of files makes a write fail in the middle, as on a full disk."""
     store = _wide_store(tmp_path)
     store.claim()
     store.save(_wide(1))
@@ -544,7 +544,7 @@ def test_the_manifest_says_which_versions_wrote_it(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "{}", "[" * 100_000, "null"])
-def test_a_manifest_that_is_none_is_a_damaged_state(tmp_path, content):
+def test_an_invalid_manifest_is_a_damaged_state(tmp_path, content):
     store = _saved(tmp_path, 1, 2)
     (tmp_path / "step-00000002" / "manifest.json").write_text(content)
     assert _same(store.newest(), _state(1))

@@ -1,4 +1,4 @@
-"""Who else is told of a run: real event files, a real offline run of Weights & Biases."""
+"""Trackers of a run: real event files, a real offline run of Weights & Biases."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _steps(events: EventAccumulator, name: str) -> list[int]:
     return [event.step for event in events.Scalars(name)]
 
 
-def test_a_record_is_numbers_by_name_and_a_skipped_step_has_no_loss() -> None:
+def test_a_record_gives_scalars_by_name_and_a_skipped_step_has_no_loss() -> None:
     assert scalars(_record(1), 2) == {
         "seconds/step": 0.2,
         "workers": 2.0,
@@ -56,7 +56,7 @@ def test_a_record_is_numbers_by_name_and_a_skipped_step_has_no_loss() -> None:
     assert "loss" not in scalars(_record(1, loss=None), 2)
 
 
-def test_steps_that_are_taken_again_are_there_once(tmp_path: Path) -> None:
+def test_repeated_steps_are_logged_once(tmp_path: Path) -> None:
     for first, last in ((1, 5), (4, 7)):
         writer = TensorBoard(tmp_path, first - 1)
         for step in range(first, last + 1):
@@ -67,7 +67,7 @@ def test_steps_that_are_taken_again_are_there_once(tmp_path: Path) -> None:
     assert _steps(events, "failures/worker") == [2]
 
 
-def test_a_merge_that_is_told_of_is_the_same_merge(
+def test_a_merge_with_trackers_is_the_same_merge(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """λ to the bit; every step and the scores are told; no name of this machine is among it, and
@@ -92,7 +92,7 @@ def test_a_merge_that_is_told_of_is_the_same_merge(
         assert not file.is_file() or key.encode() not in file.read_bytes(), file
 
 
-def test_a_run_keeps_its_name_there_and_one_that_replaces_it_has_its_own(
+def test_a_resumed_run_keeps_its_id_and_a_replacing_one_has_its_own(
     world: World, tmp_path: Path
 ) -> None:
     def run(**how: bool) -> str:
@@ -105,14 +105,14 @@ def test_a_run_keeps_its_name_there_and_one_that_replaces_it_has_its_own(
     assert _steps(_events(tmp_path / "out" / "tensorboard"), "loss") == [1, 2, 3, 4, 5]
 
 
-def test_a_merge_without_steps_tells_nothing(world: World, tmp_path: Path) -> None:
+def test_a_merge_without_steps_logs_nothing(world: World, tmp_path: Path) -> None:
     method = {"name": "task_arithmetic"}
     config = world.parse(tmp_path / "out", tracking=BOTH)
     merge(config.model_copy(update={"method": world.parse(method=method).method}))
     assert not (tmp_path / "out" / "tensorboard").exists()
 
 
-def test_one_that_fails_is_left_out_and_the_run_goes_on(
+def test_a_failing_tracker_is_dropped_and_the_run_continues(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(self: TensorBoard, record: StepRecord, *_: object) -> None:
@@ -129,7 +129,7 @@ def test_one_that_fails_is_left_out_and_the_run_goes_on(
     ]
 
 
-def test_each_failure_is_told_once(world: World, tmp_path: Path) -> None:
+def test_each_failure_is_logged_once(world: World, tmp_path: Path) -> None:
     class Group:
         workers = 2
         incidents: Sequence[Incident] = ()
@@ -158,7 +158,7 @@ def test_each_failure_is_told_once(world: World, tmp_path: Path) -> None:
     assert listener.heard == [LOST, LOST]
 
 
-def test_what_is_told_decides_nothing_of_a_run(world: World) -> None:
+def test_tracking_does_not_change_the_fingerprint(world: World) -> None:
     assert fingerprint(world.parse(tracking=BOTH)) == fingerprint(world.parse())
 
 
@@ -177,7 +177,7 @@ def test_a_missing_package_is_named_with_its_extra(
         require_trackers(given)
 
 
-def test_without_a_key_the_run_does_not_begin(world: World, tmp_path: Path) -> None:
+def test_without_a_key_the_run_does_not_start(world: World, tmp_path: Path) -> None:
     config = world.write(
         tmp_path / "merge.yaml", tracking={"wandb": {}}, output=str(tmp_path / "out")
     )
@@ -191,14 +191,14 @@ def test_without_a_key_the_run_does_not_begin(world: World, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_a_key_that_is_none_is_one_line(world: World, tmp_path: Path) -> None:
+def test_an_invalid_key_is_one_line(world: World, tmp_path: Path) -> None:
     config = world.write(tmp_path / "merge.yaml", tracking={"wandb": {}})
     done = process((script(), "plan", config), HOME=str(tmp_path), WANDB_API_KEY="abc")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("raymerge: error: tracking.wandb: ")
 
 
-def test_a_run_that_the_caller_has_open_stays_as_it_is(world: World, tmp_path: Path) -> None:
+def test_a_run_that_the_caller_has_open_is_left_alone(world: World, tmp_path: Path) -> None:
     import wandb
 
     mine = wandb.init(project="mine", mode="offline", dir=str(tmp_path))

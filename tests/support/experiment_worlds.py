@@ -20,7 +20,7 @@ def bench(world: World, output: Path, methods: Mapping[str, Changes] | None = No
 
 
 def write(folder: Path, world: World, experiment: Mapping[str, Any], **changes: Any) -> Path:
-    """An experiment's YAML over the world's config, both in ``folder``."""
+    """Write an experiment's YAML over the world's config, both in ``folder``."""
     world.write(folder / "base.yaml")
     path = folder / "experiment.yaml"
     data = {"experiment": dict(experiment), "base": "base.yaml", "output": "out", **changes}

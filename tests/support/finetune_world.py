@@ -1,4 +1,4 @@
-"""A world to train in: the tests' tiny model, and images whose colour is their class."""
+"""A world for training: the tests' tiny model, and images whose colour is their class."""
 
 from __future__ import annotations
 

@@ -28,13 +28,13 @@ def save(path: Path, state: Mapping[str, Any], dtype: torch.dtype = torch.float3
 
 
 def three(root: Path) -> None:
-    """``base``, ``one`` and ``two`` with two task vectors between them."""
+    """Write ``base``, ``one`` and ``two``, which differ by two task vectors."""
     for name, state in (("base", BASE), ("one", ONE), ("two", TWO)):
         save(root / f"{name}.safetensors", state)
 
 
 def mergekit(root: Path, method: str, *own: Mapping[str, Any], **keys: Any) -> Path:
-    """A mergekit file over ``three``; ``own``: the parameters of one and two."""
+    """Write a mergekit file over ``three``; ``own``: the parameters of one and two."""
     names = ("one", "two", "three")
     data = {
         "merge_method": method,

@@ -14,7 +14,7 @@ Cell = str | float | None
 
 @dataclass(frozen=True)
 class Table:
-    """A table of named rows. Fractions are shown as percentages, None as a dash."""
+    """A table of named rows. Fractions are texts as percentages, None as a dash."""
 
     title: str
     columns: Sequence[str]
@@ -62,17 +62,17 @@ def text(findings: Findings) -> str:
 
 
 def _lines(table: Table) -> list[str]:
-    shown = {name: [show(cell) for cell in row] for name, row in table.rows.items()}
-    first = max((len(name) for name in shown), default=0)
+    texts = {name: [show(cell) for cell in row] for name, row in table.rows.items()}
+    first = max((len(name) for name in texts), default=0)
     widths = [
-        max([len(column), *(len(row[i]) for row in shown.values())])
+        max([len(column), *(len(row[i]) for row in texts.values())])
         for i, column in enumerate(table.columns)
     ]
     head = " " * first + "".join(
         f"  {column:>{width}}" for column, width in zip(table.columns, widths, strict=True)
     )
     lines = [head]
-    for name, row in shown.items():
+    for name, row in texts.items():
         cells = "".join(f"  {cell:>{width}}" for cell, width in zip(row, widths, strict=True))
         lines.append(f"{name:<{first}}{cells}")
     return lines

@@ -191,14 +191,14 @@ def _complete_frank_wolfe(
 def _pad_start(start: MergeResult, tasks: Sequence[TaskConfig], folder: Path) -> str:
     """Write the start's ``lambdas.json`` with rows of 0 for further models; return its path."""
     assert start.output is not None
-    known = json.loads((start.output / "lambdas.json").read_text(encoding="utf-8"))
-    rows = dict(zip(known["tasks"], known["values"], strict=True))
+    content = json.loads((start.output / "lambdas.json").read_text(encoding="utf-8"))
+    rows = dict(zip(content["tasks"], content["values"], strict=True))
     names = [task.name for task in tasks if task.checkpoint is not None]
-    zeros = [0.0] * len(known["layers"])
+    zeros = [0.0] * len(content["layers"])
     path = folder / "lambdas.json"
     folder.mkdir(parents=True, exist_ok=True)
     values = [rows.get(name, zeros) for name in names]
-    write_json(path, {"tasks": names, "layers": known["layers"], "values": values})
+    write_json(path, {"tasks": names, "layers": content["layers"], "values": values})
     return str(path)
 
 

@@ -49,7 +49,7 @@ def run(bench: Bench, options: LambdaScan) -> Findings:
             _all_table(options.scalings, scans),
         ],
         [_mean_curves(options.scalings, scans)]
-        + [_task_curves(options.scalings, name, found, tasks) for name, found in scans.items()],
+        + [_task_curves(options.scalings, name, results, tasks) for name, results in scans.items()],
         notes=[
             f"{bench.base.model.reference}: the best λ is chosen with the test labels, which no "
             "merging method may see; λ = 0 is the pretrained model.",
@@ -90,9 +90,9 @@ def _check(configs: Mapping[str, Config], options: LambdaScan) -> None:
             raise UserError("experiment: no task of the base config has test images")
 
 
-def means(found: Scan) -> list[float]:
+def means(results: Scan) -> list[float]:
     """Return the mean top-1 at each λ."""
-    return [mean for scores in found if (mean := mean_top1(scores)) is not None]
+    return [mean for scores in results if (mean := mean_top1(scores)) is not None]
 
 
 def _best(scalings: Sequence[float], top1: Sequence[float]) -> tuple[float, float]:
@@ -102,8 +102,8 @@ def _best(scalings: Sequence[float], top1: Sequence[float]) -> tuple[float, floa
 
 def _best_table(scalings: Sequence[float], scans: Mapping[str, Scan]) -> Table:
     rows: dict[str, list[Cell]] = {}
-    for name, found in scans.items():
-        best, top1 = _best(scalings, means(found))
+    for name, results in scans.items():
+        best, top1 = _best(scalings, means(results))
         published = BEST_SCALING.get(name)
         cells: list[Cell] = [f"{published[0]:g}", published[1]] if published else [None, None]
         rows[name] = [f"{best:g}", top1, *cells]
@@ -119,25 +119,25 @@ def _task_table(
     scalings: Sequence[float], scans: Mapping[str, Scan], tasks: Sequence[str]
 ) -> Table:
     rows: dict[str, list[Cell]] = {}
-    for name, found in scans.items():
-        best = [_best(scalings, [scores[task].top1 for scores in found]) for task in tasks]
+    for name, results in scans.items():
+        best = [_best(scalings, [scores[task].top1 for scores in results]) for task in tasks]
         rows[f"{name}: λ"] = [f"{scaling:g}" for scaling, _ in best]
         rows[f"{name}: top-1"] = [top1 for _, top1 in best]
     return Table("The best λ of each task, if it were for that task alone", tasks, rows)
 
 
 def _all_table(scalings: Sequence[float], scans: Mapping[str, Scan]) -> Table:
-    rows = {name: means(found) for name, found in scans.items()}
+    rows = {name: means(results) for name, results in scans.items()}
     return Table("Mean top-1 at each λ", [f"{scaling:g}" for scaling in scalings], rows)
 
 
 def _mean_curves(scalings: Sequence[float], scans: Mapping[str, Scan]) -> Curves:
-    series = {name: means(found) for name, found in scans.items()}
+    series = {name: means(results) for name, results in scans.items()}
     return Curves("Mean top-1 against λ", "λ", "top-1", scalings, series)
 
 
 def _task_curves(
-    scalings: Sequence[float], method: str, found: Scan, tasks: Sequence[str]
+    scalings: Sequence[float], method: str, results: Scan, tasks: Sequence[str]
 ) -> Curves:
-    series = {task: [scores[task].top1 for scores in found] for task in tasks}
+    series = {task: [scores[task].top1 for scores in results] for task in tasks}
     return Curves(f"{method}: top-1 of each task against λ", "λ", "top-1", scalings, series)

@@ -40,39 +40,39 @@ def run(bench: Bench, options: Seeds) -> Findings:
     if all(task.test is None for task in bench.base.tasks):
         raise UserError("experiment seeds: no task of the base config has test images to score")
     methods = bench.methods or METHODS
-    found: dict[str, list[float]] = {name: [] for name in (UNIFORM, *methods)}
+    by_method: dict[str, list[float]] = {name: [] for name in (UNIFORM, *methods)}
     best_of: list[str] = []
     for seed in options.seeds:
         world = bench if bench.reseed is None else replace(bench, base=bench.reseed(seed))
         with world.workers() as group:
             config = world.config({"method": {"name": "task_arithmetic"}}, f"seed{seed}/scan")
             uniform = means(scan(config, group, SCALINGS, world.output))
-            found[UNIFORM].append(max(uniform))
+            by_method[UNIFORM].append(max(uniform))
             best_of.append(f"{SCALINGS[uniform.index(max(uniform))]:g} (seed {seed})")
             report_line(f"seed {seed}: best uniform λ {best_of[-1]}: {max(uniform):.1%}")
             for name, changes in methods.items():
                 top1 = mean_top1(world.merge(f"seed{seed}/{name}", changes, group).scores)
                 assert top1 is not None  # checked above
-                found[name].append(top1)
+                by_method[name].append(top1)
     notes = [
         f"{bench.base.model.reference}: rows that learn take the same number of steps.",
         f"The best uniform λ, chosen with the test labels: {', '.join(best_of)}.",
     ]
-    return Findings("Over several seeds", [table(options.seeds, found)], notes=notes)
+    return Findings("Over several seeds", [table(options.seeds, by_method)], notes=notes)
 
 
-def table(seeds: Sequence[int], found: Mapping[str, Sequence[float]]) -> Table:
+def table(seeds: Sequence[int], by_method: Mapping[str, Sequence[float]]) -> Table:
     """Return a row per method: top-1 by seed, mean and deviation, gain over each reference."""
     columns = [*(f"seed {seed}" for seed in seeds), "mean", "sd"]
     rows: dict[str, list[Cell]] = {
-        name: [*values, mean(values), _spread(values)] for name, values in found.items()
+        name: [*values, mean(values), _spread(values)] for name, values in by_method.items()
     }
     for reference in REFERENCES:
-        if reference not in found:
+        if reference not in by_method:
             continue
         columns += [f"over {reference}", "sd of that"]
-        for name, values in found.items():
-            gains = [a - b for a, b in zip(values, found[reference], strict=True)]
+        for name, values in by_method.items():
+            gains = [a - b for a, b in zip(values, by_method[reference], strict=True)]
             rows[name] += [mean(gains), _spread(gains)]
     caption = (
         "Mean top-1 over the tasks in %. Gains are taken seed by seed, so their spread is that of "

@@ -1,4 +1,8 @@
-"""Merges written for other tools: mergekit's YAML, fusion_bench's model pools."""
+"""Merges described in other tools' files: mergekit's YAML, fusion_bench's model pools.
+
+A file is mapped onto raymerge's own maths and readers, and merged as state dicts or, where images
+are needed, by an ordinary run.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def open_foreign(path: str | Path, overrides: Iterable[str] = ()) -> Job | Config | None:
-    """The merge in another tool's file; None if the file is raymerge's own.
+    """Return the merge in another tool's file, or None if the file is raymerge's own.
 
-    A config where images are needed, else a job of state dicts alone. Everything that headers
-    tell is checked. Raises :class:`~raymerge.errors.UserError`.
+    It is a config if images are needed, else a job of state dicts alone. Everything that can be
+    checked from headers is. Raises :class:`~raymerge.errors.UserError`.
     """
     path = Path(path)
     data = read_yaml(path)
@@ -39,7 +43,7 @@ def open_foreign(path: str | Path, overrides: Iterable[str] = ()) -> Job | Confi
 
 
 def _is_pool(models: object) -> bool:
-    """fusion_bench's models: by name, or a list of names and paths."""
+    """Return True for fusion_bench's models: a mapping by name, or a list with paths."""
     if isinstance(models, list):
         return any(isinstance(item, dict) and "path" in item for item in models)
     return isinstance(models, dict)

@@ -1,6 +1,6 @@
-"""fusion_bench's model pools and methods: state dicts merged as it does, or a config of raymerge's.
+"""fusion_bench's model pools and methods, as a merge of state dicts or a raymerge config.
 
-Written from its documented configs and formulas; no code of it is used. K models.
+Written from its documented configs and formulas; none of its code is used. K models.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from raymerge.apps.peers.methods import (
     WholeTies,
     same_everywhere,
 )
-from raymerge.apps.peers.state_dicts import Inputs, dtype_named, find, open_state_dict
+from raymerge.apps.peers.state_dicts import Inputs, dtype_named, find, find_local, open_state_dict
 from raymerge.config import Config
 from raymerge.config.loading import absolute_path, parse_config
 from raymerge.config.suites import DATA_SETS
@@ -56,7 +56,7 @@ _ADAMERGING: dict[str, Any] = {
     "init_values": 0.3, "lr": 1e-3, "clamp_weights": False, "batch_size": 16, "max_steps": 1000,
     "optimizer": "adam", "weights": None,
 }  # fmt: skip
-# What changes how fusion_bench runs, not what it computes.
+# Options that change how fusion_bench runs, not what it computes.
 _IGNORED = (
     "_target_", "_recursive_", "_version_", "name", "show_pbar", "inplace", "verbose",
     "tie_weights", "strict", "devices", "num_workers", "fast_dev_run", "save_merging_weights",
@@ -81,7 +81,7 @@ _PATHS = ("pretrained_model_name_or_path", "state_dict_path", "pickle_path", "pa
 
 @dataclass(frozen=True)
 class _Pool:
-    """The models of a pool by name, in order: what each is read from."""
+    """The references of a pool's models by name, in order."""
 
     models: Mapping[str, str]
     pretrained: str | None
@@ -91,11 +91,12 @@ class _Pool:
 
 
 def read_fusion_bench(data: Mapping[str, Any], path: Path, text: str | None) -> Job | Config:
-    """A pool (or a whole program's config) that is already parsed.
+    """Return the merge of a parsed pool or program config.
 
-    AdaMerging becomes a :class:`Config`: it learns from images. Raises
-    :class:`~raymerge.errors.UserError` for what raymerge cannot express.
+    AdaMerging becomes a :class:`Config`, since it learns from images. Raises
+    :class:`~raymerge.errors.UserError` for anything that raymerge cannot express.
     """
+    # The models and the method, with every interpolation replaced.
     source = f"config {path}"
     try:
         data = _resolved(data, data, (), source)
@@ -105,21 +106,22 @@ def read_fusion_bench(data: Mapping[str, Any], path: Path, text: str | None) -> 
     name, options = _method(data.get("method"), source)
     if name.endswith("adamerging"):
         return _adamerging(data, pool, name, options, path)
+    # State dicts: the tensors, the coefficients, and the merge in words.
     inputs = _open(pool, name, path.parent, source)
-    method, said = _static(name, options, pool, inputs, source)
+    method, settings = _static(name, options, pool, inputs, source)
     count = len(pool.models)
     onto = f" onto {pool.pretrained}" if inputs.base is not None else ""
-    told = [
-        f"fusion_bench pool {path}: {name} of {count} model{'s' if count > 1 else ''}{onto}: {said}"
-    ]
-    told += [f"  {model}: {reference}" for model, reference in pool.models.items()]
+    models = f"{count} model{'s' if count > 1 else ''}"
+    summary = [f"fusion_bench pool {path}: {name} of {models}{onto}: {settings}"]
+    summary += [f"  {model}: {reference}" for model, reference in pool.models.items()]
     if inputs.left_out:
-        told.append(f"  {len(inputs.left_out)} of the base's tensors are in no model and left out")
+        left_out = len(inputs.left_out)
+        summary.append(f"  {left_out} of the base's tensors are in no model and left out")
     output = data.get("output")
     return Job(
         tool="fusion_bench",
         title=f"{count} models merged by {name}",
-        told=tuple(told),
+        summary=tuple(summary),
         inputs=inputs,
         method=method,
         config_name="fusion_bench_config.yaml",
@@ -133,61 +135,67 @@ def read_fusion_bench(data: Mapping[str, Any], path: Path, text: str | None) -> 
 
 
 def _pool(data: Mapping[str, Any], source: str) -> _Pool:
+    """Return the pool of the file. Raises :class:`ConfigError`."""
     pool, where = data, source
     if "modelpool" in data:
         pool, where = data["modelpool"], f"{source}: modelpool"
         if not isinstance(pool, Mapping):
-            raise ConfigError(f"{where}: expected models; found {excerpt(pool)}")
-    given = pool.get("models")
-    if given is None and "defaults" in pool:
+            raise ConfigError(f"{where}: expected models; got {short(pool)}")
+    # The models, by name; a list has the names inside.
+    entries = pool.get("models")
+    if entries is None and "defaults" in pool:
         raise ConfigError(
             f"{where}: defaults: Hydra puts this file together from others; give the result "
             "(fusion_bench … --cfg job --resolve)"
         )
-    if isinstance(given, list):
-        given = {str(m.get("name")): m for m in given if isinstance(m, Mapping)}
-    if not isinstance(given, Mapping) or not given:
-        raise ConfigError(f"{where}: models: expected names and paths; found {excerpt(given)}")
-    paths = {str(k): _reference(v, f"{where}: models.{k}") for k, v in given.items()}
+    if isinstance(entries, list):
+        entries = {str(m.get("name")): m for m in entries if isinstance(m, Mapping)}
+    if not isinstance(entries, Mapping) or not entries:
+        raise ConfigError(f"{where}: models: expected names and paths; got {short(entries)}")
+    paths = {str(k): _reference(v, f"{where}: models.{k}") for k, v in entries.items()}
     models = {k: v for k, v in paths.items() if not (k.startswith("_") and k.endswith("_"))}
     if not models:
-        raise ConfigError(f"{where}: models: holds {', '.join(paths)} alone; nothing to merge")
-    dtypes = {_dtype(v) for v in given.values()} | {_dtype(pool.get("model_kwargs"))}
+        raise ConfigError(f"{where}: models: has only {', '.join(paths)}; nothing to merge")
+
+    # The dtype, one for all, and the kind of pool.
+    dtypes = {_dtype(v) for v in entries.values()} | {_dtype(pool.get("model_kwargs"))}
     dtypes.discard(None)
     if len(dtypes) > 1:
         raise ConfigError(f"{where}: torch_dtype: the models differ; give one for all")
     kind = str(pool.get("_target_") or pool.get("type") or "").rpartition(".")[2]
     return _Pool(
         models, paths.get(_PRETRAINED), kind,
-        _architecture(given.get(_PRETRAINED)), next(iter(dtypes), None),
+        _architecture(entries.get(_PRETRAINED)), next(iter(dtypes), None),
     )  # fmt: skip
 
 
-def _reference(given: object, where: str) -> str:
-    if isinstance(given, str) and given:
-        return given
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{where}: expected a path; found {excerpt(given)}")
-    for key in given:
-        if "peft" in str(key) or "lora" in str(given[key]).lower():
+def _reference(entry: object, where: str) -> str:
+    """Return the path of a pool's entry. Raises :class:`ConfigError`."""
+    if isinstance(entry, str) and entry:
+        return entry
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{where}: expected a path; got {short(entry)}")
+    for key in entry:
+        if "peft" in str(key) or "lora" in str(entry[key]).lower():
             raise ConfigError(f"{where}: {key}: adapters cannot be merged; give the whole model")
     for key in _PATHS:
-        if isinstance(given.get(key), str):
-            return str(given[key])
+        if isinstance(entry.get(key), str):
+            return str(entry[key])
     raise ConfigError(f"{where}: names no file; give one of {', '.join(_PATHS)}")
 
 
-def _dtype(given: object) -> object:
-    if not isinstance(given, Mapping):
+def _dtype(entry: object) -> object:
+    if not isinstance(entry, Mapping):
         return None
-    dtype = given.get("torch_dtype") or given.get("dtype")
+    dtype = entry.get("torch_dtype") or entry.get("dtype")
     return None if dtype == "auto" else dtype
 
 
-def _architecture(given: object) -> str | None:
-    text = given if isinstance(given, str) else ""
-    if isinstance(given, Mapping):
-        text = " ".join(str(value) for value in given.values())
+def _architecture(entry: object) -> str | None:
+    """Return open_clip's name of the architecture that an entry mentions, or None."""
+    text = entry if isinstance(entry, str) else ""
+    if isinstance(entry, Mapping):
+        text = " ".join(str(value) for value in entry.values())
     return next((arch for known, arch in _ARCHITECTURES.items() if known in text), None)
 
 
@@ -197,7 +205,7 @@ def _open(pool: _Pool, method: str, root: Path, source: str) -> Inputs:
         raise ConfigError(f"{source}: models.{_PRETRAINED}: missing; {method} needs it")
     models = [open_state_dict(find(reference, root)) for reference in pool.models.values()]
     base = open_state_dict(find(str(pool.pretrained), root)) if needs_base else None
-    # Its pool of CLIPs loads their vision models; the files may hold whole ones.
+    # A CLIPVisionModelPool loads vision models only, though the files may hold whole ones.
     vision = pool.kind == "CLIPVisionModelPool" and any(
         key.startswith("vision_model.") for model in models for key in model.specs
     )
@@ -210,15 +218,15 @@ def _open(pool: _Pool, method: str, root: Path, source: str) -> Inputs:
 # --- the method ----------------------------------------------------------------------------------
 
 
-def _method(given: object, source: str) -> tuple[str, dict[str, Any]]:
-    """Its name, and its options with defaults. Raises :class:`ConfigError`."""
+def _method(entry: object, source: str) -> tuple[str, dict[str, Any]]:
+    """Return the method's name and options, with defaults. Raises :class:`ConfigError`."""
     known = (*_OPTIONS, "clip_layer_wise_adamerging", "clip_task_wise_adamerging")
-    if given is None:
+    if entry is None:
         raise ConfigError(
-            f"{source}: method: missing; a pool alone says what to merge and not how: add "
+            f"{source}: method: missing; a pool names the models only: add "
             "-o method=simple_average (or another of " + ", ".join(known) + ")"
         )
-    options = dict(given) if isinstance(given, Mapping) else {"name": given}
+    options = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
     target = str(options.get("_target_") or "").rpartition(".")[2]
     name = _CLASSES.get(target, target) or str(options.get("name"))
     if name not in known:
@@ -238,6 +246,7 @@ def _method(given: object, source: str) -> tuple[str, dict[str, Any]]:
 def _static(
     name: str, options: Mapping[str, Any], pool: _Pool, inputs: Inputs, source: str
 ) -> tuple[Method, str]:
+    """Return the method of a merge of state dicts, and its settings in words."""
     names, count = [entry.name for entry in inputs.entries], len(pool.models)
 
     def number(key: str) -> float:
@@ -248,7 +257,7 @@ def _static(
         return Linear(same_everywhere(names, mean)), f"weight 1/{count} each"
     if name == "linear_interpolation":
         if count != 2:
-            raise ConfigError(f"{source}: method: {name} is of 2 models; the pool has {count}")
+            raise ConfigError(f"{source}: method: {name} merges 2 models; the pool has {count}")
         t = number("t")
         return Linear(same_everywhere(names, Coefficients((1 - t, t)))), f"t {t:g}"
     if name == "weighted_average":
@@ -256,8 +265,8 @@ def _static(
         normalize = bool(options["normalize"])
         if normalize and not sum(weights):
             raise ConfigError(f"{source}: method.weights: sum to 0; set normalize: false")
-        said = f"weights {', '.join(f'{w:g}' for w in weights)}, normalize {str(normalize).lower()}"
-        return Linear(same_everywhere(names, Coefficients(weights, normalize=normalize))), said
+        text = f"weights {', '.join(f'{w:g}' for w in weights)}, normalize {str(normalize).lower()}"
+        return Linear(same_everywhere(names, Coefficients(weights, normalize=normalize))), text
     scaling = number("scaling_factor")
     if name == "task_arithmetic":
         own = Coefficients((1.0,) * count, scaling=scaling)
@@ -265,13 +274,17 @@ def _static(
     threshold, merge = number("threshold"), options["merge_func"]
     density = threshold / 100 if threshold > 1 else threshold
     if not 0 < density <= 1:
-        raise ConfigError(f"{source}: method.threshold: {threshold:g} is not above 0 and up to 100")
+        raise ConfigError(
+            f"{source}: method.threshold: must be above 0 and at most 100, got {threshold:g}"
+        )
     if merge not in ("sum", "mean", "max"):
-        raise ConfigError(f"{source}: method.merge_func: {excerpt(merge)} is not sum, mean or max")
+        raise ConfigError(
+            f"{source}: method.merge_func: must be sum, mean or max, got {short(merge)}"
+        )
     if options["remove_keys"]:
         raise ConfigError(f"{source}: method.remove_keys: cannot be expressed here; remove it")
-    said = f"scaling_factor {scaling:g}, threshold {threshold:g}, merge_func {merge}"
-    return WholeTies(density, scaling, merge), said
+    text = f"scaling_factor {scaling:g}, threshold {threshold:g}, merge_func {merge}"
+    return WholeTies(density, scaling, merge), text
 
 
 def _number(value: object, where: str) -> float:
@@ -283,20 +296,20 @@ def _number(value: object, where: str) -> float:
     raise ConfigError(f"{where}: {excerpt(value)} is not a number")
 
 
-def _weights(given: object, count: int, source: str) -> tuple[float, ...]:
+def _weights(values: object, count: int, source: str) -> tuple[float, ...]:
     where = f"{source}: method.weights"
-    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != count:
-        raise ConfigError(f"{where}: expected {count} numbers, one a model; found {excerpt(given)}")
-    return tuple(_number(value, where) for value in given)
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
+        raise ConfigError(f"{where}: expected {count} numbers, one per model; got {short(values)}")
+    return tuple(_number(value, where) for value in values)
 
 
-# --- AdaMerging: a config of raymerge's ----------------------------------------------------------
+# --- AdaMerging as a raymerge config -------------------------------------------------------------
 
 
 def _adamerging(
     data: Mapping[str, Any], pool: _Pool, name: str, options: Mapping[str, Any], path: Path
 ) -> Config:
-    """The pool's models with the tasks' images, which the same file gives as raymerge's keys."""
+    """Return the config of AdaMerging; the file gives the tasks' images in raymerge's keys."""
     source, root = f"config {path}", path.parent
     if options["weights"] is not None or options["optimizer"] != "adam":
         key = "weights" if options["weights"] is not None else "optimizer"
@@ -322,29 +335,31 @@ def _adamerging(
     return parse_config(own, root=root.absolute(), source=source)
 
 
-def _tasks(given: object, pool: _Pool, root: Path, source: str) -> list[dict[str, Any]]:
-    listed = given if isinstance(given, list) else []
+def _tasks(entries: object, pool: _Pool, root: Path, source: str) -> list[dict[str, Any]]:
+    """Return a task for every model of the pool. Raises :class:`ConfigError`."""
+    listed = entries if isinstance(entries, list) else []
     tasks = {str(t.get("name")): dict(t) for t in listed if isinstance(t, Mapping)}
     for name in pool.models:  # the class names of a data set that raymerge knows
         known = _DATA_SETS.get(name, name.replace("-", "_"))
         if known in DATA_SETS and "classnames" not in tasks.setdefault(name, {"name": name}):
             tasks[name].setdefault("dataset", known)
-    without = [name for name in pool.models if not tasks.get(name, {}).get("adapt")]
-    if without:
+    no_images = [name for name in pool.models if not tasks.get(name, {}).get("adapt")]
+    if no_images:
         raise ConfigError(
             f"{source}: adamerging learns from images, and a pool names none that raymerge can "
             "read: add tasks: [{name, adapt}, …] (test, to score; classnames, where raymerge does "
-            "not know them) for " + ", ".join(without)
+            "not know them) for " + ", ".join(no_images)
         )
     for name, reference in pool.models.items():
         tasks[name].setdefault("checkpoint", _checkpoint(reference, root))
     return list(tasks.values())
 
 
-def _model(given: object, pool: _Pool, root: Path, source: str) -> object:
-    if isinstance(given, str) and ":" in given:
-        return given
-    model = dict(given) if isinstance(given, Mapping) else {"arch": given or pool.architecture}
+def _model(entry: object, pool: _Pool, root: Path, source: str) -> object:
+    """Return the pretrained model of the config. Raises :class:`ConfigError`."""
+    if isinstance(entry, str) and ":" in entry:
+        return entry
+    model = dict(entry) if isinstance(entry, Mapping) else {"arch": entry or pool.architecture}
     if not model.get("arch"):
         raise ConfigError(
             f"{source}: model: missing; add the architecture, e.g. ViT-B-32-quickgelu"
@@ -358,12 +373,9 @@ def _model(given: object, pool: _Pool, root: Path, source: str) -> object:
 
 
 def _checkpoint(reference: str, root: Path) -> str:
-    """As raymerge's configs name it: a path, or a model of the hub."""
-    given = Path(reference).expanduser()
-    for path in (given, root / given):
-        if exists(path):
-            return str(path.absolute())
-    return f"hf-hub:{reference}" if re.fullmatch(r"[\w-]+/[\w.-]+", reference) else reference
+    """Return a reference as raymerge's configs write it: a path, or a model of the hub."""
+    hub = f"hf-hub:{reference}" if re.fullmatch(r"[\w-]+/[\w.-]+", reference) else reference
+    return find_local(reference, root) or hub
 
 
 # --- ${…} ----------------------------------------------------------------------------------------
@@ -372,8 +384,10 @@ _INTERPOLATION = re.compile(r"\$\{([^${}]+)\}")
 
 
 def _resolved(node: Any, root: Mapping[str, Any], at: tuple[str, ...], source: str) -> Any:
-    """``node`` with every ``${key}`` and ``${..key}`` of OmegaConf replaced, where models or the
-    method need it."""
+    """Return ``node`` with every ``${key}`` and ``${..key}`` of OmegaConf replaced.
+
+    Raises :class:`ConfigError` if a model or the method needs a value that the file lacks.
+    """
     if isinstance(node, Mapping):
         return {k: _resolved(v, root, (*at, str(k)), source) for k, v in node.items()}
     if isinstance(node, list):
@@ -383,20 +397,23 @@ def _resolved(node: Any, root: Mapping[str, Any], at: tuple[str, ...], source: s
     needed = at[0] in ("models", "method") or at[:2] == ("modelpool", "models")
 
     def value(match: re.Match[str]) -> str:
-        found = _lookup(match[1], root, at)
-        if found is None or isinstance(found, Mapping | list):
+        target = _lookup(match[1], root, at)
+        if target is None or isinstance(target, Mapping | list):
             if not needed or at[-1] in _IGNORED:
                 return ""
             raise ConfigError(
                 f"{source}: {'.'.join(at)}: {match[0]} is not in this file; write its value"
             )
-        return str(_resolved(found, root, at, source))
+        return str(_resolved(target, root, at, source))
 
     return _INTERPOLATION.sub(value, node)
 
 
 def _lookup(key: str, root: Mapping[str, Any], at: tuple[str, ...]) -> Any:
-    """One dot: the mapping around the value; each further dot, the one around that."""
+    """Return the value of a key, or None.
+
+    A leading dot starts at the mapping around the value ``at``, each further dot one level up.
+    """
     name = key.lstrip(".")
     dots = len(key) - len(name)
     path = [*(at[: len(at) - dots] if dots else ()), *name.split(".")]

@@ -1,4 +1,7 @@
-"""One merge of raw state dicts, start to end: check, merge part by part, write the folder."""
+"""One merge of raw state dicts: check the output, merge part by part, write the folder.
+
+What is merged, and how, is decided by the reader of the file (mergekit, fusion_bench).
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,12 @@ from raymerge.models.checkpoints.visual_tower import all_finite
 from raymerge.models.checkpoints.writer import SafetensorsWriter
 
 WEIGHTS = "model.safetensors"
-_CARD = """---
+_MODEL_CARD = """---
 {front}---
 
 # {title}
 
-{told}
+{summary}
 
 Made by raymerge from the {tool} file `{config}`.
 
@@ -41,8 +44,8 @@ Made by raymerge from the {tool} file `{config}`.
 |---|---|
 {hashes}
 """
-# What stands beside a transformers model's weights and is not one of its weights.
-_BESIDE = (
+# The files of a transformers model other than its weights.
+_MODEL_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -63,14 +66,14 @@ _BESIDE = (
 
 @dataclass(frozen=True)
 class Job:
-    """A merge in another tool's file, understood and checked.
+    """A merge described in another tool's file, checked and ready to run.
 
-    ``told``: what was understood, a line each. ``text``: the file, kept in the output folder.
+    ``summary``: the merge in words, in lines. ``text``: the file, copied to the output folder.
     """
 
     tool: str
     title: str
-    told: tuple[str, ...]
+    summary: tuple[str, ...]
     inputs: Inputs
     method: Method
     config_name: str
@@ -78,71 +81,79 @@ class Job:
     output: str | None = None
     tags: tuple[str, ...] = ()
 
-    # --- what it takes ---------------------------------------------------------------------
+    # --- plan ------------------------------------------------------------------------------
 
     @property
     def written_bytes(self) -> int:
+        """The size of the merged weights."""
         merged = sum(entry.numel * entry.out.itemsize for entry in self.inputs.entries)
         kept = [self.inputs.rows[0].specs[name] for name in self.inputs.buffers]
         return merged + sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in kept)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain data."""
         return {
             "tool": self.tool,
             "method": self.title,
-            "understood": list(self.told),
+            "understood": list(self.summary),
             "tensors": len(self.inputs.entries) + len(self.inputs.buffers),
             "numbers": sum(entry.numel for entry in self.inputs.entries),
             "written_bytes": self.written_bytes,
         }
 
     def text_plan(self) -> str:
+        """Return the plan as text."""
         numbers = sum(entry.numel for entry in self.inputs.entries)
         tensors = len(self.inputs.entries) + len(self.inputs.buffers)
         written = f"writes  {tensors} tensors, {numbers:,} numbers, {self.written_bytes / 1e6:,.1f}"
-        return "\n".join([*self.told, f"{written} MB; memory of a few tensors"])
+        return "\n".join([*self.summary, f"{written} MB; memory of a few tensors"])
 
     # --- the merge -------------------------------------------------------------------------
 
     def run(self, output: str | None, *, overwrite: bool = False) -> Path:
         """Write the output folder. Raises :class:`UserError` before anything is written."""
-        folder = self._folder(output, overwrite)
-        print("\n".join(self.told), file=sys.stderr)
+        folder = self._output_folder(output, overwrite)
+        print("\n".join(self.summary), file=sys.stderr)
+        # The weights are complete before anything in the folder is replaced.
         files = sorted({file for row in self.inputs.rows for file in files_of(row)})
         hash_ahead(str(file) for file in files)
         with stage_file(folder / WEIGHTS, nearest_folder(folder)) as (temporary, commit):
             self._merge(temporary)
             folder.mkdir(parents=True, exist_ok=True)
             commit()
-        self._copy_beside(folder)
+
+        # Config and tokenizer, the file that was merged, the model card.
+        self._copy_model_files(folder)
         write_text(folder / self.config_name, self.text)
-        write_text(folder / "README.md", self._card(files))
+        write_text(folder / "README.md", self._model_card(files))
         remember()
         return folder
 
-    def _folder(self, output: str | None, overwrite: bool) -> Path:
-        given = output or self.output
-        if given is None:
+    def _output_folder(self, output: str | None, overwrite: bool) -> Path:
+        name = output or self.output
+        if name is None:
             raise UserError("output: missing; name a folder with --output")
-        folder = Path(given).absolute()
+        folder = Path(name).absolute()
         writer = f"a merge of {self.tool}'s files"
         require_output(folder, [self.config_name], writer=writer, flags={"overwrite": overwrite})
         if any(file.parent == folder for row in self.inputs.rows for file in files_of(row)):
-            raise UserError(f"output {folder}: holds a model that is merged; give another folder")
+            raise UserError(f"output {folder}: holds a model that is merged; choose another folder")
         return folder
 
     def _merge(self, path: Path) -> None:
         inputs = self.inputs
         specs = {entry.name: TensorSpec(entry.shape, entry.out) for entry in inputs.entries}
         specs |= {name: inputs.rows[0].specs[name] for name in inputs.buffers}
-        merge = self.method.prepare(inputs)
+        merge = self.method.prepare(inputs)  # passes over whole tensors, if it needs any
         with (
             SafetensorsWriter(path, specs) as writer,
             progress_bar("merging", unit="col", total=sum(e.numel for e in inputs.entries)) as bar,
         ):
+            # Buffers are equal in all models and are copied.
             for name in inputs.buffers:
                 writer.write(name, 0, read_tensor(inputs.rows[0], name))
 
+            # Floating-point tensors are merged part by part, which bounds memory.
             def work(part: Part) -> int:
                 merged_n = merge(part, inputs.read(part)).to(part.entry.out)
                 if not all_finite(merged_n):
@@ -158,13 +169,13 @@ class Job:
 
     # --- the folder ------------------------------------------------------------------------
 
-    def _copy_beside(self, folder: Path) -> None:
-        """A transformers model's config and tokenizer, of the base or else the first model."""
+    def _copy_model_files(self, folder: Path) -> None:
+        """Copy a transformers model's config and tokenizer from the base, or the first model."""
         rows = self.inputs.rows
         weights = files_of(rows[-1] if self.inputs.base is not None else rows[0])[0]
         if not weights.name.startswith(("model", "pytorch_model")):
             return
-        for name in _BESIDE:
+        for name in _MODEL_FILES:
             source = weights.parent / name
             if not source.is_file():
                 continue
@@ -181,13 +192,13 @@ class Job:
                 config[key] = str(next(iter(written))).removeprefix("torch.")
         write_json(target, config)
 
-    def _card(self, files: Sequence[Path]) -> str:
+    def _model_card(self, files: Sequence[Path]) -> str:
         front = {"tags": ["merge", "model-merging", "raymerge", *self.tags]}
         common = Path(os.path.commonpath([file.parent for file in files]))
-        return _CARD.format(
+        return _MODEL_CARD.format(
             front=yaml.safe_dump(front, sort_keys=False),
             title=self.title,
-            told="\n".join(f"- {line.strip()}" for line in self.told),
+            summary="\n".join(f"- {line.strip()}" for line in self.summary),
             tool=self.tool,
             config=self.config_name,
             hashes="\n".join(f"| `{f.relative_to(common)}` | `{sha256(f)}` |" for f in files),

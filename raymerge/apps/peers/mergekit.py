@@ -1,13 +1,14 @@
-"""mergekit's YAML, as ``mergekit-pytorch CONFIG OUT`` understands it, over raw state dicts.
+"""mergekit's YAML with the meaning that ``mergekit-pytorch CONFIG OUT`` gives it.
 
-Written from its documentation and its behaviour; no code of it is used. K models.
+The file becomes coefficients per tensor; the merge is that of :mod:`raymerge.apps.peers.job`.
+Written from mergekit's documentation and behaviour; none of its code is used. K models.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from raymerge.errors import ConfigError, did_you_mean, excerpt
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a ``merge_method`` is, and its parameters that have a default."""
+    """A ``merge_method``, with the defaults of its parameters."""
 
     title: str
     defaults: Mapping[str, Any]
@@ -64,10 +65,10 @@ _PER_MODEL = ("weight", "density")
 
 
 def read_mergekit(data: Mapping[str, Any], path: Path, text: str | None) -> Job:
-    """A config that is already parsed. ``text``: the file, None if overrides have changed it.
+    """Return the merge of a parsed config. ``text``: the file; None if overrides changed it.
 
-    Raises :class:`~raymerge.errors.UserError` for what raymerge cannot express, and for models that
-    do not fit each other.
+    Raises :class:`~raymerge.errors.UserError` for anything that raymerge cannot express, and for
+    models that do not fit each other.
     """
     config = _Config.parse(data, f"config {path}")
     inputs = config.open(path.parent)
@@ -77,7 +78,7 @@ def read_mergekit(data: Mapping[str, Any], path: Path, text: str | None) -> Job:
     return Job(
         tool="mergekit",
         title=config.title,
-        told=_told(config, inputs, own, path),
+        summary=_summary(config, inputs, own, path),
         inputs=inputs,
         method=config.method(own),
         config_name="mergekit_config.yml",
@@ -89,7 +90,7 @@ def read_mergekit(data: Mapping[str, Any], path: Path, text: str | None) -> Job:
 
 @dataclass(frozen=True)
 class _Config:
-    """The file, its keys checked; ``settings`` are unresolved parameters, own ones then general."""
+    """The file with its keys checked. ``own``: parameters by model; ``general``: for all."""
 
     source: str
     name: str
@@ -112,22 +113,22 @@ class _Config:
             raise ConfigError(f"{source}: base_model: missing; {data['merge_method']} needs it")
         general = _parameters(data.get("parameters"), kind, f"{source}: parameters")
         own = {
-            name: _parameters(given, kind, f"{source}: models[{i}].parameters", own=True)
-            for i, (name, given) in enumerate(models)
+            name: _parameters(settings, kind, f"{source}: models[{i}].parameters", own=True)
+            for i, (name, settings) in enumerate(models)
         }
         names = tuple(name for name, _ in models)
         return cls(source, str(data["merge_method"]), kind, names, base, own, general, data)
 
     @property
     def merged(self) -> tuple[str, ...]:
-        """The K models, in order: the base is one of them only where it is weighted."""
+        """The K models in order; the base is one of them only if it is weighted."""
         if self.kind.needs_base:
             return tuple(name for name in self.models if name != self.base)
         return self.models
 
     @property
     def weighted(self) -> tuple[str, ...]:
-        """Whose weights are asked for: linear counts a base that is not listed as a model, too."""
+        """The models that have a weight; linear also counts a base that is not listed."""
         extra = self.base is not None and self.base not in self.models and not self.kind.needs_base
         return (*self.merged, *([str(self.base)] if extra else []))
 
@@ -137,56 +138,59 @@ class _Config:
         return f"{count} model{'' if count == 1 else 's'} merged by {self.kind.title}"
 
     def output(self, root: Path) -> str | None:
-        given = self.data.get("output")
-        if given is not None and not isinstance(given, str):
-            raise ConfigError(f"{self.source}: output: {excerpt(given)} is not a path")
-        return None if given is None else absolute_path(given, root)
+        output = self.data.get("output")
+        if output is not None and not isinstance(output, str):
+            raise ConfigError(f"{self.source}: output: must be a path, got {short(output)}")
+        return None if output is None else absolute(output, root)
 
     def open(self, root: Path) -> Inputs:
-        """The state dicts; the base has a row of its own unless it is a model as the others."""
+        """Open the state dicts; the base has a row of its own unless it is one of the models."""
         opened = {
             name: open_state_dict(find(name, root))
             for name in dict.fromkeys([*self.models, *([self.base] if self.base else [])])
         }
         if not self.merged:
-            raise ConfigError(f"{self.source}: models: lists the base alone; nothing is merged")
-        alone = self.base is not None and (self.kind.needs_base or self.base not in self.models)
+            raise ConfigError(f"{self.source}: models: lists only the base; nothing to merge")
+        is_model = self.base in self.models and not self.kind.needs_base
         return Inputs(
             [opened[name] for name in self.merged],
-            opened[str(self.base)] if alone else None,
+            opened[str(self.base)] if self.base is not None and not is_model else None,
             dtype=dtype_named(self.data.get("dtype"), f"{self.source}: dtype"),
             out=dtype_named(self.data.get("out_dtype"), f"{self.source}: out_dtype"),
             base_named=self.base in self.models,
         )
 
     def coefficients(self, tensor: str, t: float) -> Coefficients:
-        """What ``tensor``, at depth ``t``, is merged with. Raises :class:`ConfigError`."""
+        """Return the coefficients of a tensor at depth ``t``. Raises :class:`ConfigError`."""
 
         def value(key: str, model: str | None = None) -> Any:
             scopes = [self.own.get(model, {})] if model is not None else []
             for scope in (*scopes, self.general):
-                found = _evaluate(scope.get(key), key, tensor, t)
-                if found is not None:
-                    return found
+                setting = _evaluate(scope.get(key), key, tensor, t)
+                if setting is not None:
+                    return setting
             if key in self.kind.defaults:
                 return self.kind.defaults[key]
-            what = "" if model == self.base else f" for {model}"
-            if model == self.base:
-                what = f" for the base {model}, which linear counts as a model"
-            raise ConfigError(f"{self.source}: parameters.{key}: missing{what} (tensor {tensor})")
+            whose = f"the base {model}, which linear counts as a model"
+            whose = whose if model == self.base else str(model)
+            raise ConfigError(
+                f"{self.source}: parameters.{key}: missing for {whose} (tensor {tensor})"
+            )
 
         weights = tuple(float(value("weight", model)) for model in self.weighted)
         if not self.kind.needs_base:
             if value("normalize") and not sum(weights):
                 raise ConfigError(
-                    f"{self.source}: parameters.weight: the weights of {tensor} sum to 0, by which "
-                    "normalize divides; set normalize: false"
+                    f"{self.source}: parameters.weight: the weights of {tensor} sum to 0, and "
+                    "normalize divides by the sum; set normalize: false"
                 )
             return Coefficients(weights, normalize=bool(value("normalize")))
         densities = tuple(float(value("density", model)) for model in self.weighted)
         for density in densities:
             if not 0 <= density <= 1:
-                raise ConfigError(f"{self.source}: parameters.density: {density} is not in [0, 1]")
+                raise ConfigError(
+                    f"{self.source}: parameters.density: must be in [0, 1], got {density}"
+                )
         return Coefficients(
             weights, densities, bool(value("normalize")), float(value("lambda")),
             bool(value("rescale")),
@@ -197,7 +201,7 @@ class _Config:
             return Linear(own)
         seed = self.data.get("seed", 0)
         if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ConfigError(f"{self.source}: seed: {excerpt(seed)} is not a whole number")
+            raise ConfigError(f"{self.source}: seed: must be an integer, got {short(seed)}")
         return Tasks(own, self.kind.keep, self.kind.elect, self.merged, seed)
 
 
@@ -215,10 +219,10 @@ def _kind(name: object, source: str) -> _Kind:
 
 
 def _require_known(
-    given: Mapping[str, Any], known: Sequence[str], where: str, not_here: Mapping[str, str] = {}
+    mapping: Mapping[str, Any], known: Sequence[str], where: str, not_here: Mapping[str, str] = {}
 ) -> None:
-    for key in given:
-        if given[key] is None:
+    for key in mapping:
+        if mapping[key] is None:
             continue
         if key in not_here:
             raise ConfigError(f"{where}: {key}: cannot be expressed here: {not_here[key]}")
@@ -227,62 +231,69 @@ def _require_known(
             raise ConfigError(f"{where}: {key}: unknown key{hint}")
 
 
-def _models(given: object, source: str) -> list[tuple[str, object]]:
-    if not isinstance(given, list) or not given:
-        raise ConfigError(f"{source}: models: expected a list of models; found {excerpt(given)}")
+def _models(entries: object, source: str) -> list[tuple[str, object]]:
+    """Return each model's name and its parameters. Raises :class:`ConfigError`."""
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f"{source}: models: expected a list of models; got {short(entries)}")
     models: list[tuple[str, object]] = []
-    for i, item in enumerate(given):
+    for i, item in enumerate(entries):
         where = f"{source}: models[{i}]"
         if not isinstance(item, Mapping):
-            raise ConfigError(f"{where}: expected model and parameters; found {excerpt(item)}")
+            raise ConfigError(f"{where}: expected model and parameters; got {short(item)}")
         _require_known(item, ("model", "parameters"), where)
         name = item.get("model")
         if not isinstance(name, str) or not name:
-            raise ConfigError(f"{where}.model: {excerpt(name)} is not a path")
+            raise ConfigError(f"{where}.model: must be a path, got {short(name)}")
         if name in (known for known, _ in models):
             raise ConfigError(f"{where}.model: {name} is listed twice; add its weights instead")
         models.append((name, item.get("parameters")))
     return models
 
 
-def _parameters(given: object, kind: _Kind, where: str, own: bool = False) -> Mapping[str, Any]:
-    if given is None:
+def _parameters(settings: object, kind: _Kind, where: str, own: bool = False) -> Mapping[str, Any]:
+    """Return checked parameters. ``own``: those of one model. Raises :class:`ConfigError`."""
+    if settings is None:
         return {}
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{where}: expected names and values; found {excerpt(given)}")
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{where}: expected names and values; got {short(settings)}")
     known = ["weight", *kind.defaults]
-    _require_known(given, known, where)
-    for key, setting in given.items():
+    _require_known(settings, known, where)
+    for key, setting in settings.items():
         if own and key not in _PER_MODEL:
-            raise ConfigError(f"{where}.{key}: is of the whole merge; move it to parameters")
+            raise ConfigError(f"{where}.{key}: applies to the whole merge; move it to parameters")
         _check_setting(setting, key, f"{where}.{key}")
-    return given
+    return settings
 
 
 def _check_setting(setting: object, key: str, where: str) -> None:
-    """A value, a list of values over the layers, or values with a filter each."""
+    """Raise :class:`ConfigError` unless a setting is valid.
+
+    It is a value, a list of values over the layers, or a list of values with a filter each.
+    """
     if isinstance(setting, Mapping):
         setting = [setting]
     if isinstance(setting, list) and any(isinstance(item, Mapping) for item in setting):
         for i, item in enumerate(setting):
             if not isinstance(item, Mapping) or "value" not in item:
-                raise ConfigError(f"{where}[{i}]: expected value and filter; found {excerpt(item)}")
+                raise ConfigError(f"{where}[{i}]: expected value and filter; got {short(item)}")
             _require_known(item, ("value", "filter"), f"{where}[{i}]")
             if not isinstance(item.get("filter"), str | None):
-                raise ConfigError(f"{where}[{i}].filter: {excerpt(item['filter'])} is not a text")
+                raise ConfigError(
+                    f"{where}[{i}].filter: must be a text, got {short(item['filter'])}"
+                )
             _check_setting(item["value"], key, f"{where}[{i}].value")
         return
     for value in setting if isinstance(setting, list) else [setting]:
         if value is not None and _plain(value, key) is None:
             kind = "true or false" if key in _BOOLEANS else "a number"
-            raise ConfigError(f"{where}: {excerpt(value)} is not {kind}")
+            raise ConfigError(f"{where}: must be {kind}, got {short(value)}")
 
 
 # --- values --------------------------------------------------------------------------------------
 
 
 def _plain(value: object, key: str) -> Any:
-    """A number or a truth value, None if it is neither: YAML reads 1e-3 as a text."""
+    """Return a number or a truth value, None if it is neither; YAML reads 1e-3 as a text."""
     if key in _BOOLEANS:
         if isinstance(value, str):
             return {"true": True, "false": False}.get(value.lower())
@@ -297,15 +308,15 @@ def _plain(value: object, key: str) -> Any:
 
 
 def _evaluate(setting: object, key: str, tensor: str, t: float) -> Any:
-    """The value for a tensor at depth ``t`` in [0, 1]; None if no filter fits."""
+    """Return the value for a tensor at depth ``t`` in [0, 1]; None if no filter matches."""
     if isinstance(setting, Mapping):
         setting = [setting]
     if not isinstance(setting, list):
         return None if setting is None else _plain(setting, key)
     if any(isinstance(item, Mapping) for item in setting):
         for item in setting:
-            wanted = item.get("filter")
-            if wanted in (None, "*") or wanted in tensor:
+            pattern = item.get("filter")
+            if pattern in (None, "*") or pattern in tensor:
                 return _evaluate(item["value"], key, tensor, t)
         return None
     return _interpolated([_plain(item, key) for item in setting], key, t) if setting else None
@@ -314,23 +325,23 @@ def _evaluate(setting: object, key: str, tensor: str, t: float) -> Any:
 def _interpolated(values: Sequence[Any], key: str, t: float) -> Any:
     if key in _BOOLEANS:
         return values[int(t * (len(values) - 1))]
-    place = t * (len(values) - 1)
-    low = int(place)
+    position = t * (len(values) - 1)
+    low = int(position)
     high = min(low + 1, len(values) - 1)
-    return (1 - (place - low)) * values[low] + (place - low) * values[high]
+    return (1 - (position - low)) * values[low] + (position - low) * values[high]
 
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def _depths(tensors: Sequence[str]) -> dict[str, float]:
-    """Where each tensor's layer stands between the first, 0, and the last, 1; 0 outside of layers.
+    """Return each tensor's depth between the first layer, 0, and the last, 1; 0 outside of layers.
 
-    A layer is the first number in a name; what stands before it names the stack.
+    The layer is the first number in a name; the text before it names the stack.
     """
-    found = {name: _LAYER.search(name) for name in tensors}
+    matches = {name: _LAYER.search(name) for name in tensors}
     last: dict[str, int] = {}
-    for name, match in found.items():
+    for name, match in matches.items():
         if match is not None:
             stack = name[: match.start(1)]
             last[stack] = max(last.get(stack, 0), int(match[1]))
@@ -341,13 +352,13 @@ def _depths(tensors: Sequence[str]) -> dict[str, float]:
         end = last[name[: match.start(1)]]
         return int(match[1]) / end if end else 1.0
 
-    return {name: depth(name, match) for name, match in found.items()}
+    return {name: depth(name, match) for name, match in matches.items()}
 
 
-# --- what is said --------------------------------------------------------------------------------
+# --- the merge in words --------------------------------------------------------------------------
 
 
-def _told(
+def _summary(
     config: _Config, inputs: Inputs, own: Mapping[str, Coefficients], path: Path
 ) -> tuple[str, ...]:
     count = len(config.weighted)
@@ -357,11 +368,11 @@ def _told(
         f"mergekit config {path}: {config.name} of {count} model{'' if count == 1 else 's'}{base}: "
         + ", ".join(options)
     ]
-    each = [_of_model(config, own, k) for k in range(count)]
+    each = [_model_options(config, own, k) for k in range(count)]
     if len(set(each)) == 1:
         lines[0] += f"; each {each[0]}"
     else:
-        lines += [f"  {model}: {said}" for model, said in zip(config.weighted, each, strict=True)]
+        lines += [f"  {model}: {text}" for model, text in zip(config.weighted, each, strict=True)]
     if _has_list(config.data):
         lines.append("  a list is spread over the layers (mergekit-pytorch takes its first value)")
     if config.kind.keep == "random":
@@ -375,43 +386,42 @@ def _told(
 
 
 def _options(config: _Config, own: Mapping[str, Coefficients]) -> list[str]:
-    told = [f"normalize {_range(c.normalize for c in own.values())}"]
+    options = [f"normalize {_range(c.normalize for c in own.values())}"]
     if config.kind.needs_base:
-        told.append(f"lambda {_range(c.scaling for c in own.values())}")
+        options.append(f"lambda {_range(c.scaling for c in own.values())}")
     if config.kind.keep != "all" and any(c.rescale for c in own.values()):
-        told.append(f"rescale {_range(c.rescale for c in own.values())}")
+        options.append(f"rescale {_range(c.rescale for c in own.values())}")
     for key in ("dtype", "out_dtype"):
         if config.data.get(key) is not None:
-            told.append(f"{key} {config.data[key]}")
-    return told
+            options.append(f"{key} {config.data[key]}")
+    return options
 
 
-def _of_model(config: _Config, own: Mapping[str, Coefficients], k: int) -> str:
-    said = f"weight {_range(c.weights[k] for c in own.values())}"
+def _model_options(config: _Config, own: Mapping[str, Coefficients], k: int) -> str:
+    text = f"weight {_range(c.weights[k] for c in own.values())}"
     if config.kind.keep != "all":
-        said += f", density {_range(c.densities[k] for c in own.values())}"
-    return said
+        text += f", density {_range(c.densities[k] for c in own.values())}"
+    return text
 
 
 def _range(values: Any) -> str:
+    """Return the one value of all tensors, or the range of their values."""
     distinct = sorted(set(values))
-    text: Callable[[Any], str] = lambda v: str(v).lower() if isinstance(v, bool) else f"{v:g}"  # noqa: E731
-    if len(distinct) == 1:
-        return text(distinct[0])
-    return f"{text(distinct[0])} to {text(distinct[-1])} by tensor"
+    texts = [str(v).lower() if isinstance(v, bool) else f"{v:g}" for v in distinct]
+    return texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]} by tensor"
 
 
 def _has_list(node: Any) -> bool:
-    """Whether a parameter is spread over the layers."""
+    """Return True if a parameter is a list of values over the layers."""
     parameters = [node.get("parameters")] + [model.get("parameters") for model in node["models"]]
 
-    def spread(setting: Any) -> bool:
+    def is_list(setting: Any) -> bool:
         if isinstance(setting, Mapping):
-            return spread(setting.get("value"))
+            return is_list(setting.get("value"))
         if not isinstance(setting, list):
             return False
         if any(isinstance(item, Mapping) for item in setting):
-            return any(spread(item) for item in setting)
+            return any(is_list(item) for item in setting)
         return len(setting) > 1
 
-    return any(spread(s) for given in parameters if given for s in given.values())
+    return any(is_list(s) for settings in parameters if settings for s in settings.values())

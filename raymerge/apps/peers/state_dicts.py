@@ -1,4 +1,6 @@
-"""State dicts of any model family, opened together: which tensors they share, in which dtype.
+"""State dicts of any model family, opened together and read part by part.
+
+They are checked to have the same tensors; what is done with the numbers is left to a method.
 
 Legend: K models, R rows (K, and the base last if there is one), n columns of one tensor.
 """
@@ -25,29 +27,38 @@ from raymerge.models.checkpoints.visual_tower import all_finite, require_finite
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer*", "model*.safetensors")
-_BLOCK_BYTES = 4 << 20  # of all rows: stays in a core's cache
+_BLOCK_BYTES = 4 << 20  # of all rows: fits into a core's cache
 _LEAST_COLUMNS = 8 * CELL
-_AT_ONCE = 1 << 22  # entries of a tensor that are held as a whole
-_SAMPLED = 1 << 18
+_MOST_HELD = 1 << 22  # entries of a vector that is held as a whole
+_SAMPLED = 1 << 18  # entries of a sample, about
 
 
 def find(reference: str, root: Path) -> str:
-    """The file or folder that a reference means: a URL, a path from here (as the tools do), else
-    from ``root``, else a model of the hub. Raises :class:`CheckpointError`."""
+    """Return the URL, file or folder of a reference.
+
+    A path is taken from here, as the tools do, else from ``root``; then it may be a model of the
+    hub, which is downloaded. Raises :class:`CheckpointError`.
+    """
     if is_remote(reference):
         return reference
-    given = Path(reference.removeprefix("local-dir:").removeprefix("hf-hub:")).expanduser()
-    for path in (given, root / given):
-        if exists(path):
-            return str(path.absolute())
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(given)) and given.suffix not in (
+    name = reference.removeprefix("local-dir:").removeprefix("hf-hub:")
+    path = find_local(name, root)
+    if path is not None:
+        return path
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and Path(name).suffix not in (
         ".safetensors", ".pt", ".pth", ".bin", ".ckpt",
     ):  # fmt: skip
-        return str(_downloaded(str(given)))
+        return str(_download(name))
     raise CheckpointError(f"checkpoint {reference}: no such file or folder, here or in {root}")
 
 
-def _downloaded(repository: str) -> Path:
+def find_local(name: str, root: Path) -> str | None:
+    """Return the absolute path of a file or folder, from here or else from ``root``; or None."""
+    path = Path(name).expanduser()
+    return next((str(each.absolute()) for each in (path, root / path) if exists(each)), None)
+
+
+def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
@@ -63,7 +74,7 @@ def _downloaded(repository: str) -> Path:
 
 
 def open_state_dict(reference: str) -> Checkpoint:
-    """A file, or a folder as transformers writes it: whole, or in shards with an index."""
+    """Open a file, or a folder as transformers writes it: one file, or shards with an index."""
     for name in _WEIGHTS if Path(reference).is_dir() else ():
         for file in (Path(reference, f"{name}.index.json"), Path(reference, name)):
             if file.is_file():
@@ -72,7 +83,7 @@ def open_state_dict(reference: str) -> Checkpoint:
 
 
 def files_of(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """The files that hold its numbers."""
+    """Return the files that hold the checkpoint's numbers."""
     return checkpoint.files if isinstance(checkpoint, ShardedCheckpoint) else (checkpoint.path,)
 
 
@@ -100,12 +111,13 @@ class Part:
 
 
 class Inputs:
-    """K models and perhaps a base, known to fit each other in names, shapes and buffers.
+    """K models and perhaps a base, checked to have the same names, shapes and buffers.
 
-    The names are those of the models: what the base alone has is left out, as in mergekit, unless
-    ``base_named``. ``only``: a prefix of the names that count. ``dtype``: read as this, else in
-    the widest of the stored ones; ``out``: written as this, ``base`` for the base's (or the first
-    model's) own, else as computed. Raises :class:`CheckpointError`.
+    The names are those of the models: tensors of the base alone are left out, as in mergekit,
+    unless ``base_named``. ``only``: the prefix of the names to merge. ``dtype``: the dtype of the
+    merge, by default the widest of the stored ones. ``out``: the written dtype, ``base`` for the
+    base's (or the first model's) own, by default that of the merge. Raises
+    :class:`CheckpointError`.
     """
 
     def __init__(
@@ -143,7 +155,7 @@ class Inputs:
                 other = next(r for r in self.rows if missing[0] in r.specs)
                 raise CheckpointError(
                     f"checkpoint {row.path}: {missing[0]}{more} missing, though in {other.path}; "
-                    "models of one merge have the same tensors"
+                    "all models of a merge must have the same tensors"
                 )
         first = self.rows[-1]
         for row in self.rows:
@@ -189,7 +201,7 @@ class Inputs:
     # --- reading ---------------------------------------------------------------------------
 
     def read(self, part: Part) -> Tensor:
-        """The rows (R, n) of a part. Raises :class:`CheckpointError` for NaN and Inf."""
+        """Return the rows (R, n) of a part. Raises :class:`CheckpointError` for NaN and Inf."""
         out_Rn = torch.empty(len(self.rows), part.stop - part.start, dtype=part.entry.dtype)
         for row, out_n in zip(self.rows, out_Rn, strict=True):
             row.fill(part.entry.name, part.start, out_n)
@@ -198,7 +210,7 @@ class Inputs:
         return out_Rn
 
     def vector(self, model: int, part: Part) -> Tensor:
-        """The task vector (n,) of one model: θ − θ₀."""
+        """Return the task vector (n,) of one model: θ − θ₀."""
         assert self.base is not None
         pair_2n = torch.empty(2, part.stop - part.start, dtype=part.entry.dtype)
         for row, out_n in zip((self.base, self.models[model]), pair_2n, strict=True):
@@ -220,24 +232,26 @@ class Inputs:
                 )
 
     def parts(self) -> Iterator[Part]:
-        """Every column once; small enough that all rows of a part stay in a core's cache."""
+        """Yield parts that cover every column once; all rows of a part fit into a core's cache."""
         columns = max(_LEAST_COLUMNS, _BLOCK_BYTES // (4 * max(4, len(self.rows))) // CELL * CELL)
         for entry in self.entries:
             yield from _cut(entry, columns)
 
     def vectors(self, model: int, entries: Sequence[Entry]) -> Callable[[], Iterator[Tensor]]:
-        """The task vector of one model over whole tensors, in parts, as often as it is asked for;
-        a small one is read once."""
-        if sum(entry.numel for entry in entries) <= _AT_ONCE:
+        """Return a function that iterates over the parts of one model's task vector.
+
+        A small vector is read once and held.
+        """
+        if sum(entry.numel for entry in entries) <= _MOST_HELD:
             held = [self.vector(model, Part(e, 0, e.numel)) for e in entries]
             return lambda: iter(held)
         parts = [part for entry in entries for part in _cut(entry, _BLOCK_BYTES // 4)]
         return lambda: (self.vector(model, part) for part in parts)
 
     def sample(self, model: int, entries: Sequence[Entry]) -> Tensor | None:
-        """Entries of that vector taken evenly; None where it is held as a whole."""
+        """Return entries of that vector taken evenly; None if it is held as a whole."""
         total = sum(entry.numel for entry in entries)
-        if total <= _AT_ONCE:
+        if total <= _MOST_HELD:
             return None
         every = total // _SAMPLED + 1
         cells = [part for entry in entries for part in _cut(entry, CELL)][::every]
@@ -262,7 +276,10 @@ _DTYPES = {
 
 
 def dtype_named(value: object, key: str) -> torch.dtype | None:
-    """``float32``, ``torch.bfloat16``, …; None for None. Raises :class:`UserError`."""
+    """Return the dtype of a name such as ``torch.bfloat16``; None for None.
+
+    Raises :class:`UserError` for an unknown name.
+    """
     if value is None:
         return None
     dtype = _DTYPES.get(str(value).removeprefix("torch."))

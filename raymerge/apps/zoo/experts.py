@@ -49,8 +49,8 @@ def finetune(recipe: ZooRecipe, seed: int, task: str, model: CLIP) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(task.encode()) + seed)
         rehearsal, target_ND = rehearse(model, seed, expert)
-        shown, target_B = to_tensor(images), torch.from_numpy(labels)
-        loss = expert_loss(head_DC, shown, target_B, rehearsal, target_ND)
+        pixels_N3HW, target_N = to_tensor(images), torch.from_numpy(labels)
+        loss = expert_loss(head_DC, pixels_N3HW, target_N, rehearsal, target_ND)
         train_tower(model, expert, loss)
 
 
@@ -58,13 +58,13 @@ def finetune(recipe: ZooRecipe, seed: int, task: str, model: CLIP) -> None:
 def rehearse(model: CLIP, seed: int, recipe: ExpertRecipe) -> tuple[Tensor, Tensor]:
     """Return pretraining images of all tasks, uint8 (N, 3, H, W), and their features (N, D)."""
     styles: tuple[Split, ...] = ("plain", "shifted")
-    drawn = [
+    parts = [
         to_tensor(draw_images(seed, task, style, recipe.rehearsal_images)[0])
         for task in FAMILIES
         for style in styles
     ]
-    features = [model.encode_image(normalise(images), normalize=True) for images in drawn]
-    return torch.cat(drawn), torch.cat(features)
+    features = [model.encode_image(normalise(images), normalize=True) for images in parts]
+    return torch.cat(parts), torch.cat(features)
 
 
 def expert_loss(

@@ -127,8 +127,8 @@ def _finetune(model: CLIP, extra: Extra, seed: int, zoo: ZooRecipe, recipe: Expe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(extra.name.encode()) + seed)
         rehearsal, target_ND = rehearse(model, seed, recipe)
-        shown, target_B = to_tensor(images), torch.from_numpy(labels)
-        loss = expert_loss(head_DC, shown, target_B, rehearsal, target_ND)
+        pixels_N3HW, target_N = to_tensor(images), torch.from_numpy(labels)
+        loss = expert_loss(head_DC, pixels_N3HW, target_N, rehearsal, target_ND)
         train_tower(model, recipe, loss)
 
 

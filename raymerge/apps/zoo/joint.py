@@ -55,9 +55,9 @@ def _train(model: CLIP, seed: int, recipe: ZooRecipe) -> None:
     expert, batch = replace(recipe.expert, lr=recipe.joint.lr), recipe.joint.batch
     tokenizer = build_tokenizer(recipe.model)
     heads = [zero_shot_head(model, tokenizer, task) for task in FAMILIES]
-    drawn = [draw_images(seed, task, "train", expert.images) for task in FAMILIES]
-    images = [to_tensor(pixels) for pixels, _ in drawn]
-    labels = [torch.from_numpy(classes) for _, classes in drawn]
+    parts = [draw_images(seed, task, "train", expert.images) for task in FAMILIES]
+    images = [to_tensor(pixels) for pixels, _ in parts]
+    labels = [torch.from_numpy(classes) for _, classes in parts]
 
     def backward(step: int) -> None:
         chosen = [torch.randint(len(each), (batch,)) for each in labels]

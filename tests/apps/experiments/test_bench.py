@@ -1,4 +1,4 @@
-"""What experiments share: configs from changes, the printed findings, the command's errors."""
+"""The base of all experiments: configs from changes, the printed findings, the command's errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_preset_replaces_the_optimizer_of_the_base(world: World, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/../b", "/root", "a b"])
-def test_a_row_is_named_as_its_folder(world: World, tmp_path: Path, name: str) -> None:
+def test_the_name_of_a_row_must_be_a_folder_name(world: World, tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="is not a valid name of a row and folder"):
         bench(world, tmp_path).config(ARITHMETIC, name)
 
@@ -129,7 +129,9 @@ def test_wrong_input_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_strangers_output_is_left_alone(world: World, tmp_path: Path, raymerge: Commands) -> None:
+def test_an_output_of_another_writer_is_refused(
+    world: World, tmp_path: Path, raymerge: Commands
+) -> None:
     config = write(tmp_path, world, {"name": "methods"})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")

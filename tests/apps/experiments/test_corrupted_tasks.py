@@ -89,7 +89,7 @@ def test_a_source_that_changed_is_copied_anew(tmp_path: Path, cache: Path) -> No
     assert len(_content(second.adapt or "")) == len(_content(first.adapt or "")) + 1
 
 
-def test_a_task_that_adapts_on_its_test_images_still_does(world: World, cache: Path) -> None:
+def test_a_task_that_adapts_on_its_test_images_gets_one_copy(world: World, cache: Path) -> None:
     task = _task(world)
     same = task.model_copy(update={"adapt": task.test})
     (copy,) = corrupted_tasks([same], NOISE)
@@ -99,7 +99,7 @@ def test_a_task_that_adapts_on_its_test_images_still_does(world: World, cache: P
 def test_processes_write_what_one_writes(
     world: World, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raymerge.apps.experiments.corrupted_tasks._ALONE", 0)
+    monkeypatch.setattr("raymerge.apps.experiments.corrupted_tasks._FEW", 0)
     (parallel,) = corrupted_tasks([_task(world)], NOISE, workers=2)
     monkeypatch.setenv("RAYMERGE_CACHE", str(tmp_path / "alone"))
     (alone,) = corrupted_tasks([_task(world)], NOISE)

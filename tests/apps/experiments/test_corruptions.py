@@ -29,7 +29,7 @@ def _grey(height: int, width: int, level: int = 128) -> np.ndarray:
 
 
 def _picture(height: int = 48, width: int = 64) -> np.ndarray:
-    """Blobs, texture and a sharp edge, levels about 30 to 220: what an image has to lose."""
+    """Return an image with blobs, texture and a sharp edge, levels about 30 to 220."""
     noise = np.random.default_rng(0).normal(size=(3, height, width))
     blobs = 400 * ndimage.gaussian_filter(noise, (0, 6, 6)) + 12 * noise
     blobs[:, :, width // 2 :] += 40
@@ -37,7 +37,7 @@ def _picture(height: int = 48, width: int = 64) -> np.ndarray:
 
 
 def _distance(name: str, parameters: str, severity: int, image: np.ndarray) -> float:
-    """Mean change in levels, over a few seeds."""
+    """Return the mean change in levels over a few seeds."""
     changed = [corrupt(image, name, severity, parameters=parameters, seed=s) for s in range(3)]
     return float(np.mean([np.abs(one.astype(int) - image).mean() for one in changed]))
 
@@ -89,7 +89,7 @@ def test_every_row_keeps_shape_and_type_and_leaves_its_input_alone(name, paramet
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (2, 3), (5, 131)])
 @pytest.mark.parametrize("parameters", PARAMETERS)
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_any_size_will_do(name, parameters, shape):
+def test_images_of_any_size_are_corrupted(name, parameters, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     for severity in SEVERITIES:
         for seed in range(3):
@@ -129,7 +129,7 @@ def test_a_higher_severity_spatters_more_within_water_and_within_mud():
 
 
 @pytest.mark.parametrize("name", ["motion_blur", "pixelate", "contrast"])
-def test_a_flat_image_has_nothing_to_lose_to_blur_pixels_or_contrast(name):
+def test_a_flat_image_is_unchanged_by_blur_pixelation_and_contrast(name):
     for level in (0, 1, 77, 254, 255):
         image = _grey(9, 14, level)
         for severity in SEVERITIES:
@@ -289,7 +289,7 @@ def test_the_angle_stays_within_45_degrees_of_the_horizontal():
 
 
 def _dry(seed: int, parameters: str, severity: int, shape: tuple[int, int]) -> np.ndarray:
-    """Where the liquid layer that the seed draws is below the threshold."""
+    """Return where the liquid layer that the seed draws is below the threshold."""
     mean, deviation, blur, threshold, _, _ = corruptions.SPATTER[parameters][severity - 1]
     layer = corruptions._liquid(np.random.default_rng(seed), shape, mean, deviation, blur)
     return layer < threshold
@@ -342,7 +342,7 @@ def test_mud_fills_the_inside_of_a_drop_and_fades_at_its_rim():
     assert MUD_RGB[0] < changed[3, 5, 0] < 255  # the middle of a side is partly covered
 
 
-def test_nothing_wet_changes_nothing():
+def test_without_drops_the_image_is_unchanged():
     image = _picture()
     dry = np.zeros(image.shape[:2])
     assert np.array_equal(corruptions._water(image, dry, 0.6), image)
@@ -445,6 +445,6 @@ def test_an_unknown_choice_is_one_line_with_the_known_ones(arguments, expected):
 @pytest.mark.parametrize(
     "array", [np.zeros((4, 4), np.uint8), np.zeros((3, 4, 4), np.uint8), np.zeros((4, 4, 3))]
 )
-def test_an_array_that_is_no_rgb_image_is_refused(array):
+def test_an_array_that_is_not_an_rgb_image_is_refused(array):
     with pytest.raises(ValueError, match=r"not \(H, W, 3\) uint8"):
         corrupt(array, "contrast", seed=0)

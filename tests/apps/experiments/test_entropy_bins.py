@@ -94,7 +94,7 @@ def test_json_round_trip_has_the_edges_and_no_nan():
     assert data["spearman"] == 1.0
 
 
-def test_what_does_not_pair_up_is_an_error():
+def test_arrays_of_different_lengths_are_an_error():
     with pytest.raises(ValueError, match=r"entropies \(2,\) and losses \(3,\)"):
         entropy_against_loss(np.zeros(2), np.zeros(3))
     with pytest.raises(ValueError, match="2 of 3 samples"):

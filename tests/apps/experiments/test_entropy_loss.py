@@ -1,4 +1,4 @@
-"""Entropy against loss: the values of single images, whoever computed them, and what they say."""
+"""Entropy against loss: the values of single images by any worker, and the tables of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_values_of_a_chunk_add_up_to_its_sums(world: World) -> None:
         assert chunk.entropies.sum() == pytest.approx(chunk.entropy, rel=1e-12)
 
 
-def test_values_travel_only_where_they_are_asked_for(world: World) -> None:
+def test_values_are_sent_only_if_they_are_requested(world: World) -> None:
     for chunk in _chunks(world, per_sample=False):
         assert chunk.losses is None
         assert chunk.entropies is None
@@ -58,7 +58,7 @@ def test_two_workers_give_the_same_values_as_one(world: World) -> None:
         np.testing.assert_array_equal(one[task].entropy_N, two[task].entropy_N)
 
 
-def test_their_means_are_the_tasks_scores(world: World) -> None:
+def test_the_means_of_the_values_are_the_tasks_scores(world: World) -> None:
     names = world.parse().task_names
     chunks = _chunks(world)
     rows = summarise(chunks, names)
@@ -95,7 +95,7 @@ def test_every_image_is_in_one_bin_of_its_task_and_of_all(world: World, tmp_path
         assert list(by_task[i].series) == list(tasks)
 
 
-def test_the_published_number_is_said_to_be_published(world: World, tmp_path: Path) -> None:
+def test_the_published_number_is_marked_as_published(world: World, tmp_path: Path) -> None:
     findings = entropy_loss.run(bench(world, tmp_path, {"ta": ARITHMETIC}), OPTIONS)
     rows = findings.tables[0].rows
     assert [name for name, row in rows.items() if row[-1] == "0.87"] == ["published (ViT-B/32)"]

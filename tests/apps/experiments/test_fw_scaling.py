@@ -1,4 +1,4 @@
-"""More candidates for FW-Merging: which models, from which start, and the memory they take."""
+"""More candidates for FW-Merging: the models, the start, and the memory they take."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL_ZOO = ZooRecipe(model=ModelRecipe(context_length=MODEL_CFG["text_cfg"]["co
 # --- the models --------------------------------------------------------------------------------
 
 
-def test_more_models_go_round_the_tasks_and_are_a_beginning_of_still_more() -> None:
+def test_extra_models_cycle_through_the_tasks_and_a_longer_list_starts_with_them() -> None:
     for relevance in ("relevant", "irrelevant"):
         found = extras(relevance, 16)
         assert len({extra.name for extra in found}) == 16
@@ -54,7 +54,7 @@ def test_a_relevant_model_learns_its_task_from_images_of_its_own(task: str) -> N
     assert not seen & {image.tobytes() for image in images}
 
 
-def test_an_irrelevant_model_learns_what_nothing_tests() -> None:
+def test_an_irrelevant_model_learns_an_untested_task() -> None:
     zoo = ZooRecipe()
     images, labels, names = draw_extra(Extra("turned", "arrows", 0), 0, zoo, 20)
     drawn, _ = draw_images(0, "arrows", "train", 20, zoo.expert.images + 20)
@@ -66,7 +66,7 @@ def test_an_irrelevant_model_learns_what_nothing_tests() -> None:
     assert not tested & {*names, *tinted[2]}
 
 
-def test_models_are_kept_and_do_not_depend_on_their_order(tmp_path: Path) -> None:
+def test_trained_models_are_kept_and_do_not_depend_on_their_order(tmp_path: Path) -> None:
     trained: list[str] = []
 
     def backwards(
@@ -97,7 +97,7 @@ def test_models_are_kept_and_do_not_depend_on_their_order(tmp_path: Path) -> Non
 
 
 def _bare(world: World, count: int = 1) -> list[dict[str, Any]]:
-    """The world's tasks; the last ``count`` are models without images."""
+    """Return the world's tasks, the last ``count`` of them without images."""
     tasks = [dict(task) for task in world.config["tasks"]]
     for task in tasks[len(tasks) - count :]:
         del task["adapt"], task["test"]
@@ -111,7 +111,7 @@ def test_candidates_are_doubled_up_to_all_of_them(most: int, expected: list[int]
     assert fw_candidates.candidate_counts(most) == expected
 
 
-def test_without_candidates_there_is_no_experiment(world: World, tmp_path: Path) -> None:
+def test_a_base_without_candidates_is_refused(world: World, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no candidates to add"):
         fw_scaling.run(bench(world, tmp_path), OPTIONS.model_copy(update={"own": 4}))
 
@@ -123,7 +123,7 @@ def test_without_candidates_there_is_no_experiment(world: World, tmp_path: Path)
 def test_a_pool_starts_with_some_models_and_grows_to_all(
     world: World, tmp_path: Path, own: Any, first: list[str]
 ) -> None:
-    """At every point all tasks are tested and learned for; of the models only the pool's are in."""
+    """At every size all tasks are tested and learned for, with the models of the pool only."""
     names = [task.name for task in world.parse().tasks]
     options = OPTIONS.model_copy(update={"own": own})
     (pool,) = fw_candidates.growing_pools(bench(world, tmp_path), options)
@@ -142,7 +142,7 @@ def test_a_pool_starts_with_some_models_and_grows_to_all(
     assert pool.tasks(pool.counts[-1]) == world.parse().tasks
 
 
-def test_a_pool_starts_only_with_models_that_there_are(world: World, tmp_path: Path) -> None:
+def test_a_pool_cannot_start_with_a_missing_model(world: World, tmp_path: Path) -> None:
     for own, message in (("tint", "is not in the base"), ("shape", "no checkpoint or no images")):
         options = OPTIONS.model_copy(update={"own": (own,)})
         given = Bench(world.parse(tasks=_bare(world)), tmp_path)
@@ -150,10 +150,10 @@ def test_a_pool_starts_only_with_models_that_there_are(world: World, tmp_path: P
             fw_candidates.growing_pools(given, options)
 
 
-def test_frank_wolfe_chooses_the_models_of_the_tasks_that_the_pool_lacked(
+def test_frank_wolfe_uses_the_added_models_of_the_tested_tasks(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Soft chooses one for each task: as many as there are."""
+    """Soft Frank-Wolfe chooses one model per task, so every model of the pool is used."""
     monkeypatch.setattr(fw_scaling, "measure_memory", lambda *given: {})
     soft = {
         "method": {"name": "fw_soft", "iterations": 1, "images": 4},
@@ -171,14 +171,16 @@ def test_frank_wolfe_chooses_the_models_of_the_tasks_that_the_pool_lacked(
         assert all(any(row) for row in found["values"])
 
 
-def test_labels_are_used_where_the_images_have_them(world: World, tmp_path: Path) -> None:
+def test_the_objective_is_cross_entropy_if_the_images_are_labelled(
+    world: World, tmp_path: Path
+) -> None:
     assert fw_scaling.objective_of(bench(world, tmp_path)) == "entropy"
     labelled = [{**task, "adapt": task["test"]} for task in world.config["tasks"]]
     given = Bench(world.parse(tasks=labelled), tmp_path)
     assert fw_scaling.objective_of(given) == "cross_entropy"
 
 
-def test_a_base_with_bare_models_is_measured_with_more_and_more(
+def test_a_base_with_untested_models_is_measured_with_all_of_them(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fw_memory, "MEMORY_MODELS", (5, 6))
@@ -199,7 +201,7 @@ def test_a_base_with_bare_models_is_measured_with_more_and_more(
     ]
 
 
-def test_a_start_knows_no_candidate(world: World, tmp_path: Path) -> None:
+def test_the_start_has_zero_rows_for_candidates(world: World, tmp_path: Path) -> None:
     """Its rows are those of the merge of the base's own models; the others are 0."""
     given = Bench(world.parse(tasks=_bare(world)), tmp_path)
     own, tasks = given.base.tasks[:3], given.base.tasks

@@ -1,4 +1,4 @@
-"""Generalisation: what is unseen is neither merged nor adapted on, and is tested."""
+"""Generalisation: unseen tasks are neither merged nor adapted on, and are tested."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_split_has_a_table_and_every_published_pair_another(world: World, tmp_
     assert all("not for this world" in table.caption for table in findings.tables[2:])
 
 
-def test_what_is_published_improves_on_task_arithmetic() -> None:
+def test_the_published_numbers_improve_on_task_arithmetic() -> None:
     for split in SPLITS:
         ours, theirs = split.means["adamerging"], split.means["task_arithmetic"]
         assert all(a > b for a, b in zip(ours, theirs, strict=True))

@@ -54,7 +54,7 @@ def test_of_equals_the_smallest_lambda_is_best() -> None:
     assert lambda_scan._best((0.1, 0.2, 0.3), (0.5, 0.6, 0.6)) == (0.2, 0.6)
 
 
-def test_a_method_without_one_lambda_is_refused(world: World, tmp_path: Path) -> None:
+def test_a_method_without_a_single_lambda_is_refused(world: World, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="methods: learned: adamerging has no single λ to scan"):
         lambda_scan.run(bench(world, tmp_path / "out", {"learned": STEPS}), _options(0.3))
     with pytest.raises(UserError, match="scalings: is empty"):

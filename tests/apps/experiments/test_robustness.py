@@ -1,4 +1,4 @@
-"""Robustness: every condition with its own images, and what the guard saw."""
+"""Robustness: every condition with its own images, and the collapsed tasks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_tables_have_a_row_for_each_condition(world: World, tmp_path: Path) 
             assert means.rows[condition][i] == pytest.approx(sum(each) / 2)
 
 
-def test_a_collapsed_task_is_named(
+def test_a_collapsed_task_is_reported(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def all_collapse(guard, state, entropy_K, marginal_K):  # type: ignore[no-untyped-def]
@@ -52,7 +52,7 @@ def test_a_collapsed_task_is_named(
     assert table.rows["clean"][1] == "adamerging: shape"
 
 
-def test_a_method_that_learns_nothing_collapses_nothing(world: World, tmp_path: Path) -> None:
+def test_a_method_without_learning_reports_no_collapse(world: World, tmp_path: Path) -> None:
     given = bench(world, tmp_path)
     with given.workers() as group:
         assert collapsed(given.merge("average", {"method": {"name": "average"}}, group)) == ()

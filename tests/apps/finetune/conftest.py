@@ -1,4 +1,4 @@
-"""A world to train in, made once."""
+"""A world for training, made once."""
 
 from __future__ import annotations
 

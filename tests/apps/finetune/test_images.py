@@ -1,4 +1,4 @@
-"""Which images a step shows, and the pixels that it gets."""
+"""The images of a training step: their order and their pixels."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_images_that_are_kept_are_those_that_are_decoded(
         assert torch.equal(pixel, preprocess.to_pixels(Image.open(listed.items[i])))
 
 
-def test_images_are_kept_where_they_fit_and_stay_the_same(
+def test_images_are_kept_if_they_fit_and_are_not_augmented(
     preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert may_keep(100, preprocess, "none")

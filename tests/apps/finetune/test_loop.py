@@ -74,7 +74,7 @@ def test_the_same_bits_as_a_plain_torch_loop(name: str) -> None:
         assert torch.equal(a, b)
 
 
-def test_the_rates_are_given_back_and_observe_counts_from_zero() -> None:
+def test_the_rates_are_restored_and_observe_counts_from_zero() -> None:
     model, xs, ys = _regression()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     seen: list[tuple[int, float]] = []

@@ -1,4 +1,4 @@
-"""`raymerge finetune`: what it writes, that it resumes to the bit, and what it refuses."""
+"""`raymerge finetune`: its files, resuming bit for bit, and refused input."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_training_learns_the_colours(training_world: TrainingWorld, tmp_path: Pa
     assert {name: score.top1 for name, score in result.joint.items()} == dict.fromkeys(CLASSES, 1)
 
 
-def test_what_it_writes(both: Path, training_world: TrainingWorld) -> None:
+def test_the_files_of_a_training_run(both: Path, training_world: TrainingWorld) -> None:
     files = {path for path in tree(both) if Path(path).is_file()}
     expected = ["finetune.yaml", "results.json", "state/attempt-0001"]
     expected += [
@@ -384,7 +384,7 @@ def test_a_damaged_training_image_is_found_first(tmp_path: Path, raymerge: Comma
     assert not (tmp_path / "out").exists()
 
 
-def test_merging_still_wants_a_checkpoint(
+def test_merging_needs_a_checkpoint(
     training_world: TrainingWorld, tmp_path: Path, raymerge: Commands
 ) -> None:
     config = _config(training_world, tmp_path)

@@ -89,7 +89,7 @@ def test_ties_trims_a_whole_model_at_once(
     torch.testing.assert_close(torch.cat([out[n].flatten() for n in names]), wanted)
 
 
-def test_a_plain_pool_is_told_its_method_on_the_command_line(tmp_path: Path, run: Commands) -> None:
+def test_a_plain_pool_gets_its_method_on_the_command_line(tmp_path: Path, run: Commands) -> None:
     three(tmp_path)
     config = write(tmp_path / "pool.yaml", {"models": POOL})
     refused(run("plan", config), "method: missing", "-o method=simple_average")
@@ -144,8 +144,14 @@ def test_a_pool_of_clip_vision_models_merges_vision_alone(tmp_path: Path, run: C
     [
         ({"method": "tie_merging"}, ["'tie_merging'", "did you mean ties_merging"]),
         ({"method": {"name": "ties_merging", "treshold": 1}}, ["treshold", "mean threshold"]),
-        ({"method": {"name": "ties_merging", "threshold": 0}}, ["threshold: 0 is not above 0"]),
-        ({"method": {"name": "ties_merging", "merge_func": "min"}}, ["merge_func: 'min'"]),
+        (
+            {"method": {"name": "ties_merging", "threshold": 0}},
+            ["must be above 0", "got 0"],
+        ),
+        (
+            {"method": {"name": "ties_merging", "merge_func": "min"}},
+            ["merge_func: must", "got 'min'"],
+        ),
         ({"method": {"name": "ties_merging", "remove_keys": ["a"]}}, ["remove_keys"]),
         ({"method": {"name": "weighted_average", "weights": [1]}}, ["expected 2 numbers"]),
         ({"method": {"name": "task_arithmetic", "scaling_factor": "x"}}, ["'x' is not a number"]),
@@ -160,7 +166,7 @@ def test_a_pool_of_clip_vision_models_merges_vision_alone(tmp_path: Path, run: C
         ({"models": {"a": "org/name", "b": "one.safetensors"}}, ["org/name", "hub"]),
     ],
 )
-def test_what_cannot_be_expressed_is_one_line(
+def test_settings_that_cannot_be_expressed_are_one_line(
     tmp_path: Path, run: Commands, data: dict[str, Any], mentions: list[str]
 ) -> None:
     three(tmp_path)
@@ -209,7 +215,7 @@ def test_adamerging_without_images_says_what_to_add(tmp_path: Path, run: Command
     refused(run("plan", path), "learns from images", "tasks", "sun397, stanford-cars")
 
 
-def test_raymerges_own_files_are_not_taken_for_others(tmp_path: Path) -> None:
+def test_raymerges_own_files_are_not_read_as_other_tools_files(tmp_path: Path) -> None:
     three(tmp_path)
     own = {"model": "local-dir:x", "tasks": [], "method": "average"}
     assert open_foreign(write(tmp_path / "own.yaml", own)) is None

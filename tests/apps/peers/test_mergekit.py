@@ -1,4 +1,4 @@
-"""mergekit's YAML: each method and option against numbers worked out by hand; the error lines."""
+"""mergekit's YAML: each method and option against numbers worked out by hand; error messages."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_linear_is_the_weighted_mean_and_needs_no_base(tmp_path: Path, run: Comm
     _is(_merge(run, plain)["a"], 5.3, 4.1, 3.4, 3.6)
 
 
-def test_linear_counts_a_base_that_it_is_given(tmp_path: Path, run: Commands) -> None:
+def test_linear_counts_the_base_as_a_model(tmp_path: Path, run: Commands) -> None:
     three(tmp_path)
     config = mergekit(tmp_path, "linear", {"weight": 1}, {"weight": 1}, parameters={"weight": 2})
     _is(_merge(run, config)["a"][:1], (1.1 + 1.4 + 2 * 1.0) / 4)
@@ -201,7 +201,9 @@ def test_the_first_filter_in_a_tensors_name_decides(tmp_path: Path, run: Command
     _is(out["layers.2.w"], 4.0, 4.1)
 
 
-def test_where_no_filter_fits_the_general_parameter_counts(tmp_path: Path, run: Commands) -> None:
+def test_without_a_matching_filter_the_general_parameter_applies(
+    tmp_path: Path, run: Commands
+) -> None:
     three(tmp_path)
     config = mergekit(
         tmp_path, "task_arithmetic", {"weight": {"filter": "layers", "value": 0}}, {"weight": 0},
@@ -303,7 +305,7 @@ def test_names_stay_as_the_files_have_them(tmp_path: Path, run: Commands) -> Non
     _is(out[f"vision_model.{keys[0]}"], 0.5, 0.5, 0.5, 0.5)
 
 
-def test_the_output_folder_says_what_it_is(tmp_path: Path, run: Commands) -> None:
+def test_the_output_folder_has_a_model_card_and_the_file(tmp_path: Path, run: Commands) -> None:
     three(tmp_path)
     config = mergekit(
         tmp_path, "ties", *[{"weight": 0.3, "density": 0.2}] * 2, parameters={"normalize": True}
@@ -324,7 +326,7 @@ def test_the_output_folder_says_what_it_is(tmp_path: Path, run: Commands) -> Non
     assert "lambda: 0.5" in (out / "mergekit_config.yml").read_text()
 
 
-def test_plan_says_what_was_understood_and_writes_nothing(tmp_path: Path, run: Commands) -> None:
+def test_plan_prints_the_merge_and_writes_nothing(tmp_path: Path, run: Commands) -> None:
     three(tmp_path)
     config = mergekit(tmp_path, "task_arithmetic", {"weight": 0.5}, {"weight": 1.0})
     before = sorted(tmp_path.iterdir())
@@ -350,12 +352,17 @@ _W = {"weight": 1}
         ("ties", [{"weight": 1, "densty": 1}], {}, ["models[0].parameters: densty", "density"]),
         ("ties", [{"weight": 1, "lambda": 1}], {}, ["models[0].parameters.lambda", "move it"]),
         ("linear", [{"weight": 1, "density": 1}], {}, ["density: unknown key"]),
-        ("ties", [{"weight": 1, "density": 1.5}], {}, ["density: 1.5 is not in [0, 1]"]),
+        ("ties", [{"weight": 1, "density": 1.5}], {}, ["density: must be in [0, 1], got 1.5"]),
         ("ties", [{"density": 1}], {}, ["weight: missing for one.safetensors"]),
         ("linear", [_W], {}, ["weight: missing for the base base.safetensors"]),
-        ("ties", [{"weight": "much"}], {}, ["'much' is not a number"]),
+        ("ties", [{"weight": "much"}], {}, ["weight: must be a number, got 'much'"]),
         ("ties", [{"weight": [{"filter": "a"}]}], {}, ["weight[0]: expected value and filter"]),
-        ("ties", [_W], {"parameters": {"normalize": 3}}, ["normalize: 3 is not true or false"]),
+        (
+            "ties",
+            [_W],
+            {"parameters": {"normalize": 3}},
+            ["must be true or false, got 3"],
+        ),
         ("ties", [_W], {"base_model": None}, ["base_model: missing; ties needs it"]),
         ("ties", [_W], {"slices": [{}]}, ["slices: cannot be expressed"]),
         ("ties", [_W], {"tokenizer_source": "union"}, ["tokenizer_source: cannot be"]),
@@ -364,12 +371,12 @@ _W = {"weight": 1}
         ("ties", [_W], {"dtype": "int8"}, ["dtype: 'int8' is unknown"]),
         ("ties", [_W], {"base_model": "no.safetensors"}, ["no.safetensors: no such file"]),
         ("ties", [_W], {"models": []}, ["models: expected a list"]),
-        ("ties", [_W], {"models": [{"model": 3}]}, ["models[0].model: 3 is not a path"]),
+        ("ties", [_W], {"models": [{"model": 3}]}, ["models[0].model: must be a path, got 3"]),
         ("linear", [_W, {"weight": -1}], {"base_model": None}, ["sum to 0"]),
-        ("dare_ties", [_W], {"seed": "x"}, ["seed: 'x' is not a whole number"]),
+        ("dare_ties", [_W], {"seed": "x"}, ["seed: must be an integer, got 'x'"]),
     ],
 )
-def test_what_cannot_be_expressed_is_one_line(
+def test_settings_that_cannot_be_expressed_are_one_line(
     tmp_path: Path,
     run: Commands,
     method: str,
@@ -426,7 +433,7 @@ def test_overflow_in_a_narrow_dtype_is_refused(tmp_path: Path, run: Commands) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_resume_and_other_commands_say_so(tmp_path: Path, run: Commands) -> None:
+def test_resume_and_other_commands_are_refused(tmp_path: Path, run: Commands) -> None:
     three(tmp_path)
     config = mergekit(tmp_path, "task_arithmetic", _W)
     refused(run("merge", config, "--output", tmp_path / "out", "--resume"), "--resume")

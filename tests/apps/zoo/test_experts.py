@@ -1,4 +1,4 @@
-"""The zoo's experts come from the shared loop with the bits they had; its joint reference."""
+"""The zoo's experts, trained bit for bit as before the shared loop, and its joint reference."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> ZooPaths:
     return build_zoo(tmp_path_factory.mktemp("zoo") / "z", recipe=recipe, progress=False)
 
 
-def test_an_expert_is_what_the_loop_written_out_gives(zoo: ZooPaths, tmp_path: Path) -> None:
+def test_an_expert_equals_the_loop_written_out(zoo: ZooPaths, tmp_path: Path) -> None:
     """torch's own scheduler and clip, as the zoo's published experts were trained."""
     recipe, task = _recipe().expert, "signs"
     root = tmp_path / "again"
@@ -94,7 +94,7 @@ def _cosine(steps: int):  # type: ignore[no-untyped-def]
     return factor
 
 
-def test_the_fingerprint_of_a_world_does_not_know_the_joint_reference() -> None:
+def test_the_fingerprint_of_a_world_leaves_the_joint_reference_out() -> None:
     """Worlds that were built before there was one stay valid."""
     recipe = ZooRecipe()
     other = replace(recipe, joint=replace(recipe.joint, batch=3))
@@ -112,7 +112,7 @@ def test_the_joint_reference_fits_and_moves_only_the_tower(zoo: ZooPaths) -> Non
     assert all(moved)
 
 
-def test_a_world_without_it_gets_it_and_keeps_the_rest(zoo: ZooPaths) -> None:
+def test_a_world_without_a_joint_reference_gets_one_and_keeps_the_rest(zoo: ZooPaths) -> None:
     recipe = replace(_recipe(), expert=replace(_recipe().expert, steps=1))
     content, made = zoo.joint.read_bytes(), zoo.joint.stat().st_mtime_ns
     before = {path: path.stat().st_mtime_ns for path in zoo.root.rglob("*.png")}
