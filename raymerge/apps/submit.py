@@ -144,7 +144,7 @@ def _require_output(output: str | None) -> None:
 
 def _require_no_secret(data: dict[str, Any], path: Path) -> None:
     """Raise :class:`UserError` for a password: everyone who reaches the cluster can read a job."""
-    for key, _, public in _changes(data, redacted_values(data)):
+    for key, _, public in _changes(data, redact_values(data)):
         raise UserError(
             f"config {path}: {key}: {public} has a password or a signature, which a job would show "
             "to all users of the cluster; remove it and set the credentials on the nodes"

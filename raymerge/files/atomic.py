@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,29 @@ def _commit(temporary: Path, path: Path) -> None:
     temporary.chmod(0o666 & ~_umask())
     temporary.replace(path)
     sync(path.parent)
+
+
+@contextmanager
+def stage_folder(target: Path, *, exist_ok: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside ``target`` that becomes it unless an error is raised.
+
+    ``exist_ok``: if another process has made ``target`` meanwhile, that folder stays. Raises
+    :class:`RunError` if it cannot be written.
+    """
+    target = target.absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        name = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        try:
+            yield Path(name)
+            Path(name).chmod(0o777 & ~_umask())
+            if not (exist_ok and target.is_dir()):
+                Path(name).replace(target)
+                sync(target.parent)
+        finally:
+            shutil.rmtree(name, ignore_errors=True)
+    except OSError as error:
+        raise RunError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
 def reserve_space(handle: int, size: int) -> None:

@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +18,7 @@ from torch import Tensor
 
 from raymerge.config import ModelConfig
 from raymerge.errors import CheckpointError, RunError, UserError
-from raymerge.files.atomic import stage_file, sync
+from raymerge.files.atomic import stage_file, stage_folder, sync
 from raymerge.models.checkpoints import huggingface_config
 from raymerge.models.checkpoints.checkpoint import TensorSpec, read_tensor
 from raymerge.models.checkpoints.huggingface import (
@@ -77,7 +73,7 @@ def convert(
     resolved = _resolve(reference, arch)
     model = WholeModel(resolved)
     files = _files(model, to)
-    with _new_folder(destination) as folder:
+    with stage_folder(destination) as folder:
         for name, write in files.items():
             write(folder / name)
             sync(folder / name)
@@ -242,26 +238,6 @@ def _require_free(destination: Path) -> None:
         raise UserError(f"destination {destination}: {error.strerror}; choose another") from error
     if taken:
         raise UserError(f"destination {destination}: is in use; name a folder that is not there")
-
-
-@contextmanager
-def _new_folder(destination: Path) -> Iterator[Path]:
-    """A folder beside ``destination`` that becomes it, if nothing goes wrong."""
-    target = destination.absolute()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        name = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        try:
-            yield Path(name)
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(name).chmod(0o777 & ~umask)
-            Path(name).replace(target)
-            sync(target.parent)
-        finally:
-            shutil.rmtree(name, ignore_errors=True)
-    except OSError as error:
-        raise RunError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
 # --- the two libraries side by side --------------------------------------------------------------

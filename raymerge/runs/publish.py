@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raymerge.errors import RunError, UserError, one_line
-from raymerge.files.urls import redacted
+from raymerge.files.urls import redact
 from raymerge.runs.redacted_copy import redacted_copy
 
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*/(?=.{1,96}$)\w(?:[\w.-]*\w)?", re.ASCII)

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from raymerge.files.urls import redacted_values
+from raymerge.files.urls import redact_values
 from raymerge.report import write_report
 
 _PRIVATE_FOLDERS = ("state", "tensorboard", "wandb")
@@ -97,7 +97,7 @@ def _without_path(text: str) -> str:
 
 def redacted_config(data: dict[str, Any]) -> dict[str, Any]:
     """Return a config as plain data without paths, cluster address and tracking accounts."""
-    config: dict[str, Any] = redacted_values(without_paths(data))
+    config: dict[str, Any] = redact_values(without_paths(data))
     config.get("cluster", {}).pop("address", None)
     config.pop("tracking", None)
     return config
@@ -109,7 +109,7 @@ def _config(text: str) -> str:
 
 
 def _json(text: str) -> str:
-    return json.dumps(redacted_values(without_paths(json.loads(text))), indent=2) + "\n"
+    return json.dumps(redact_values(without_paths(json.loads(text))), indent=2) + "\n"
 
 
 def _results(text: str) -> str:

@@ -14,9 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -33,8 +31,8 @@ from raymerge.config import TaskConfig
 from raymerge.data.images import DECODE_ERRORS, ImageList, Item, StoredImages, open_image
 from raymerge.data.sources import labelled_images, unlabeled_images
 from raymerge.data.sources.urls import local_reference
-from raymerge.errors import DataError, RunError
-from raymerge.files.atomic import cache_folder
+from raymerge.errors import DataError
+from raymerge.files.atomic import cache_folder, stage_folder
 from raymerge.files.progress import Progress, progress_bar
 
 _FORMAT = 1  # increased when the files of a key would differ
@@ -253,30 +251,11 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
 def _make_one(
     source: _Source, corruption: Corruption, pool: ProcessPoolExecutor | None, progress: Progress
 ) -> None:
-    target = _target(source, corruption)
     parts = [source.part(start) for start in range(0, len(source), _CHUNK)]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            jobs = [(part, corruption, partial) for part in parts]
-            for done in (pool.map if pool else map)(_write_part, jobs):
-                progress(done)
-            partial.chmod(0o755)
-            _rename(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise RunError(f"{target}: cannot be written: {error.strerror or error}") from error
-
-
-def _rename(partial: Path, target: Path) -> None:
-    """Rename ``partial``; another process may have made the same copy meanwhile."""
-    try:
-        partial.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
+    with stage_folder(_target(source, corruption), exist_ok=True) as partial:
+        jobs = [(part, corruption, partial) for part in parts]
+        for done in (pool.map if pool else map)(_write_part, jobs):
+            progress(done)
 
 
 def _write_part(job: tuple[_Source, Corruption, Path]) -> int:

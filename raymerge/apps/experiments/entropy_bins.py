@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 FloatArray = NDArray[np.float64]
 
@@ -64,14 +65,7 @@ def spearman(x_N: FloatArray, y_N: FloatArray) -> float | None:
 
     None if x or y is constant, as fewer than two samples are. The values must not be NaN.
     """
-    x_N, y_N = _centred_ranks(x_N), _centred_ranks(y_N)
+    # Ranks are multiples of one half, so these sums are exact.
+    x_N, y_N = (rankdata(each) - (len(each) + 1) / 2 for each in (x_N, y_N))
     scale = float(np.sqrt((x_N @ x_N) * (y_N @ y_N)))
     return float(x_N @ y_N) / scale if scale > 0 else None
-
-
-def _centred_ranks(x_N: FloatArray) -> FloatArray:
-    """Return ranks 1..N minus their mean; ties share their mean rank. Halves, so exact."""
-    _, group_N, counts = np.unique(x_N, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: FloatArray = (last - (counts - 1) / 2)[group_N] - (len(x_N) + 1) / 2
-    return ranks

@@ -140,7 +140,7 @@ def _pool(data: Mapping[str, Any], source: str) -> _Pool:
     if "modelpool" in data:
         pool, where = data["modelpool"], f"{source}: modelpool"
         if not isinstance(pool, Mapping):
-            raise ConfigError(f"{where}: expected models; got {short(pool)}")
+            raise ConfigError(f"{where}: expected models; got {excerpt(pool)}")
     # The models, by name; a list has the names inside.
     entries = pool.get("models")
     if entries is None and "defaults" in pool:
@@ -151,7 +151,7 @@ def _pool(data: Mapping[str, Any], source: str) -> _Pool:
     if isinstance(entries, list):
         entries = {str(m.get("name")): m for m in entries if isinstance(m, Mapping)}
     if not isinstance(entries, Mapping) or not entries:
-        raise ConfigError(f"{where}: models: expected names and paths; got {short(entries)}")
+        raise ConfigError(f"{where}: models: expected names and paths; got {excerpt(entries)}")
     paths = {str(k): _reference(v, f"{where}: models.{k}") for k, v in entries.items()}
     models = {k: v for k, v in paths.items() if not (k.startswith("_") and k.endswith("_"))}
     if not models:
@@ -174,7 +174,7 @@ def _reference(entry: object, where: str) -> str:
     if isinstance(entry, str) and entry:
         return entry
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where}: expected a path; got {short(entry)}")
+        raise ConfigError(f"{where}: expected a path; got {excerpt(entry)}")
     for key in entry:
         if "peft" in str(key) or "lora" in str(entry[key]).lower():
             raise ConfigError(f"{where}: {key}: adapters cannot be merged; give the whole model")
@@ -279,7 +279,7 @@ def _static(
         )
     if merge not in ("sum", "mean", "max"):
         raise ConfigError(
-            f"{source}: method.merge_func: must be sum, mean or max, got {short(merge)}"
+            f"{source}: method.merge_func: must be sum, mean or max, got {excerpt(merge)}"
         )
     if options["remove_keys"]:
         raise ConfigError(f"{source}: method.remove_keys: cannot be expressed here; remove it")
@@ -299,7 +299,7 @@ def _number(value: object, where: str) -> float:
 def _weights(values: object, count: int, source: str) -> tuple[float, ...]:
     where = f"{source}: method.weights"
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
-        raise ConfigError(f"{where}: expected {count} numbers, one per model; got {short(values)}")
+        raise ConfigError(f"{where}: expected {count} numbers; got {excerpt(values)}")
     return tuple(_number(value, where) for value in values)
 
 

@@ -140,8 +140,8 @@ class _Config:
     def output(self, root: Path) -> str | None:
         output = self.data.get("output")
         if output is not None and not isinstance(output, str):
-            raise ConfigError(f"{self.source}: output: must be a path, got {short(output)}")
-        return None if output is None else absolute(output, root)
+            raise ConfigError(f"{self.source}: output: must be a path, got {excerpt(output)}")
+        return None if output is None else absolute_path(output, root)
 
     def open(self, root: Path) -> Inputs:
         """Open the state dicts; the base has a row of its own unless it is one of the models."""
@@ -201,7 +201,7 @@ class _Config:
             return Linear(own)
         seed = self.data.get("seed", 0)
         if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ConfigError(f"{self.source}: seed: must be an integer, got {short(seed)}")
+            raise ConfigError(f"{self.source}: seed: must be an integer, got {excerpt(seed)}")
         return Tasks(own, self.kind.keep, self.kind.elect, self.merged, seed)
 
 
@@ -234,16 +234,16 @@ def _require_known(
 def _models(entries: object, source: str) -> list[tuple[str, object]]:
     """Return each model's name and its parameters. Raises :class:`ConfigError`."""
     if not isinstance(entries, list) or not entries:
-        raise ConfigError(f"{source}: models: expected a list of models; got {short(entries)}")
+        raise ConfigError(f"{source}: models: expected a list of models; got {excerpt(entries)}")
     models: list[tuple[str, object]] = []
     for i, item in enumerate(entries):
         where = f"{source}: models[{i}]"
         if not isinstance(item, Mapping):
-            raise ConfigError(f"{where}: expected model and parameters; got {short(item)}")
+            raise ConfigError(f"{where}: expected model and parameters; got {excerpt(item)}")
         _require_known(item, ("model", "parameters"), where)
         name = item.get("model")
         if not isinstance(name, str) or not name:
-            raise ConfigError(f"{where}.model: must be a path, got {short(name)}")
+            raise ConfigError(f"{where}.model: must be a path, got {excerpt(name)}")
         if name in (known for known, _ in models):
             raise ConfigError(f"{where}.model: {name} is listed twice; add its weights instead")
         models.append((name, item.get("parameters")))
@@ -255,7 +255,7 @@ def _parameters(settings: object, kind: _Kind, where: str, own: bool = False) ->
     if settings is None:
         return {}
     if not isinstance(settings, Mapping):
-        raise ConfigError(f"{where}: expected names and values; got {short(settings)}")
+        raise ConfigError(f"{where}: expected names and values; got {excerpt(settings)}")
     known = ["weight", *kind.defaults]
     _require_known(settings, known, where)
     for key, setting in settings.items():
@@ -275,18 +275,18 @@ def _check_setting(setting: object, key: str, where: str) -> None:
     if isinstance(setting, list) and any(isinstance(item, Mapping) for item in setting):
         for i, item in enumerate(setting):
             if not isinstance(item, Mapping) or "value" not in item:
-                raise ConfigError(f"{where}[{i}]: expected value and filter; got {short(item)}")
+                raise ConfigError(f"{where}[{i}]: expected value and filter; got {excerpt(item)}")
             _require_known(item, ("value", "filter"), f"{where}[{i}]")
             if not isinstance(item.get("filter"), str | None):
                 raise ConfigError(
-                    f"{where}[{i}].filter: must be a text, got {short(item['filter'])}"
+                    f"{where}[{i}].filter: must be a text, got {excerpt(item['filter'])}"
                 )
             _check_setting(item["value"], key, f"{where}[{i}].value")
         return
     for value in setting if isinstance(setting, list) else [setting]:
         if value is not None and _plain(value, key) is None:
             kind = "true or false" if key in _BOOLEANS else "a number"
-            raise ConfigError(f"{where}: must be {kind}, got {short(value)}")
+            raise ConfigError(f"{where}: must be {kind}, got {excerpt(value)}")
 
 
 # --- values --------------------------------------------------------------------------------------

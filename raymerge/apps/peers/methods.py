@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from raymerge.apps.peers.state_dicts import Entry, Inputs, Part
-from raymerge.files.threads import parallel
+from raymerge.files.threads import parallel_map
 from raymerge.merging.ties import TiesStatistics, elect_sign, strongest, trim, trim_threshold
 from raymerge.merging.weighted import (
     NOTHING,
@@ -107,7 +107,7 @@ class Tasks:
             for k, density in enumerate(self.coefficients[entry.name].densities)
             if density < 1
         ]
-        results = parallel(lambda item: self._kept_of(inputs, *item), sparse)
+        results = parallel_map(lambda item: self._kept_of(inputs, *item), sparse)
         return {(k, e.name): kept for (k, e), kept in zip(sparse, results, strict=True)}
 
     def _kept_of(self, inputs: Inputs, k: int, entry: Entry) -> _Kept:

@@ -46,12 +46,23 @@ def finetune(recipe: ZooRecipe, seed: int, task: str, model: CLIP) -> None:
     expert = recipe.expert_for(task)
     head_DC = zero_shot_head(model, build_tokenizer(recipe.model), task)
     images, labels = draw_images(seed, task, "train", expert.images)
+    fit(model, expert, head_DC, to_tensor(images), torch.from_numpy(labels), seed, task)
+
+
+def fit(
+    model: CLIP,
+    recipe: ExpertRecipe,
+    head_DC: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    seed: int,
+    name: str,
+) -> None:
+    """Train the visual tower on labelled images, with the draws of ``seed`` and ``name``."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(task.encode()) + seed)
-        rehearsal, target_ND = rehearse(model, seed, expert)
-        pixels_N3HW, target_N = to_tensor(images), torch.from_numpy(labels)
-        loss = expert_loss(head_DC, pixels_N3HW, target_N, rehearsal, target_ND)
-        train_tower(model, expert, loss)
+        torch.manual_seed(zlib.crc32(name.encode()) + seed)
+        rehearsal, target_ND = rehearse(model, seed, recipe)
+        train_tower(model, recipe, expert_loss(head_DC, images, labels, rehearsal, target_ND))
 
 
 @torch.no_grad()

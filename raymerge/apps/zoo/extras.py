@@ -23,7 +23,7 @@ import torch
 from open_clip.model import CLIP
 
 from raymerge.apps.zoo.build import RunTasks, in_processes
-from raymerge.apps.zoo.experts import expert_loss, rehearse, train_tower
+from raymerge.apps.zoo.experts import fit
 from raymerge.apps.zoo.images import FAMILIES, draw_images
 from raymerge.apps.zoo.pretrain import build_tokenizer, open_for_training, save_tower, to_tensor
 from raymerge.apps.zoo.recipe import TEMPLATE, ExpertRecipe, ZooRecipe
@@ -124,12 +124,7 @@ def train_extra(
 def _finetune(model: CLIP, extra: Extra, seed: int, zoo: ZooRecipe, recipe: ExpertRecipe) -> None:
     images, labels, names = draw_extra(extra, seed, zoo, recipe.images)
     head_DC = zero_shot_head(model, build_tokenizer(zoo.model), names, (TEMPLATE,))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(extra.name.encode()) + seed)
-        rehearsal, target_ND = rehearse(model, seed, recipe)
-        pixels_N3HW, target_N = to_tensor(images), torch.from_numpy(labels)
-        loss = expert_loss(head_DC, pixels_N3HW, target_N, rehearsal, target_ND)
-        train_tower(model, recipe, loss)
+    fit(model, recipe, head_DC, to_tensor(images), torch.from_numpy(labels), seed, extra.name)
 
 
 def draw_extra(

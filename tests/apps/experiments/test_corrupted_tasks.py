@@ -112,7 +112,7 @@ def test_a_jpeg_becomes_a_png_of_its_own_name(tmp_path: Path, cache: Path) -> No
     (copy,) = corrupted_tasks([task], NOISE)
     assert sorted(_content(copy.adapt or "")) == ["a.jpg.png", "a.png"]
     Image.open(tmp_path / "images" / "a.png").save(tmp_path / "images" / "a.jpg.png")
-    with pytest.raises(DataError, match=r"a\.jpg.*would have the name.*rename one"):
+    with pytest.raises(DataError, match=r"a\.jpg.*would have the same name.*rename one"):
         corrupted_tasks([task], NOISE)
 
 

@@ -168,7 +168,7 @@ def test_a_merge_does_not_depend_on_how_tensors_are_cut(
     data = {"merge_method": "ties", "base_model": "base.safetensors", "models": entries}
     config = write(tmp_path / "m.yaml", data)
     whole = _merge(run, config)
-    monkeypatch.setattr("raymerge.apps.peers.state_dicts._AT_ONCE", 1)
+    monkeypatch.setattr("raymerge.apps.peers.state_dicts._MOST_HELD", 1)
     monkeypatch.setattr("raymerge.apps.peers.state_dicts._BLOCK_BYTES", 4 * 2048)
     monkeypatch.setattr("raymerge.apps.peers.state_dicts._LEAST_COLUMNS", 2048)
     cut = _merge(run, config)
