@@ -209,3 +209,41 @@ def test_the_table_of_example_configs_has_every_config() -> None:
     links = re.findall(r"\]\(([\w/]+\.yaml)\)", page)
     files = [p.relative_to(ROOT / "configs").as_posix() for p in (ROOT / "configs").rglob("*.yaml")]
     assert sorted(links) == sorted(files)
+
+
+# --- docs/architecture.md ----------------------------------------------------------------------
+
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+PACKAGE = Path(raymerge.__file__).parent
+
+
+def _tree() -> dict[str, str]:
+    """Return the phrase of each folder of the page's tree, in the page's order."""
+    (block,) = re.findall(r"^```\nraymerge/\n(.*?)^```", ARCHITECTURE, re.DOTALL | re.MULTILINE)
+    parents: dict[int, str] = {0: ""}
+    tree = {}
+    for line in block.splitlines():
+        indent, name, phrase = re.fullmatch(r"( +)(\w+)/ +(.+)", line).groups()  # type: ignore[union-attr]
+        parents[len(indent)] = path = f"{parents[len(indent) - 2]}{name}/"
+        tree[path] = phrase
+    return tree
+
+
+def test_the_tree_of_the_architecture_page_has_every_folder() -> None:
+    folders = {
+        f"{path.parent.relative_to(PACKAGE).as_posix()}/" for path in PACKAGE.rglob("__init__.py")
+    }
+    assert _tree().keys() == folders - {"./"}
+
+
+def test_files_named_on_the_architecture_page_exist() -> None:
+    named = re.findall(r"`((?:\w+/)+\w+\.py)`", ARCHITECTURE)
+    assert len(named) >= 8
+    assert [name for name in named if not (PACKAGE / name).exists()] == []
+
+
+def test_the_picture_names_the_rooms_in_the_order_of_the_tree() -> None:
+    picture = (ROOT / "docs/architecture.svg").read_text(encoding="utf-8")
+    drawn = re.findall(r'<text class="b"[^>]*>(\w+)/</text>', picture)
+    rooms = [path.strip("/") for path in _tree() if path.count("/") == 1]
+    assert drawn == rooms[::-1]  # the picture stands with the last room at the top
