@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from markupsafe import Markup
 
@@ -14,7 +15,7 @@ from raymerge.report.ranking import leaders, mean_top1, task_names
 from raymerge.report.records import Scan
 from raymerge.report.render import render
 from raymerge.report.run_page import learned
-from raymerge.report.tables import Table, entropy_table, loss_table, number_facts, top1_table
+from raymerge.report.tables import Table, methods_table, number_facts
 
 
 def comparison_page(comparison: Comparison) -> str:
@@ -27,7 +28,7 @@ def comparison_page(comparison: Comparison) -> str:
         title=f"{count} methods compared" if count > 1 else "One method",
         headline=headline(comparison),
         bars=method_bars(comparison),
-        top1=top1_table(comparison.methods),
+        top1=methods_table(comparison.methods, "top1"),
         top1_note=best_note(comparison.methods, "references that merge nothing"),
         test_images=number_facts(test_images, ("Task", "Test images")) if test_images else None,
         scan=scan_chart(comparison),
@@ -100,9 +101,6 @@ def _scan_note(scan: Scan) -> str:
 def _other_scores(comparison: Comparison) -> list[Table]:
     """Return the tables of loss and entropy, as far as any score has them."""
     scores = [score for each in comparison.methods.values() for score in each.tasks.values()]
-    tables = []
-    if any(score.loss is not None for score in scores):
-        tables.append(loss_table(comparison.methods))
-    if any(score.entropy is not None for score in scores):
-        tables.append(entropy_table(comparison.methods))
-    return tables
+    keys: tuple[Literal["loss", "entropy"], ...] = ("loss", "entropy")
+    known = [key for key in keys if any(getattr(score, key) is not None for score in scores)]
+    return [methods_table(comparison.methods, key) for key in known]

@@ -9,7 +9,7 @@ Shapes: K tasks, N steps.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from raymerge.errors import UserError
@@ -26,6 +26,7 @@ from raymerge.report.records import (
     Results,
     Scan,
     Step,
+    Timings,
     read,
     read_config,
     read_steps,
@@ -115,16 +116,17 @@ def load_run(folder: Path) -> Run:
     results = read(Results, folder / "results.json")
     lambdas = read(Lambdas, folder / "lambdas.json")
     config, settings = read_config(folder / "config.yaml")
-    environment = _environment(folder)
-    provenance = Provenance(
-        config=config,
-        versions=environment.versions,
-        hashes=environment.hashes,
-        seconds=results.timings.seconds if results else {},
-        incidents=results.incidents if results else (),
-    )
+    incidents = results.incidents if results else ()
+    provenance = _provenance(folder, config, results.timings if results else Timings(), incidents)
     metrics = _metrics(read_steps(folder / "metrics.jsonl"))
     return Run(folder, results, lambdas, metrics, settings, provenance)
+
+
+def _provenance(
+    folder: Path, config: str, timings: Timings, incidents: tuple[Incident, ...] = ()
+) -> Provenance:
+    environment = _environment(folder)
+    return Provenance(config, environment.versions, environment.hashes, timings.seconds, incidents)
 
 
 def _environment(folder: Path) -> Environment:
@@ -153,19 +155,13 @@ def _by_task(lines: list[Mapping[str, float | None]]) -> dict[str, Measurements]
 
 
 def _comparison(folder: Path, record: ComparisonRecord) -> Comparison:
-    environment = _environment(folder)
     return Comparison(
         folder=folder,
         methods=record.methods,
         runs=_method_runs(folder / "runs", record.methods),
         scan=record.uniform_scan,
         notes=record.notes,
-        provenance=Provenance(
-            config=read_text(folder / "config.yaml") or "",
-            versions=environment.versions,
-            hashes=environment.hashes,
-            seconds=record.timings.seconds,
-        ),
+        provenance=_provenance(folder, read_text(folder / "config.yaml") or "", record.timings),
     )
 
 
@@ -180,6 +176,8 @@ def _experiment(folder: Path, record: ExperimentRecord) -> Experiment:
     import yaml
 
     methods = record.config.get("methods")
+    config = yaml.safe_dump(record.config, sort_keys=False) if record.config else ""
+    provenance = _provenance(folder, config, record.timings)
     return Experiment(
         folder=folder,
         title=record.title,
@@ -187,12 +185,7 @@ def _experiment(folder: Path, record: ExperimentRecord) -> Experiment:
         curves=record.curves,
         notes=record.notes,
         methods=frozenset(methods if isinstance(methods, dict) else ()),
-        provenance=Provenance(
-            config=yaml.safe_dump(record.config, sort_keys=False) if record.config else "",
-            versions=_experiment_versions(folder),
-            hashes=_environment(folder).hashes,
-            seconds=record.timings.seconds,
-        ),
+        provenance=replace(provenance, versions=_experiment_versions(folder)),
     )
 
 

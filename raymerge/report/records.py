@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -47,7 +48,6 @@ def _cell(value: object) -> str | float | None:
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
-Seconds = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Whole = Annotated[int, Field(strict=True, ge=0, le=1 << 50)]
 """At most 2^50, so that neighbours stay distinct as floats."""
 Measurement = Annotated[Number | None, BeforeValidator(_finite_or_none)]
@@ -88,7 +88,7 @@ class Incident(Record):
 
 
 class Timings(Record):
-    seconds: Mapping[str, Seconds] = {}
+    seconds: Mapping[str, Annotated[Number, Field(ge=0)]] = {}
 
 
 class Results(Record):
@@ -97,7 +97,7 @@ class Results(Record):
     method: str = ""
     tasks: Mapping[str, Score] = {}
     average: Score = Field(Score(), validate_default=True)
-    """What the file leaves out is the mean over the tasks that have it."""
+    """A score that the file leaves out is the mean over the tasks that have it."""
     timings: Timings = Timings()
     incidents: tuple[Incident, ...] = ()
 
@@ -210,11 +210,7 @@ class FindingsTable(Record):
 
     @model_validator(mode="after")
     def _check_rows(self) -> FindingsTable:
-        for name, row in self.rows.items():
-            if len(row) != len(self.columns):
-                raise ValueError(
-                    f"row {name} has {len(row)} cells, but there are {len(self.columns)} columns"
-                )
+        _check_lengths(self.rows, "rows", len(self.columns), "columns")
         return self
 
 
@@ -230,12 +226,14 @@ class FindingsCurves(Record):
 
     @model_validator(mode="after")
     def _check_series(self) -> FindingsCurves:
-        for name, line in self.series.items():
-            if len(line) != len(self.x):
-                raise ValueError(
-                    f"series {name} has {len(line)} points, but x has {len(self.x)} values"
-                )
+        _check_lengths(self.series, "series", len(self.x), "values of x")
         return self
+
+
+def _check_lengths(lines: Mapping[str, Sized], what: str, length: int, of: str) -> None:
+    for name, line in lines.items():
+        if len(line) != length:
+            raise ValueError(f"{what}.{name} has length {len(line)}, but there are {length} {of}")
 
 
 class ExperimentRecord(Record):
@@ -322,14 +320,13 @@ def read_steps(file: Path) -> list[Step]:
 
     A run that was killed leaves half a last line, without its newline: that line is dropped.
     """
-    lines = (read_text(file) or "").split("\n")
-    if not _is_json(lines[-1]):
-        lines.pop()
-    return [
-        validate(Step, _parse(line, file, number), f"{file}: line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
+    *lines, tail = (read_text(file) or "").split("\n")
+    steps = [
+        (number, _parse(line, file, number)) for number, line in enumerate(lines, 1) if line.strip()
     ]
+    with suppress(UserError):
+        steps.append((len(lines) + 1, _parse(tail, file)))
+    return [validate(Step, data, f"{file}: line {number}") for number, data in steps]
 
 
 def read_config(file: Path) -> tuple[str, MethodSettings]:
@@ -356,14 +353,6 @@ def read_text(file: Path) -> str | None:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _parse(text: str, file: Path, line: int | None = None) -> object:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from raymerge.report.formats import count, decimal, percent
 from raymerge.report.names import NOT_MERGED, method_title
@@ -60,38 +61,20 @@ def _score_row(name: str, score: Score, kind: str = "") -> Row:
     return Row(name, cells, kind)
 
 
-def top1_table(methods: Mapping[str, Results]) -> Table:
-    """Return the accuracies of every method, the best merged model of each task in bold."""
-    return _comparison(methods, lambda score: score.top1, percent, "Top-1, %", smallest=False)
+def methods_table(methods: Mapping[str, Results], key: Literal["top1", "loss", "entropy"]) -> Table:
+    """Return one measurement of every method on every task and on average, turned to fit.
 
-
-def loss_table(methods: Mapping[str, Results]) -> Table:
-    return _comparison(methods, lambda score: score.loss, decimal, "Loss", smallest=True)
-
-
-def entropy_table(methods: Mapping[str, Results]) -> Table:
-    return _comparison(
-        methods, lambda score: score.entropy, decimal, "Entropy, nats", smallest=True
-    )
-
-
-def _comparison(
-    methods: Mapping[str, Results],
-    value: Callable[[Score], float | None],
-    write: Callable[[float | None], str],
-    corner: str,
-    *,
-    smallest: bool,
-) -> Table:
-    """Return one measurement of every method on every task and on average, turned to fit."""
+    The best merged model of each task is bold.
+    """
     tasks = task_names(methods)
     columns: dict[str | None, dict[str, float | None]] = {
-        task: {name: value(results.tasks.get(task, Score())) for name, results in methods.items()}
+        task: {name: getattr(each.tasks.get(task), key, None) for name, each in methods.items()}
         for task in tasks
     }
     # The average stands after the tasks, under a key that no task can have.
-    columns[None] = {name: value(results.average) for name, results in methods.items()}
-    best = {task: leaders(column, smallest=smallest) for task, column in columns.items()}
+    columns[None] = {name: getattr(each.average, key) for name, each in methods.items()}
+    best = {task: leaders(column, smallest=key != "top1") for task, column in columns.items()}
+    write = percent if key == "top1" else decimal
 
     def cell(method: str, task: str | None) -> Cell:
         kinds = {
@@ -103,6 +86,7 @@ def _comparison(
         exact = columns[task][method]
         return Cell(write(exact), " ".join(kind for kind, holds in kinds.items() if holds), exact)
 
+    corner = {"top1": "Top-1, %", "loss": "Loss", "entropy": "Entropy, nats"}[key]
     titles = {task: "Average" if task is None else task for task in columns}
     if len(tasks) > MOST_COLUMNS:
         rows = [

@@ -170,14 +170,22 @@ def test_absent_files_are_none_or_empty(tmp_path):
 
 
 MALFORMED_EXPERIMENTS: list[tuple[tuple[str | int, ...], object, str]] = [
-    (("tables", 0, "rows", "ties"), [0.1], r"tables\[0\]: row ties has 1 cells, but .* 11"),
+    (
+        ("tables", 0, "rows", "ties"),
+        [0.1],
+        r"tables\[0\]: rows\.ties has length 1, but .* 11 columns",
+    ),
     (
         ("tables", 0, "rows", "ties", 0),
         [],
         r"rows\.ties\[0\]: a cell must be text or a number, got \[\]",
     ),
     (("tables", 1, "title"), 3, r"tables\[1\]\.title must be a valid string, got 3"),
-    (("curves", 1, "series", "files"), [1], r"curves\[1\]: series files has 1 points, but x has 3"),
+    (
+        ("curves", 1, "series", "files"),
+        [1],
+        r"curves\[1\]: series\.files has length 1, but there are 3 values of x",
+    ),
     (("curves", 1, "x", 0), "a", r"x\[0\] must be a valid number, got 'a'"),
     (("notes",), "n", r"notes must be a valid tuple"),
 ]
