@@ -15,15 +15,12 @@ from raymerge.config import METHOD_NAMES, Config, MethodConfig, load_config
 from raymerge.config.experiments import load_experiment
 from raymerge.config.methods import AdaMerging
 from raymerge.distributed.placement import Resources
-from raymerge.merging.registry import needed_images
+from raymerge.merging.registry import METHODS, needed_images
 from raymerge.runs.plan.make import make_plan
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
-FAMILIES = (
-    "dare", "fisher", "regmean", "regmean_pp", "tsv", "iso_c", "iso_cts", "wudi", "adamerging_kl",
-    "fw_hard", "fw_soft",
-)  # fmt: skip
+FAMILIES = (*METHOD_NAMES, "adamerging_kl")
 
 
 @pytest.fixture
@@ -51,7 +48,7 @@ def test_it_parses(configs: Path, name: str) -> None:
     assert (configs / name).read_text().startswith("# ")  # it says what it is
 
 
-def test_every_family_has_one() -> None:
+def test_every_method_has_one() -> None:
     assert sorted(f"methods/{name}.yaml" for name in FAMILIES) == [
         name for name in ALL if name.startswith("methods/")
     ]
@@ -69,9 +66,9 @@ def test_a_methods_config_spells_its_defaults_and_has_the_images_it_needs(
     recipe = {"start", "iterations", "step_size", "oracle"} if name == "fw_hard" else set()
     for key in given.keys() - recipe:
         field = type(config.method).model_fields[key]
-        assert key == "name" or given[key] == field.default, key
-    images = {task.adapt is not None for task in config.tasks}
-    assert images == {needed_images(config) != "none"}
+        assert field.is_required() or given[key] == field.default, key
+    adapted = {task.adapt is not None for task in config.tasks}
+    assert adapted == {needed_images(config) != "none"}
 
 
 def test_the_kl_config_is_samerging(configs: Path) -> None:
@@ -89,8 +86,8 @@ def test_a_methods_config_is_ready_to_run(configs: Path, world: World, name: str
     """On the world's model and images instead of its own."""
     loaded = load_config(configs / "methods" / f"{name}.yaml")
     plan = make_plan(_on(world, loaded), Resources(cpus=2))
-    assert plan.models == 4
-    assert bool(plan.steps) == (name in ("adamerging_kl", "fw_hard", "fw_soft"))
+    assert plan.models == (1 if name == "joint" else 4)
+    assert bool(plan.steps) == (METHODS[loaded.method.name].loop is not None)
 
 
 def _on(world: World, config: Config) -> Config:
@@ -98,7 +95,9 @@ def _on(world: World, config: Config) -> Config:
     for task in tasks:
         if needed_images(config) == "labelled":
             task["adapt"] = task["test"]
-    method = config.method.model_dump(exclude={"start"})
+    method = config.method.model_dump(exclude={"start", "checkpoint"})
+    if config.method.name == "joint":
+        method["checkpoint"] = tasks[0]["checkpoint"]
     return world.parse(tasks=tasks, method=method)
 
 
