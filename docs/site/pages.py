@@ -24,6 +24,7 @@ OUTSIDE = (
     "cluster/README.md",
     "configs/README.md",
 )
+ROLE = re.compile(r":(?:class|func|meth):<code>~?(?:\w+\.)*(\w+)</code>")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
 
@@ -36,15 +37,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return Files([*kept, *(_file(path, config) for path in dict.fromkeys(paths))])
 
 
+def on_page_content(html: str, **_: object) -> str:
+    """Return the page with Sphinx roles of docstrings, such as ``:class:``, as plain code."""
+    return ROLE.sub(r"<code>\1</code>", html)
+
+
 def _linked(pages: list[str]) -> list[str]:
     """Return the files of the repository that the pages link to; folders are left out."""
-    found = []
+    linked = []
     for page in pages:
         for link in LINK.findall((ROOT / page).read_text(encoding="utf-8")):
             target = (ROOT / page).parent.joinpath(link).resolve()
             if target.is_file() and target.is_relative_to(ROOT):
-                found.append(target.relative_to(ROOT).as_posix())
-    return found
+                linked.append(target.relative_to(ROOT).as_posix())
+    return linked
 
 
 def _file(path: str, config: MkDocsConfig) -> File:
