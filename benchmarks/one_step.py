@@ -55,7 +55,7 @@ def _raymerge(args: argparse.Namespace) -> None:
     from raymerge.config import load_config
     from raymerge.engine.driver.loop import StepRecord, learn
     from raymerge.engine.driver.state import LearningState
-    from raymerge.runs.inputs import Merging
+    from raymerge.runs.inputs import MergeInputs
     from raymerge.runs.workers import open_group
 
     config = load_config(
@@ -70,11 +70,11 @@ def _raymerge(args: argparse.Namespace) -> None:
             *([f"cluster.cpus_per_worker={args.threads}"] if args.threads else []),
         ],
     )
-    merging = Merging(config)
+    inputs = MergeInputs(config)
     phases: list[dict[str, float]] = []
     began = time.perf_counter()
-    with open_group(config, merging.slots) as group:
-        reports = group.load(merging.load_request())
+    with open_group(config, inputs.slots) as group:
+        reports = group.load(inputs.load_request())
         load_s = time.perf_counter() - began
         print_json(ready=True)
         _wait(args)
@@ -85,17 +85,17 @@ def _raymerge(args: argparse.Namespace) -> None:
             if record.step < args.steps:
                 _wait(args)
 
-        start = LearningState.at(merging.start())
-        learning = merging.learning(group)
+        start = LearningState.at(inputs.initial_lambdas())
+        learning = inputs.learning(group)
         state = learn(group, learning.optimizer, start, args.steps, learning.monitor, observe)
     if args.out:
-        np.savez(args.out, lambdas=state.lambdas.numpy(), names=np.array(merging.layers.names))
+        np.savez(args.out, lambdas=state.lambdas.numpy(), names=np.array(inputs.layers.names))
     print_json(
         peak_rss_gb=peak_rss_gb(),
         load_s=load_s,
         vector_bytes=[report.vector_bytes for report in reports],
-        micro_batch=merging.plan.micro_batch,
-        planned_gb=sum(merging.plan.bytes_per_worker.values()) / 1e9,
+        micro_batch=inputs.plan.micro_batch,
+        planned_gb=sum(inputs.plan.bytes_per_worker.values()) / 1e9,
         phases={k: sorted(p[k] for p in phases)[len(phases) // 2] for k in phases[0]},
     )
 

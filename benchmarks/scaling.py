@@ -19,7 +19,7 @@ from measure import machine, median, print_json
 
 from raymerge.config import load_config
 from raymerge.engine.messages import StepRequest
-from raymerge.runs.inputs import Merging
+from raymerge.runs.inputs import MergeInputs
 from raymerge.runs.workers import open_group
 
 
@@ -49,11 +49,11 @@ def measure(args: argparse.Namespace, case: Path, workers: int, shards: int) -> 
             f"optimizer.steps={args.steps}",
         ],
     )
-    merging = Merging(config)
+    inputs = MergeInputs(config)
     seconds, loopback_bytes, phases = [], [], []
-    with open_group(config, merging.slots) as group:
-        reports = group.load(merging.load_request())
-        lambdas_KL = merging.start().numpy()
+    with open_group(config, inputs.slots) as group:
+        reports = group.load(inputs.load_request())
+        lambdas_KL = inputs.initial_lambdas().numpy()
         for step in range(args.steps):
             before, began = _loopback_bytes(), time.perf_counter()
             request = StepRequest(step, lambdas_KL)
@@ -61,7 +61,7 @@ def measure(args: argparse.Namespace, case: Path, workers: int, shards: int) -> 
             seconds.append(time.perf_counter() - began)
             loopback_bytes.append(_loopback_bytes() - before)
             phases.append(results[0].seconds)
-    columns = merging.pretrained.layout.shard(0, shards).padded_columns
+    columns = inputs.pretrained.layout.shard(0, shards).padded_columns
     return {
         "case": f"W={workers} S={shards}",
         "tasks": args.tasks,

@@ -198,7 +198,7 @@ def test_a_failed_run_is_one_line_and_exit_code_one(
     def fail(*args: object, **kwargs: object) -> None:
         raise RunError("worker 3 died; run again with --resume")
 
-    monkeypatch.setattr("raymerge.runs.merge.learn", fail)
+    monkeypatch.setattr("raymerge.runs.merge.learn_lambdas", fail)
     ran = raymerge("merge", config)
     assert (ran.code, ran.out) == (1, "")
     assert ran.err == "raymerge: error: worker 3 died; run again with --resume\n"
@@ -222,7 +222,7 @@ def test_a_bug_is_one_line_unless_asked(
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr("raymerge.runs.merge.learn", fail)
+    monkeypatch.setattr("raymerge.runs.merge.learn_lambdas", fail)
     ran = raymerge("merge", config)
     assert ran.code == 1
     assert ran.err.startswith(f"raymerge: error: {line}")

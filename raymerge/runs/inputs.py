@@ -32,7 +32,7 @@ from raymerge.runs.plan.plan import Plan
 from raymerge.runs.workers import known_resources
 
 
-class Merging:
+class MergeInputs:
     """A config and its files as θ₀, experts, basis, layers and a first λ."""
 
     def __init__(self, config: Config, plan: Plan | None = None) -> None:
@@ -72,7 +72,7 @@ class Merging:
                 for piece in expert.layout.shard(0, 1).pieces():
                     expert.read(piece, torch.empty(piece.stop - piece.start))
 
-    def start(self) -> Tensor:
+    def initial_lambdas(self) -> Tensor:
         """The method's constant λ, or the first one of learning: (J, L) float64."""
         run = self.method.start(self.options)
         if run is not None:

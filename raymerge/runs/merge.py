@@ -38,7 +38,7 @@ from raymerge.models.checkpoints.visual_tower import open_visual
 from raymerge.models.convert import Also, require_also, write_also
 from raymerge.models.pretrained import open_pretrained
 from raymerge.runs.folder import Recorder, RunFolder
-from raymerge.runs.inputs import Merging
+from raymerge.runs.inputs import MergeInputs
 from raymerge.runs.plan.checks import require_one_group
 from raymerge.runs.plan.make import make_plan
 from raymerge.runs.state import fingerprint, learning_states
@@ -87,20 +87,20 @@ def merge(
     folder.check(config, resume=resume, overwrite=overwrite)
     plan = make_plan(config, known_resources(config))
     require_also(plan.resolved, also)
-    merging = Merging(config, plan)
-    if also and not merging.method.merges:
+    inputs = MergeInputs(config, plan)
+    if also and not inputs.method.merges:
         raise UserError(f"--also {also[0]}: method {config.method.name} writes no model")
-    needs_workers = merging.needs_images or any(task.test for task in config.tasks)
-    workers = group_or_new(group, config, merging.slots) if needs_workers else nullcontext(None)
+    needs_workers = inputs.needs_images or any(task.test for task in config.tasks)
+    workers = group_or_new(group, config, inputs.slots) if needs_workers else nullcontext(None)
     with (
         workers as group,
         Tracking(config, folder.path, group, schedule_of(config).steps) as tracking,
     ):
-        return _run(merging, folder, group, tracking, resume=resume, also=also)
+        return _run(inputs, folder, group, tracking, resume=resume, also=also)
 
 
 def _run(
-    merging: Merging,
+    inputs: MergeInputs,
     folder: RunFolder,
     group: WorkerGroup | None,
     tracking: Tracking,
@@ -108,44 +108,44 @@ def _run(
     resume: bool,
     also: Sequence[Also] = (),
 ) -> MergeResult:
-    config, clock = merging.config, _Clock()
+    config, clock = inputs.config, _Clock()
     if group is not None:
         require_one_group(config, group.workers)
-    merging.require_finite()
-    lambdas_JL = merging.start()
-    if merging.needs_images:
+    inputs.require_finite()
+    lambdas_JL = inputs.initial_lambdas()
+    if inputs.needs_images:
         assert group is not None
-        if merging.method.statistics is not None:
-            merging.gather(group)
+        if inputs.method.statistics is not None:
+            inputs.gather(group)
             clock.lap("statistics")
         else:
-            _load(merging, group)
+            _load(inputs, group)
             clock.lap("load")
-            lambdas_JL = _learn(merging, folder, group, tracking, lambdas_JL, resume=resume)
+            lambdas_JL = _learn(inputs, folder, group, tracking, lambdas_JL, resume=resume)
             clock.lap("steps")
-    if merging.method.merges:
+    if inputs.method.merges:
         # Every file is read before anything is replaced.
         with stage_file(folder.weights, nearest_folder(folder.path)) as (temporary, commit):
-            merging.write(temporary, lambdas_JL)
+            inputs.write(temporary, lambdas_JL)
             folder.prepare(config, resume=resume, keep=temporary)
             commit()
-        folder.write_model_config(merging.resolved)
+        folder.write_model_config(inputs.resolved)
         write_also(folder.path, also)
-        if merging.method.rows:
-            folder.write_lambdas(config.model_names, merging.layers.names, lambdas_JL)
+        if inputs.method.rows:
+            folder.write_lambdas(config.model_names, inputs.layers.names, lambdas_JL)
         clock.lap("export")
     folder.prepare(config, resume=resume)
     scores: dict[str, TaskScore] = {}
     if group is not None and any(task.test for task in config.tasks):
-        scores = _score_written(config, group, str(folder.path) if merging.method.merges else None)
+        scores = _score_written(config, group, str(folder.path) if inputs.method.merges else None)
         clock.lap("evaluate")
     incidents = () if group is None else group.incidents
-    folder.write_results(config, merging.plan, scores, clock.laps, incidents)
+    folder.write_results(config, inputs.plan, scores, clock.laps, incidents)
     tracking.finish(scores)
     return MergeResult(
         config=config,
-        layers=merging.layers.names,
-        lambdas=lambdas_JL if merging.method.merges and merging.method.rows else None,
+        layers=inputs.layers.names,
+        lambdas=lambdas_JL if inputs.method.merges and inputs.method.rows else None,
         scores=scores,
         seconds=clock.laps,
         output=folder.path,
@@ -162,15 +162,15 @@ def _score_written(config: Config, group: WorkerGroup, model: str | None) -> dic
         ) from error
 
 
-def _load(merging: Merging, group: WorkerGroup) -> None:
+def _load(inputs: MergeInputs, group: WorkerGroup) -> None:
     with progress_bar("loading", unit="img") as progress:
-        reports = group.load(merging.load_request(), progress)
+        reports = group.load(inputs.load_request(), progress)
     for report in reports:
         logger.info("worker %d on %s: %s", report.rank, report.device, ", ".join(report.tasks))
 
 
 def _learn(
-    merging: Merging,
+    inputs: MergeInputs,
     folder: RunFolder,
     group: WorkerGroup,
     tracking: Tracking,
@@ -179,17 +179,17 @@ def _learn(
     resume: bool,
 ) -> Tensor:
     """The adaptive loop with state, metrics and a progress bar; the effective λ (K, L)."""
-    config, loop = merging.config, merging.method.loop
+    config, loop = inputs.config, inputs.method.loop
     assert loop is not None
     store = learning_states(
         folder.state,
         fingerprint(config),
         config.model_names,
-        merging.layers.names,
+        inputs.layers.names,
         config.state.keep,
     )
     state = (store.newest() if resume else None) or LearningState.at(start_KL)
-    steps, key = schedule_of(config).steps, merging.method.steps_key
+    steps, key = schedule_of(config).steps, inputs.method.steps_key
     if state.step > steps:
         raise UserError(
             f"{key}: {steps}, but the run in {folder.path} has taken {state.step}; "
@@ -204,7 +204,7 @@ def _learn(
     every = config.state.every_steps
     urgent, log = lambda: group.preemption_pending, tracking.observe
     with Recorder(folder, store, every, state, steps, urgent, log) as recorder:
-        return learn_lambdas(loop, merging.learning(group), state, recorder.observe)
+        return learn_lambdas(loop, inputs.learning(group), state, recorder.observe)
 
 
 def evaluate(config: Config, model: str | None = None) -> dict[str, TaskScore]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from world import World
 import raymerge
 from raymerge.config import Config
 from raymerge.engine.driver.loop import StepRecord
+from raymerge.engine.driver.monitor import Monitor
 from raymerge.engine.driver.state import LearningState
 from raymerge.errors import RunError, UserError
 from raymerge.merging.guard import CollapseGuard
 from raymerge.runs.folder import Recorder
-from raymerge.runs.inputs import Merging
 from raymerge.runs.merge import MergeResult, evaluate, merge
 from raymerge.runs.state import learning_states
 
@@ -715,8 +716,8 @@ def test_what_the_loop_remembers_is_resumed_as_well(
 
 
 def _nervous(monkeypatch: pytest.MonkeyPatch, warmup_steps: int = 1) -> None:
-    watch, guard = Merging.watch, CollapseGuard(2.0, momentum=0.5, warmup_steps=warmup_steps)
-    monkeypatch.setattr(Merging, "watch", lambda self: replace(watch(self), guard=guard))
+    guard = CollapseGuard(2.0, momentum=0.5, warmup_steps=warmup_steps)
+    monkeypatch.setattr("raymerge.runs.inputs.Monitor", partial(Monitor, guard=guard))
 
 
 def test_a_run_ends_and_reports_though_no_task_is_left(

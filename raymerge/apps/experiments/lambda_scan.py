@@ -20,7 +20,7 @@ from raymerge.engine.scores import TaskScore
 from raymerge.errors import UserError
 from raymerge.merging.registry import method_of
 from raymerge.models.resolve import WEIGHTS_FILE
-from raymerge.runs.inputs import Merging
+from raymerge.runs.inputs import MergeInputs
 from raymerge.runs.merge import score
 
 METHODS: Mapping[str, Changes] = select("task_arithmetic", "ties")
@@ -65,14 +65,14 @@ def scan(
     ``folder``: a folder that every worker can read; one model at a time is written there and
     removed.
     """
-    merging = Merging(config)
+    inputs = MergeInputs(config)
     scores: list[Mapping[str, TaskScore]] = []
-    merging.require_finite()
+    inputs.require_finite()
     folder.mkdir(parents=True, exist_ok=True)
     for scaling in scalings:
         with tempfile.TemporaryDirectory(prefix=".scan-", dir=folder) as temporary:
             weights = Path(temporary) / WEIGHTS_FILE
-            merging.write(weights, torch.full_like(merging.start(), scaling))
+            inputs.write(weights, torch.full_like(inputs.initial_lambdas(), scaling))
             scores.append(score(config, group, str(weights)))
     return scores
 

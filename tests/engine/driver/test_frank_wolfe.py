@@ -27,7 +27,7 @@ from raymerge.engine.worker.worker import MergeWorker
 from raymerge.errors import RunError, UserError
 from raymerge.merging import frank_wolfe as fw
 from raymerge.runs.folder import Recorder
-from raymerge.runs.inputs import Merging
+from raymerge.runs.inputs import MergeInputs
 from raymerge.runs.merge import MergeResult, merge
 from raymerge.runs.workers import open_group
 
@@ -304,14 +304,14 @@ def test_the_gradient_with_tasks_that_no_model_was_trained_for(
     given = [tasks[0], *({k: v for k, v in t.items() if k != "checkpoint"} for t in tasks[1:])]
     given[2] = tasks[2]  # models 0 and 2, tasks 0 to 3
     config = _config(world, tasks=given, method={"name": "fw_hard"})
-    merging = Merging(config)
+    inputs = MergeInputs(config)
     lambdas_KL = torch.full((2, len(pretrained)), 0.2, dtype=torch.float64)
     models = [experts[0], experts[2]]
     theta = _theta(lambdas_KL, pretrained, models)
     source = ClipSource(config.model, config.tasks)
     group = [MergeWorker(source, WorkerSpec(rank, workers)) for rank in range(workers)]
     for worker in group:
-        worker.load(merging.load_request())
+        worker.load(inputs.load_request())
     for weights_M, counted in ((None, tasks), (np.eye(4)[3], tasks[3:])):
         request = StepRequest(0, lambdas_KL.numpy(), weights=weights_M)
         total = sum_results([worker.step(request) for worker in group], request, workers)
@@ -348,10 +348,10 @@ def test_an_objective_may_be_of_other_tasks_than_the_models(
 
 def _mixed(config: Config, group: Any, seed: int = 0) -> tuple[loops.Mixed, Tensor, Tensor]:
     """A group whose three coefficients mix random directions from a random origin."""
-    merging = Merging(config)
-    group.load(merging.load_request())
+    inputs = MergeInputs(config)
+    group.load(inputs.load_request())
     generator = torch.Generator().manual_seed(seed)
-    shape = (len(config.models), len(merging.layers.names))
+    shape = (len(config.models), len(inputs.layers.names))
     origin_KL = 0.2 * torch.rand(shape, generator=generator, dtype=torch.float64)
     directions_JKL = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
     directions_JKL[:, 1] = 0  # a model that none of them uses
@@ -505,12 +505,12 @@ def test_details_of_a_step_are_norms_and_products(
     experts: list[dict[str, Tensor]],
 ) -> None:
     config = _config(world, method={"name": "fw_hard"})
-    merging = Merging(config)
+    inputs = MergeInputs(config)
     lambdas_KL = torch.full((4, len(pretrained)), 0.15, dtype=torch.float64)
     theta = _theta(lambdas_KL, pretrained, experts)
     g = direct.gradient(theta, _tasks(world))
     with open_group(config, None) as group:
-        group.load(merging.load_request())
+        group.load(inputs.load_request())
         request = StepRequest(0, lambdas_KL.numpy(), details=True)
         found = sum_results(group.step(request), request, 1).details
     expected = {
