@@ -1,4 +1,4 @@
-"""``python -m raymerge`` is ``raymerge``."""
+"""Run the command line as ``python -m raymerge``."""
 
 import sys
 

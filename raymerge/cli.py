@@ -1,4 +1,7 @@
-"""The command line: thin, lazy (``raymerge --help`` imports no torch), one line per error."""
+"""The command line: one line per error, results on stdout.
+
+Each command imports the libraries it needs when it runs, so ``raymerge --help`` is instant.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ _EPILOG = "Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 inter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code. Results go to stdout, all else to stderr."""
-    for stream in (sys.stdout, sys.stderr):  # λ on a Latin-1 terminal is no reason to fail
+    """Run one command and return its exit code. Results go to stdout, the rest to stderr."""
+    for stream in (sys.stdout, sys.stderr):  # a Latin-1 terminal cannot show λ
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Redacting(logging.Formatter):
-    """Libraries log the URLs that they ask for, signatures and all."""
+    """Remove credentials from log lines: libraries log URLs with their signatures."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
@@ -71,7 +74,7 @@ def _fail(message: object, code: int) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A wrong command line is one line, as every other error is."""
+    """Report a wrong command line in one line, as every other error."""
 
     def error(self, message: str) -> NoReturn:
         sys.exit(_fail(f"{message}; see `{self.prog} --help`", 2))
@@ -86,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.set_defaults(run=_version_or_help, verbose=False)
+    # One function per command, in the order of --help.
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_demo(commands)
     _add_plan(commands)
@@ -178,7 +182,7 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    inspect = commands.add_parser("inspect", help="what is in this checkpoint")
+    inspect = commands.add_parser("inspect", help="show what is in a checkpoint")
     inspect.add_argument("checkpoint")
     inspect.add_argument("--json", action="store_true", help="print as JSON")
     inspect.set_defaults(run=_inspect)
@@ -265,7 +269,7 @@ def _config(args: argparse.Namespace) -> Config:
 
 
 def _config_or_job(args: argparse.Namespace) -> Config | Job:
-    """The file's config; or the job of state dicts that a mergekit or fusion_bench file holds."""
+    """Return the file's config, or the job that a mergekit or fusion_bench file describes."""
     from raymerge.apps.peers import open_foreign
     from raymerge.config import load_config
 
@@ -279,7 +283,7 @@ def _plan_job(job: Job, args: argparse.Namespace) -> int:
 
 def _merge_job(job: Job, args: argparse.Namespace) -> int:
     if args.resume:
-        raise UserError("--resume: a merge of state dicts has no steps to resume; run it anew")
+        raise UserError("--resume: a merge of state dicts has no steps to resume; run it again")
     if args.also:
         raise UserError(
             "--also: a merge of state dicts is written as its config says; leave it out"
@@ -425,9 +429,9 @@ def _prepare(args: argparse.Namespace) -> int:
     name = f"vit-{args.suite}" if args.suite.isdigit() else args.suite
     suite = load_suite(name)
     members = [data_set.name for data_set in suite.data_sets]
-    for given in args.only or ():
-        if given not in members:
-            raise UserError(f"--only: {unknown_name(given, members)}")
+    for member in args.only or ():
+        if member not in members:
+            raise UserError(f"--only: {unknown_name(member, members)}")
     chosen = [each for each in suite.data_sets if each.name in (args.only or members)]
     done = prepare(chosen, Path(args.root), from_hub, lambda line: print(line, file=sys.stderr))
     if args.json:

@@ -1,7 +1,7 @@
-"""What raymerge raises. Every message is one line: what, where, the numbers, the remedy.
+"""The errors that raymerge raises, and helpers for their messages.
 
-All of these survive pickling (only ``args`` carry state), so an error raised in a Ray actor
-reads the same on the driver.
+A message is one line: what, where, the numbers, the remedy. The errors survive pickling (only
+``args`` carry state), so one that is raised in a Ray actor reads the same on the driver.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from collections.abc import Iterable
 
 
 def escape_unprintable(text: str) -> str:
-    """One line that a terminal shows as it is: names from files may hold line breaks, and codes
-    that move its cursor or change its title."""
+    """Return a text as one line that is safe to print.
+
+    Names from files may hold line breaks, and codes that move a terminal's cursor.
+    """
     if text.isprintable():
         return text
     line = " ".join(text.split("\n"))
@@ -66,7 +68,7 @@ class UserError(RaymergeError):
 
 
 class ConfigError(UserError):
-    """A config file or an override does not say what raymerge understands."""
+    """A config file or an override has an unknown key or a wrong value."""
 
 
 class CheckpointError(UserError):
@@ -74,7 +76,7 @@ class CheckpointError(UserError):
 
 
 class RemoteError(UserError):
-    """A file behind a URL is missing, cannot be reached, or does not come as it is there."""
+    """A file behind a URL is missing, cannot be reached, or arrives damaged."""
 
 
 class DataError(UserError):
@@ -86,7 +88,7 @@ class RunError(RaymergeError):
 
 
 class NonFiniteError(RunError):
-    """A step (counted from 0) gave NaN or infinity; λ is as it was before it. ``what``: where."""
+    """A step (counted from 0) gave NaN or infinity, and λ is as it was before that step."""
 
     def __init__(self, what: str, step: int) -> None:
         super().__init__(what, step)
@@ -101,8 +103,8 @@ class NonFiniteError(RunError):
 
 
 class WorkerLostError(RunError):
-    """A worker died, or did not answer in time; the saved state allows ``--resume``."""
+    """A worker died or did not answer in time; ``--resume`` continues from the saved state."""
 
 
 class PeerLostError(WorkerLostError):
-    """A collective failed under a worker that is itself well: a peer or the network is gone."""
+    """A collective failed in a healthy worker: a peer or the network is lost."""

@@ -289,7 +289,7 @@ def test_fewer_than_two_classes(attempt: Attempt) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "mention"), [("", "holds no line"), (None, "cannot be read"), ("one", "at least 2")]
+    ("content", "mention"), [("", "has no lines"), (None, "cannot be read"), ("one", "at least 2")]
 )
 def test_class_name_file(attempt: Attempt, content: str | None, mention: str) -> None:
     names = attempt.folder / "names.txt"

@@ -1,8 +1,8 @@
-"""The config: typed, frozen, validated once.
+"""The config as frozen types, validated once.
 
-``load_config`` reads YAML with the safe loader, applies ``-o key.path=value`` overrides and a
-preset, checks every key, and makes every path absolute (paths are relative to the config's own
-folder). A wrong key or value raises :class:`~raymerge.errors.ConfigError` in one line.
+``load_config`` reads YAML, applies a preset and ``-o key.path=value`` overrides, checks every key
+and makes every path absolute: paths start from the config's own folder. A wrong key or value
+raises :class:`~raymerge.errors.ConfigError` in one line.
 """
 
 from raymerge.config.finetune import FinetuneConfig

@@ -1,4 +1,4 @@
-"""An experiment's config: what ``raymerge experiment`` reads.
+"""The config of an experiment, for ``raymerge experiment``.
 
 experiment: {name: robustness, severity: 2}
 base: vit_b32_8tasks.yaml        # a merge's config, or an embedded world
@@ -20,7 +20,7 @@ from raymerge.config.wording import explain
 from raymerge.errors import ConfigError
 
 EMBEDDED = ("demo", "demo-interfering")
-"""The embedded worlds, which an experiment may have as its base."""
+"""Embedded worlds, which can be the base of an experiment."""
 
 
 class Methods(Frozen):
@@ -34,7 +34,7 @@ class Generalisation(Frozen):
 
     name: Literal["generalisation"]
     unseen: tuple[tuple[str, ...], ...] = Field(min_length=1)
-    """One split for each: the names of the tasks that the merge does not see."""
+    """One merge each, with the names of the tasks that it does not see."""
 
 
 class Robustness(Frozen):
@@ -63,18 +63,20 @@ class LambdaScan(Frozen):
 
 
 class FwScaling(Frozen):
-    """FW-Merging with more and more candidate models: accuracy and memory."""
+    """Accuracy and memory of FW-Merging by the number of candidate models."""
 
     name: Literal["fw_scaling"]
     irrelevant: int = Field(default=16, ge=0)
     relevant: int = Field(default=16, ge=0)
     own: Annotated[int, Field(ge=1)] | Annotated[tuple[str, ...], Field(min_length=1)] = 2
-    """The tested tasks whose models the relevant ones are added to: how many, or their names."""
+    """Tested tasks whose models are the first candidates: their number or their names."""
 
 
 class Seeds(Frozen):
-    """Methods over several seeds: mean and standard deviation. Of an embedded world each seed is a
-    world of its own, else other images are drawn."""
+    """Methods over several seeds: mean and standard deviation.
+
+    Each seed builds an embedded world of its own; with other models it only draws other images.
+    """
 
     name: Literal["seeds"]
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
@@ -89,7 +91,7 @@ Experiment = Annotated[
 
 
 class ExperimentConfig(Frozen):
-    """One experiment. ``methods``: name → what it changes in the base config; default: its own."""
+    """One experiment. ``methods``: name → changes to the base config; default: the experiment's."""
 
     experiment: Experiment
     base: Reference
@@ -101,7 +103,7 @@ class ExperimentConfig(Frozen):
 def load_experiment(
     path: str | Path, overrides: Iterable[str] = (), output: str | None = None
 ) -> ExperimentConfig:
-    """Read a YAML; raises :class:`ConfigError` naming the file, the key and the remedy."""
+    """Read a YAML file; raises :class:`ConfigError` naming the file, the key and the remedy."""
     path = Path(path)
     data = read_yaml(path)
     for override in overrides:

@@ -33,25 +33,25 @@ class FinetuneConfig(Frozen):
     targets: Literal["experts", "joint", "both"] = "experts"
     """``joint``: one encoder trained on all tasks at once (Traditional MTL)."""
     epochs: PerTask | None = None
-    """Over each task's training images; default 10."""
+    """Passes over each task's training images; default 10."""
     steps: PerTask | None = None
-    """Instead of ``epochs``."""
+    """Steps of each task, instead of ``epochs``."""
     joint_steps: int | None = Field(default=None, ge=1)
-    """Default: the most that one of its tasks takes alone."""
+    """Default: the largest number of steps of any task's expert."""
     batch_size: int = Field(default=128, ge=1)
-    """Images of one task in a step; a step of the joint reference takes as many of every task."""
+    """Images per step of one task; a step of the joint reference takes as many of every task."""
     lr: float = Field(default=1e-5, gt=0)
     betas: Betas = (0.9, 0.999)
     weight_decay: float = Field(default=0.1, ge=0)
     warmup_steps: int = Field(default=500, ge=0)
-    """Over which the rate rises to ``lr``; it falls to 0 along half a cosine in the others."""
+    """Steps in which the rate rises to ``lr``; after them it falls to 0 along half a cosine."""
     clip_norm: float = Field(default=1.0, gt=0)
-    """Most that the gradient's norm may be; larger ones are scaled down to it."""
+    """Largest norm of the gradient; a larger one is scaled down to it."""
     augment: Literal["none", "open_clip"] = "none"
     """``none``: the validation preprocessing, as the task-vectors code does. ``open_clip``:
     open_clip's own training transform, a random crop of 90 to 100 % of the area."""
     state_every_steps: int = Field(default=100, ge=1)
-    """How often the weights and the optimiser's moments are saved for ``--resume``."""
+    """Steps between two saves of the weights and the moments, for ``--resume``."""
 
     @model_validator(mode="after")
     def _one_measure_of_length(self) -> FinetuneConfig:
@@ -60,7 +60,7 @@ class FinetuneConfig(Frozen):
         return self
 
     def steps_for(self, task: str, steps_per_epoch: int) -> int | None:
-        """Of the expert of ``task``; None where ``steps`` names neither it nor a default."""
+        """Return the steps of a task's expert, or None if ``steps`` has no number for it."""
         if self.steps is not None:
             return self.steps.get(task, self.steps.get(_DEFAULT))
         epochs = self.epochs or {}
@@ -68,11 +68,11 @@ class FinetuneConfig(Frozen):
 
     @property
     def named_tasks(self) -> dict[str, str]:
-        """Task name → the key that names it."""
-        given = {"epochs": self.epochs or {}, "steps": self.steps or {}}
+        """The tasks that the section names, with the key that names each."""
+        sections = {"epochs": self.epochs or {}, "steps": self.steps or {}}
         return {
             task: f"finetune.{key}.{task}"
-            for key, values in given.items()
+            for key, values in sections.items()
             for task in values
             if task != _DEFAULT
         }

@@ -1,4 +1,8 @@
-"""YAML → :class:`Config`: overrides, suites, presets, shorthands and paths, then validation."""
+"""Load a YAML config: overrides, suites, presets, shorthands and paths, then validation.
+
+The steps work on plain dicts in place; schema.py validates the result once, and wording.py words
+its errors.
+"""
 
 from __future__ import annotations
 
@@ -44,25 +48,25 @@ _PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
-"""Of the safe loader: it leaves to Python what a date, a number or a key cannot be."""
+"""The errors of the safe loader, which leaves the checks of dates, numbers and keys to Python."""
 
 _SHORT_FOR = {"model": "arch", "method": "name", "suite": "name"}
-"""Section → the key that a plain word in its place gives."""
+"""Section → the key that a plain word in place of the section sets."""
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML config; ``overrides`` are ``key.path=value`` strings, values in YAML.
+    """Read a YAML config; ``overrides`` are ``key.path=value`` strings with values in YAML.
 
     Raises :class:`ConfigError` naming the file, the key, the value and the remedy.
     """
     path = Path(path)
     source = f"config {path}"
-    data = _overridden(read_yaml(path), tuple(overrides), source)
+    data = _apply_overrides(read_yaml(path), tuple(overrides), source)
     return parse_config(data, root=path.parent.absolute(), source=source)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping; raises :class:`ConfigError`."""
+    """Return the mapping in a YAML file; raises :class:`ConfigError`."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -82,7 +86,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _require_shallow(text: str) -> None:
-    """The loader takes time by the square of the depth, and then runs out of stack."""
+    """Refuse deep nesting: the loader's time grows with the square of the depth."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent)
@@ -102,13 +106,15 @@ def parse_config(data: Mapping[str, Any], *, root: Path, source: str = "config")
     except ValidationError as error:
         raise ConfigError(redact(f"{source}: {explain(error, Config)}")) from None
     except UnicodeEncodeError as error:
-        text = f"{source}: {excerpt(error.object)} holds a character that is none; remove it"
+        text = f"{source}: {excerpt(error.object)} holds half of a surrogate pair; remove it"
         raise ConfigError(text) from None
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML that ``load_config`` reads back to an equal config, but for
-    credentials in URLs, which are left out."""
+    """Return YAML that ``load_config`` reads back to an equal config.
+
+    Credentials in URLs are left out.
+    """
     data = redact_values(config.model_dump(mode="json", exclude_none=True))
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
@@ -116,20 +122,21 @@ def dump_config(config: Config) -> str:
 # --- before validation: overrides, presets, shorthands, paths ---------------------------------
 
 
-def _overridden(data: dict[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
-    """The suite's overrides come first: the others may name the tasks that it stands for."""
-    of_suite = [override for override in overrides if re.match(r"suite[.=]", override)]
-    for override in of_suite:
+def _apply_overrides(data: dict[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
+    """Apply those of the suite first: the others may name the tasks that it stands for."""
+    suite_overrides = [override for override in overrides if re.match(r"suite[.=]", override)]
+    for override in suite_overrides:
         apply_override(data, override)
     if data.get("suite") is not None:
         data = with_suites(data, source)
     for override in overrides:
-        if override not in of_suite:
+        if override not in suite_overrides:
             apply_override(data, override)
     return data
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one value, given as ``key.path=value``, in nested dicts and lists."""
     key_path, separator, value = override.partition("=")
     if not separator or not key_path:
         raise ConfigError(f"override {override!r}: write it as key.path=value")
@@ -175,18 +182,18 @@ def _with_preset(data: dict[str, Any], source: str) -> dict[str, Any]:
         raise ConfigError(f"{source}: preset: {unknown_name(name, _PRESETS)}")
     data = _with_shorthands(data)
     for section, defaults in _PRESETS[name].items():
-        given = data.get(section) or {}
-        if not isinstance(given, dict):
-            continue  # validation will say so
-        if section == "method" and given.get("name", "adamerging") != "adamerging":
+        own = data.get(section) or {}
+        if not isinstance(own, dict):
+            continue  # validation reports it
+        if section == "method" and own.get("name", "adamerging") != "adamerging":
             continue
         base = {"name": "adamerging"} if section == "method" else {}
-        data[section] = {**base, **defaults, **given}
+        data[section] = {**base, **defaults, **own}
     return data
 
 
 def _with_shorthands(data: dict[str, Any]) -> dict[str, Any]:
-    """``model: local-dir:x`` and ``method: ties`` are short for the mapping with one key."""
+    """Expand ``model: local-dir:x`` and ``method: ties`` to mappings with one key."""
     for section, key in _SHORT_FOR.items():
         if isinstance(data.get(section), str):
             data[section] = {key: data[section]}
@@ -200,15 +207,15 @@ def _resolve_paths(data: dict[str, Any], root: Path, source: str) -> None:
     tasks = data.get("tasks")
     if isinstance(tasks, list):
         data["tasks"] = [
-            _resolved_task(task, root, f"{source}: tasks[{i}]") if isinstance(task, dict) else task
+            _resolve_task(task, root, f"{source}: tasks[{i}]") if isinstance(task, dict) else task
             for i, task in enumerate(tasks)
         ]
     if isinstance(data.get("output"), str):
         data["output"] = absolute_path(data["output"], root)
     for section, key in (("vectors", "folder"), ("method", "checkpoint"), ("method", "start")):
-        given = data.get(section)
-        if isinstance(given, dict) and isinstance(given.get(key), str):
-            data[section] = {**given, key: absolute_path(given[key], root)}
+        values = data.get(section)
+        if isinstance(values, dict) and isinstance(values.get(key), str):
+            data[section] = {**values, key: absolute_path(values[key], root)}
 
 
 def _resolve_model(model: dict[str, Any], root: Path) -> None:
@@ -222,7 +229,7 @@ def _resolve_model(model: dict[str, Any], root: Path) -> None:
         model["pretrained"] = absolute_path(pretrained, root)
 
 
-def _resolved_task(task: dict[str, Any], root: Path, where: str) -> dict[str, Any]:
+def _resolve_task(task: dict[str, Any], root: Path, where: str) -> dict[str, Any]:
     task = dict(task)
     for key in ("checkpoint", "head", "adapt", "test", "train"):
         if isinstance(task.get(key), str):
@@ -235,6 +242,7 @@ def _resolved_task(task: dict[str, Any], root: Path, where: str) -> dict[str, An
 
 
 def absolute_path(path: str, root: Path) -> str:
+    """Return a path or data reference whose local part starts from ``root``; URLs as they are."""
     if path.startswith("local-dir:"):
         return "local-dir:" + absolute_path(path.removeprefix("local-dir:"), root)
     if path.startswith("torchvision:"):
@@ -242,7 +250,7 @@ def absolute_path(path: str, root: Path) -> str:
             lambda found: found[1] + quote(absolute_path(unquote(found[2]), root), safe="/:+ ~"),
             path,
         )
-    if not path or _REMOTE.match(path):  # an empty one is refused below, and is not the root
+    if not path or _REMOTE.match(path):  # an empty path is refused later
         return path
     return str((root / Path(path).expanduser()).absolute())
 
@@ -263,10 +271,10 @@ def _read_lines(path: Path, where: str) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"{where}: {path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:  # of the text, or of a name that no file has
-        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "is no path"
+    except ValueError as error:  # not UTF-8, or an impossible file name
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "not a valid path"
         raise ConfigError(f"{where}: {path}: cannot be read: {reason}") from error
     names = [line.strip() for line in lines if line.strip()]
     if not names:
-        raise ConfigError(f"{where}: {path}: holds no line; write one name per line")
+        raise ConfigError(f"{where}: {path}: has no lines; write one name per line")
     return names

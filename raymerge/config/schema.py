@@ -1,4 +1,4 @@
-"""The config's sections: typed, frozen, validated once. Past this package there are no dicts."""
+"""The sections of the config: typed, frozen, validated once. Other rooms see no dicts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MODEL_SCHEMES = ("local-dir:", "hf-hub:")
 
 
 class ModelConfig(Frozen):
-    """The pretrained model θ₀: which architecture, and where its weights are."""
+    """The pretrained model θ₀: its architecture and its weights."""
 
     arch: str
     """An open_clip architecture, a config JSON, ``local-dir:DIR``, ``hf-hub:ORG/NAME``, or the
@@ -40,7 +40,7 @@ class ModelConfig(Frozen):
 
     @property
     def reference(self) -> str:
-        """What the weights are read from: a file, a folder, a hub id or an open_clip tag."""
+        """The place of the weights: a file, a folder, a hub id or an open_clip tag."""
         return self.arch if self.pretrained is None else self.pretrained
 
     @model_validator(mode="after")
@@ -59,8 +59,8 @@ class ModelConfig(Frozen):
 class TaskConfig(Frozen):
     """One task: its expert, its classes, its images.
 
-    Without a checkpoint it is a task that no model was trained for: only tested, or one that
-    Frank-Wolfe learns for. Without images it is a model that is only merged.
+    A task without a checkpoint is only tested, or Frank-Wolfe learns for it. A task without
+    images is only merged.
     """
 
     name: str
@@ -96,7 +96,7 @@ class TaskConfig(Frozen):
     @classmethod
     def _classes_differ(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if len(names) == 1:
-            raise ValueError(f"{names[0]!r} alone is nothing to choose from; list at least 2")
+            raise ValueError(f"{names[0]!r} is the only class; list at least 2")
         return names
 
     @field_validator("name")
@@ -112,7 +112,7 @@ class TaskConfig(Frozen):
         for template in templates:
             if template.count("{}") != 1:
                 raise ValueError(f"template {template!r} needs exactly one {{}} for the class name")
-            if _fields(template) != [("", "", None)]:  # never formatted before it is seen to be so
+            if _fields(template) != [("", "", None)]:  # checked before it is ever formatted
                 raise ValueError(
                     f"template {template!r} has braces besides {{}}; write them as {{{{ and }}}}"
                 )
@@ -120,7 +120,7 @@ class TaskConfig(Frozen):
 
 
 def _fields(template: str) -> list[tuple[str, str | None, str | None]]:
-    """Name, format and conversion of each field; none where the braces do not match."""
+    """Return name, format and conversion of each field; none if the braces do not match."""
     try:
         parts = Formatter().parse(template)
         return [(name, spec, how) for _, name, spec, how in parts if name is not None]
@@ -143,8 +143,8 @@ class OptimizerConfig(Frozen):
     sharpness: float = Field(default=0.0, ge=0)
     """Sharpness-aware steps: the gradient is taken this far up the slope. Twice the work."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do with a step whose loss or gradient is NaN or infinite. ``skip``: leave λ and the
-    moments as they are and go on to the next step's images; ten in a row stop the run."""
+    """The reaction to a step with a NaN or infinite loss or gradient. ``skip``: keep λ and the
+    moments and continue with the next step's images; ten in a row stop the run."""
 
     @property
     def images_per_step(self) -> int:
@@ -152,7 +152,7 @@ class OptimizerConfig(Frozen):
 
 
 class ClusterConfig(Frozen):
-    """Where the work runs: ``workers: 0`` in this process, else that many Ray actors."""
+    """The workers: ``workers: 0`` computes in this process, otherwise they are Ray actors."""
 
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     shards: int = Field(default=1, ge=1)
@@ -165,23 +165,23 @@ class ClusterConfig(Frozen):
     """Most images in one forward and backward pass. ``auto``: as many as keep the activations
     within half a gigabyte on a CPU, all of a worker's images on a GPU."""
     min_workers: Annotated[int, Field(ge=1)] | None = None
-    """Fewest workers to go on with when others are lost for good; default: ``shards``, one copy of
-    the task vectors as planned. Given, a run also starts with fewer than ``workers``."""
+    """Fewest workers to continue with when others cannot be restarted; default: ``shards``, one
+    copy of the task vectors as planned. If set, a run also starts with fewer than ``workers``."""
     start_timeout_s: float = Field(default=300.0, gt=0)
     load_timeout_s: float = Field(default=3600.0, gt=0)
     step_timeout_s: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
-    """Longest step of workers that do answer pings. ``auto``: five times the median of the last
+    """Longest step of workers that answer heartbeats. ``auto``: five times the median of the last
     steps and at least a minute; ten minutes for the first."""
     hang_timeout_s: float = Field(default=60.0, gt=0)
-    """A worker that answers no ping for so long is frozen: it is killed and replaced."""
+    """A worker that answers no heartbeat for this long is killed and restarted."""
     replace_timeout_s: float = Field(default=60.0, ge=0)
-    """How long to wait for a lost worker's successor before going on with fewer."""
+    """Wait for the restart of a lost worker before the run continues with fewer."""
     max_worker_failures: Annotated[int, Field(ge=0)] | None = 10
-    """Workers that died, hung or lost their node, in one run; None: any number."""
+    """Most failures of running workers (died, hung, lost their node) in one run; None: no limit."""
     max_start_failures: Annotated[int, Field(ge=0)] | None = 5
-    """Workers that died before they were ready."""
+    """Most failures of workers before they were ready; None: no limit."""
     max_preemptions: Annotated[int, Field(ge=0)] | None = None
-    """Nodes taken back by the cloud, which says so."""
+    """Most nodes that the cloud takes back with notice; None: no limit."""
 
     @model_validator(mode="after")
     def _min_workers_are_no_more(self) -> ClusterConfig:
@@ -206,16 +206,16 @@ class ClusterConfig(Frozen):
 
 
 class VectorsConfig(Frozen):
-    """How a worker keeps its task vectors: K times the model's size, read twice a step."""
+    """The storage of a worker's task vectors: K times the model's size, read twice a step."""
 
     dtype: VectorDtype | Literal["auto"] = "auto"
     """``auto``: float32 where it fits into memory, else bfloat16 (half the bytes)."""
     location: VectorLocation | Literal["auto"] = "auto"
-    """``device``: where the model computes. ``host``: this machine's memory, copied to the GPU
-    block by block. ``disk``: a memory-mapped file. ``auto``: the first of these that fits.
-    ``files``: nowhere; the checkpoints are read anew in every step."""
+    """``device``: the memory of the model's device. ``host``: the machine's memory, copied to the
+    GPU block by block. ``disk``: a memory-mapped file. ``auto``: the first of these that fits.
+    ``files``: no storage; the checkpoints are read again in every step."""
     folder: Reference | None = None
-    """Where ``disk`` puts its file, which vanishes with the worker; default: the temporary one."""
+    """The folder of ``disk``'s file, which is removed with the worker; default: the temporary."""
 
     @model_validator(mode="after")
     def _files_are_as_they_are(self) -> VectorsConfig:
@@ -225,7 +225,7 @@ class VectorsConfig(Frozen):
 
 
 class CardConfig(Frozen):
-    """What the model card says that raymerge cannot know."""
+    """Facts for the model card that raymerge cannot know."""
 
     license: str | None = None
     """As the hub names it: apache-2.0, mit, cc-by-4.0 …"""
@@ -234,12 +234,12 @@ class CardConfig(Frozen):
     @field_validator("license", "authors")
     @classmethod
     def _holds_no_credential(
-        cls, given: str | tuple[str, ...] | None
+        cls, value: str | tuple[str, ...] | None
     ) -> str | tuple[str, ...] | None:
-        """It is published as it is: URLs in it are shown as all others are."""
-        if isinstance(given, tuple):
-            return tuple(map(redact, given))
-        return given and redact(given)
+        """Redact the URLs: the model card is published."""
+        if isinstance(value, tuple):
+            return tuple(map(redact, value))
+        return value and redact(value)
 
 
 class WandbConfig(Frozen):
@@ -249,13 +249,13 @@ class WandbConfig(Frozen):
     entity: str | None = None
     """The user or team; default: the key's own."""
     name: str | None = None
-    """What the run is called there; default: the output folder's name."""
+    """The run's name on W&B; default: the output folder's name."""
     mode: Literal["online", "offline"] = "online"
     """``offline`` writes below the output folder, for ``wandb sync``."""
 
 
 class TrackingConfig(Frozen):
-    """Who else is told of each step. What they are told decides nothing."""
+    """Trackers that the metrics of each step are logged to, besides the output folder."""
 
     tensorboard: bool = False
     """Event files in ``tensorboard/`` of the output folder."""
@@ -263,7 +263,7 @@ class TrackingConfig(Frozen):
 
 
 class StateConfig(Frozen):
-    """How often λ and the optimiser's moments are saved for ``--resume``."""
+    """Saves of λ and the optimiser's moments, for ``--resume``."""
 
     every_steps: int = Field(default=10, ge=1)
     keep: int = Field(default=3, ge=1)

@@ -1,6 +1,6 @@
-"""What is wrong with a config, in one line: the key, the value, the remedy.
+"""The errors of a config's validation in one line: the key, the value, the remedy.
 
-A config is told from another by its model class, ``schema``: key paths and guesses come from it.
+Key paths and proposals are read from ``schema``, the pydantic class of the config as a whole.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ _ALSO_READ = {"Config": ("preset", "suite"), "TaskConfig": ("dataset",)}
 
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:
+    """Return the first error of a validation in one line."""
+    # Errors about a key itself: unknown, missing, or a choice that does not exist.
     first = error.errors()[0]
     loc = first["loc"]
     key = _key_path(loc, schema)
@@ -27,30 +29,32 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     if first["type"] == "too_short" and loc == ("tasks",):
         return "tasks: the list is empty; merging needs at least one task"
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        given = first["input"].get("name") if isinstance(first["input"], dict) else first["input"]
-        return f"{key}.name: {unknown_name(given, map(_tag, _classes_at(loc, schema)))}"
+        name = first["input"].get("name") if isinstance(first["input"], dict) else first["input"]
+        return f"{key}.name: {unknown_name(name, map(_tag, _classes_at(loc, schema)))}"
+
+    # Errors about a value: our own validators word theirs; a union has one for each choice.
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
         return f"{key}: {reason}" if key else reason
     hint = "; put it in quotes" if _is_unquoted(first) else ""
-    told = [e["msg"] for e in error.errors() if _key_path(e["loc"], schema) == key]
-    return f"{key}: {_lower_first(_either(told))}; got {excerpt(first['input'])}{hint}"
+    messages = [e["msg"] for e in error.errors() if _key_path(e["loc"], schema) == key]
+    return f"{key}: {_lower_first(_join(messages))}; got {excerpt(first['input'])}{hint}"
 
 
-def _either(messages: Sequence[str]) -> str:
-    """What each choice of a union says, as one: Input should be 'auto' or a valid integer."""
+def _join(messages: Sequence[str]) -> str:
+    """Return the messages of a union's choices as one: should be 'auto' or a valid integer."""
     start = "Input should be "
     others = [text.removeprefix(start) for text in messages[1:] if text.startswith(start)]
     return " or ".join([messages[0], *others])
 
 
 def _is_unquoted(error: Mapping[str, Any]) -> bool:
-    """YAML reads a class named 7 as a number, and one named `no` as a boolean."""
+    """Return whether quotes are missing: YAML reads 7 as a number and `no` as a boolean."""
     return error["type"] == "string_type" and isinstance(error["input"], int | float)
 
 
 def _key_path(loc: Sequence[int | str], schema: type[BaseModel]) -> str:
-    """('tasks', 0, 'adapt') → tasks[0].adapt; what only names a choice in a union is left out."""
+    """Return tasks[0].adapt for ('tasks', 0, 'adapt'), without the names of a union's choices."""
     parts: list[str] = []
     for i, item in enumerate(loc):
         if isinstance(item, int):
@@ -61,7 +65,7 @@ def _key_path(loc: Sequence[int | str], schema: type[BaseModel]) -> str:
 
 
 def _is_key(before: Sequence[int | str], item: str, schema: type[BaseModel]) -> bool:
-    """Whether ``item`` is a key there, and not the name of a choice in a union."""
+    """Return whether ``item`` is a key of the config and not the name of a union's choice."""
     if not before:
         return True
     classes = _classes_at(before, schema)
@@ -71,7 +75,7 @@ def _is_key(before: Sequence[int | str], item: str, schema: type[BaseModel]) -> 
 
 
 def _is_mapping(loc: Sequence[int | str], schema: type[BaseModel]) -> bool:
-    """Whether the value at ``loc`` is a mapping with keys of the user's own."""
+    """Return whether the value at ``loc`` is a mapping with keys that the user chooses."""
     for cls in _classes_at(loc[:-1], schema):
         field = cls.model_fields.get(str(loc[-1]))
         if field is not None:
@@ -87,7 +91,7 @@ def _nearest_key(loc: Sequence[int | str], schema: type[BaseModel]) -> str:
 
 
 def _classes_at(loc: Sequence[int | str], schema: type[BaseModel]) -> list[type[BaseModel]]:
-    """The model classes that the value at ``loc`` may be of; none for a plain value."""
+    """Return the model classes that the value at ``loc`` can have; none for a plain value."""
     classes = [schema]
     for item in loc:
         if isinstance(item, int):
@@ -96,8 +100,8 @@ def _classes_at(loc: Sequence[int | str], schema: type[BaseModel]) -> list[type[
         if len(classes) > 1 and tagged:
             classes = tagged
             continue
-        found = [cls.model_fields[item].annotation for cls in classes if item in cls.model_fields]
-        classes = [cls for annotation in found for cls in _models_in(annotation)]
+        fields = [cls.model_fields[item] for cls in classes if item in cls.model_fields]
+        classes = [cls for field in fields for cls in _models_in(field.annotation)]
     return classes
 
 
@@ -109,7 +113,7 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _tag(cls: type[BaseModel]) -> str:
-    """The ``name`` by which a union tells this class from the others."""
+    """Return the ``name`` by which a union recognises this class."""
     field = cls.model_fields.get("name")
     values = get_args(field.annotation) if field is not None else ()
     return str(values[0]) if values else ""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from raymerge.config.suites.cards import DataSet, HuggingFace, Split
+from raymerge.config.suites.specs import DataSet, HuggingFace, Split
 from raymerge.errors import DataError, one_line
 
 FetchSplit = Callable[[HuggingFace, str], Sequence[Path]]

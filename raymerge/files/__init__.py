@@ -1,1 +1,1 @@
-"""Files on disk and behind URLs, threads and progress: what every other room may use."""
+"""Files on disk and behind URLs, threads and progress, for all other rooms."""

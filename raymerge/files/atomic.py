@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old or the new, never a half: temp, fsync, rename."""
+"""Write files so that a crash leaves the old file or the new one: temporary file, fsync, rename."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from raymerge.errors import RunError
 
 
 def cache_folder() -> Path:
-    """What may be made again is kept here: ``$RAYMERGE_CACHE`` or ``~/.cache/raymerge``."""
-    given = os.environ.get("RAYMERGE_CACHE")
-    return Path(given).absolute() if given else Path.home() / ".cache" / "raymerge"
+    """Return the folder of data that can be made again: ``$RAYMERGE_CACHE`` or the home's cache."""
+    folder = os.environ.get("RAYMERGE_CACHE")
+    return Path(folder).absolute() if folder else Path.home() / ".cache" / "raymerge"
 
 
 def exists(path: Path) -> bool:
-    """Also of what is too long to be the name of a file."""
+    """Return whether a file or folder exists; a name that is too long for one does not."""
     try:
         return path.exists()
     except OSError:
@@ -29,7 +29,7 @@ def exists(path: Path) -> bool:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """``write`` fills a temporary file beside ``path``, which then replaces it."""
+    """Let ``write`` fill a temporary file beside ``path``, then replace ``path`` by it."""
     with stage_file(path, path.parent) as (temporary, commit):
         write(temporary)
         commit()
@@ -37,8 +37,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def stage_file(path: Path, folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """A temporary file in ``folder`` (of the same file system) and the function that makes it
-    ``path``, durably. Without that call, or after an error, it is removed."""
+    """Yield a temporary file in ``folder`` and a function that renames it to ``path``, durably.
+
+    ``folder`` is on the file system of ``path``. Without that call, or after an error, the
+    temporary file is removed.
+    """
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)
         os.close(handle)
@@ -82,10 +85,10 @@ def stage_folder(target: Path, *, exist_ok: bool = False) -> Iterator[Path]:
 
 
 def reserve_space(handle: int, size: int) -> None:
-    """Make room for ``size`` bytes in an open file now; OSError if the disk has none."""
+    """Allocate ``size`` bytes for an open file; raises OSError if the disk is full."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, max(1, size))
-    else:  # macOS: the size only, the room is found as it is written
+    else:  # macOS: sets the size; space is allocated by the writes
         os.ftruncate(handle, max(1, size))
 
 
@@ -98,11 +101,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # of halves of characters
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # for lone surrogates
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's or a folder's own entries are on disk."""
+    """Wait until a file's content or a folder's list of entries is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,6 +1,6 @@
-"""Who may write a run: every driver claims a number, and one with a lower number writes no more.
+"""Attempt numbers of a run: each driver claims one, and only the highest may still save.
 
-Numbered entries of a folder: ``attempt-0002``, ``step-00000120``.
+They are empty files in a folder, such as ``attempt-0002``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _ATTEMPT = re.compile(r"attempt-(\d{4,})")
 
 
 def claim_attempt(folder: Path) -> int:
-    """The next attempt number below ``folder``; whoever has a lower one can no longer save."""
+    """Claim and return the next attempt number; drivers with lower ones can no longer save."""
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         number = newest_attempt(folder) + 1
@@ -26,12 +26,12 @@ def claim_attempt(folder: Path) -> int:
 
 
 def newest_attempt(folder: Path) -> int:
-    """0 if nobody has claimed one."""
+    """Return the highest claimed number, or 0 if there is none."""
     return max(numbers(folder, _ATTEMPT), default=0)
 
 
 def numbers(folder: Path, pattern: re.Pattern[str]) -> list[int]:
-    """The numbers of the entries whose whole name matches ``pattern``, in no order."""
+    """Return the numbers in the names that match ``pattern`` as a whole, in no order."""
     if not folder.is_dir():
         return []
     matches = (pattern.fullmatch(path.name) for path in folder.iterdir())

@@ -1,4 +1,4 @@
-"""Progress on stderr: bars that a log file survives, off when nobody wants them."""
+"""Progress bars on stderr that stay readable in a log file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Progress = Callable[[int], None]
 
 @contextmanager
 def progress_bar(what: str, *, unit: str, total: int | None = None) -> Iterator[Progress]:
-    """Yields a function that advances the bar. In a log file the bar moves every ten seconds."""
+    """Yield a function that advances the bar; in a log file it is printed every ten seconds."""
     with tqdm(
         total=total,
         desc=what,

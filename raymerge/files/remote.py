@@ -66,7 +66,7 @@ def list_folder(url: str, choose: ChooseNames) -> list[str]:
 
 
 def is_folder(url: str) -> bool:
-    """Raises :class:`RemoteError` where there is neither a file nor a folder."""
+    """Return whether a URL names a folder; raises :class:`RemoteError` where nothing is."""
     with one_line_errors(url):
         fs, path = open_store(url)
         return bool(fs.info(path)["type"] == "directory")

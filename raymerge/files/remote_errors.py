@@ -1,4 +1,7 @@
-"""What stores and their clients raise, as one line that says what to do, and no credential."""
+"""Errors of stores and their clients in one line: the remedy, and no credential.
+
+The clients' exceptions are recognised by class name, so that none of them is imported here.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,6 @@ def one_line_errors(url: str) -> Iterator[None]:
 
 _REFUSALS = {"NoCredentialsError", "GatedRepoError", "PermissionError", "CredentialRetrievalError"}
 _SILENCE = {"ClientConnectorError", "EndpointConnectionError", "ConnectError", "ConnectTimeout"}
-"""What clients raise, by class name: none of them is imported here."""
 
 
 def _reason(error: Exception, url: str) -> str:
@@ -48,7 +50,7 @@ def _reason(error: Exception, url: str) -> str:
     if isinstance(error, FileNotFoundError) or status == 404:
         private = f", or no access: {_login(scheme)}" if scheme == "hf" else ""
         return f"no such file or folder{private}"
-    return f"cannot be fetched ({error_line(error, url)}); run again to go on with it"
+    return f"cannot be fetched ({error_line(error, url)}); run again to continue it"
 
 
 def _login(scheme: str) -> str:
@@ -63,29 +65,29 @@ def _login(scheme: str) -> str:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    found: list[BaseException] = []
+    causes: list[BaseException] = []
     cause: BaseException | None = error
-    while cause is not None and cause not in found:
-        found.append(cause)
+    while cause is not None and cause not in causes:
+        causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    return found
+    return causes
 
 
 def http_status(error: BaseException) -> int | None:
-    """The HTTP status behind an error, if there is one."""
+    """Return the HTTP status behind an error, or None."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore's
-            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         else:
-            found = getattr(response, "status_code", None) or getattr(cause, "status", None)
-        if isinstance(found, int):
-            return found
+            status = getattr(response, "status_code", None) or getattr(cause, "status", None)
+        if isinstance(status, int):
+            return status
     return None
 
 
 def error_line(error: BaseException, url: str) -> str:
-    """What an error says, without what the URL keeps secret."""
+    """Return an error's class and text without the secrets of the URL."""
     text = str(error)
     parts = urlsplit(url)
     login = parts.netloc.rpartition("@")[0]

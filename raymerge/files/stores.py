@@ -34,7 +34,7 @@ _SIGNING = re.compile(
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A remote file. ``url`` may hold credentials: show ``public(url)`` instead.
+    """A remote file. ``url`` may hold credentials: show ``redact_url(url)`` instead.
 
     ``identity`` changes with the content; None where the store reports only a size.
     ``checksums``: algorithm → hex digest of the whole content.

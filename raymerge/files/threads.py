@@ -1,4 +1,4 @@
-"""An ordered map over threads, for work that reads files and computes on what it has read."""
+"""An ordered map over threads, for work that reads files and computes on their content."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _Result = TypeVar("_Result")
 def parallel_map(
     function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int | None = None
 ) -> Iterator[_Result]:
-    """``function`` of every item, in order, by ``threads`` threads (default: as many as torch has).
+    """Yield ``function(item)`` in the order of the items; default: as many threads as torch has.
 
-    Each computes with one thread of its own: reading and computing overlap, and none waits for
-    another's OpenMP team. At most twice as many results as threads exist at once, however slow the
-    consumer is. An error is raised where its result would have been.
+    Each thread computes with one torch thread: reading and computing overlap, and none waits for
+    another's OpenMP team. At most ``2 * threads`` results exist at once, however slow the consumer
+    is. An error is raised in the place of its result.
     """
-    own = torch.get_num_threads()
-    threads = threads or own
+    before = torch.get_num_threads()
+    threads = threads or before
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[_Result]] = deque()
     try:
@@ -36,7 +36,7 @@ def parallel_map(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(own)  # one of its settings is of the whole process
+        torch.set_num_threads(before)  # the pool's setting also reached the whole process
 
 
 @contextmanager

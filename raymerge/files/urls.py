@@ -1,4 +1,4 @@
-"""URLs, and what of them may be shown: no password, no signature. Imports nothing heavy."""
+"""URLs, and how to show them without passwords and signatures. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,23 +10,39 @@ _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s'\"<>`|]+")
 _AFTER_URL = ".,;:!)]}"
 _LOGIN_SCHEMES = ("ftp", "sftp", "ssh", "smb")
-"""Their user name says where, as a host does; only the password is a secret."""
-_OF_STORES = ("download", "dl", "generation", "raw", "rev", "revision", "version", "versionid")
-_OF_DATA = ("config", "image", "label", "limit", "match", "split")  # see data/sources/reference.py
-_OPEN_PARAMETERS = frozenset((*_OF_STORES, *_OF_DATA))
+"""Their user name is part of the address; only the password is a secret."""
+_STORE_PARAMETERS = (
+    "download",
+    "dl",
+    "generation",
+    "raw",
+    "rev",
+    "revision",
+    "version",
+    "versionid",
+)
+_DATA_PARAMETERS = (
+    "config",
+    "image",
+    "label",
+    "limit",
+    "match",
+    "split",
+)  # see data/sources/reference.py
+_OPEN_PARAMETERS = frozenset((*_STORE_PARAMETERS, *_DATA_PARAMETERS))
 """All other parameters of a query may be signatures or tokens."""
 
 
 def is_remote(reference: str) -> bool:
-    """Whether a reference is a URL (``s3://…``, ``hf://…``), not a path on this machine."""
+    """Return whether a reference is a URL (``s3://…``, ``hf://…``) and no path on this machine."""
     return _REMOTE.match(reference) is not None
 
 
 def redact_url(url: str) -> str:
-    """The URL without credentials: no password, and of its query only what cannot be a secret."""
+    """Return a URL without its password and without query parameters that may be secret."""
     try:
         parts = urlsplit(url)
-    except ValueError:  # brackets that are no address
+    except ValueError:  # brackets that hold no address
         return url.partition("://")[0] + "://…"
     kept = [pair for pair in parse_qsl(parts.query) if pair[0].lower() in _OPEN_PARAMETERS]
     query, netloc = urlencode(kept), _public_host(parts)
@@ -37,7 +53,7 @@ def redact_url(url: str) -> str:
 
 
 def _public_host(parts: SplitResult) -> str:
-    """``abfs://container@account`` and ``hf://model@revision`` are places, not credentials."""
+    """Return host and user name; ``abfs://container@account`` holds no credential, nor does hf."""
     login, at, host = parts.netloc.rpartition("@")
     if not at:
         return host
@@ -50,10 +66,10 @@ def _public_host(parts: SplitResult) -> str:
 
 
 def redact(text: str) -> str:
-    """A text with every URL in it made public."""
+    """Return a text with every URL in it redacted."""
 
-    def replace(found: re.Match[str]) -> str:
-        url = found.group()
+    def replace(match: re.Match[str]) -> str:
+        url = match.group()
         bare = url.rstrip(_AFTER_URL)
         return redact_url(bare) + url[len(bare) :]
 
@@ -61,7 +77,7 @@ def redact(text: str) -> str:
 
 
 def redact_values(data: Any) -> Any:
-    """Plain data (mappings, lists, values) with every string that is a URL made public."""
+    """Return plain data (mappings, lists, values) with every string that is a URL redacted."""
     if isinstance(data, dict):
         return {key: redact_values(value) for key, value in data.items()}
     if isinstance(data, list):

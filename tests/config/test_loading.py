@@ -334,7 +334,7 @@ def test_class_names_and_templates_come_from_files_one_per_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(None, "cannot be read"), (b"\n \n", "holds no line"), (b"\xff\xfe\x00", "not UTF-8")],
+    [(None, "cannot be read"), (b"\n \n", "has no lines"), (b"\xff\xfe\x00", "not UTF-8")],
 )
 def test_a_bad_names_file_is_named_with_its_key(tmp_path, content, reason):
     if content is not None:
@@ -513,7 +513,7 @@ def test_a_template_is_not_formatted_before_it_is_known_to_be_plain(template):
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("model", "\ud800", "holds a character that is none"), ("output", "\ud800", "valid string")],
+    [("model", "\ud800", "holds half of a surrogate pair"), ("output", "\ud800", "valid string")],
 )
 def test_half_a_character(key, value, message):
     with pytest.raises(ConfigError, match=message) as caught:
@@ -523,7 +523,7 @@ def test_half_a_character(key, value, message):
 
 @pytest.mark.parametrize("path", ["a\0b", "\ud800"])
 def test_a_path_that_no_file_has(path):
-    with pytest.raises(ConfigError, match=r"classnames: .*cannot be read: is no path"):
+    with pytest.raises(ConfigError, match=r"classnames: .*cannot be read: not a valid path"):
         _parse(_data(tasks=[_task(classnames=path)]))
 
 

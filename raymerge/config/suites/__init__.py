@@ -1,10 +1,10 @@
-"""The 8, 14 and 20 tasks of the merging literature: class names, templates, where the images are.
+"""The 8, 14 and 20 tasks of the merging literature: class names, templates, published copies.
 
-Nothing is downloaded. A config names a suite or a data set (``config.suites``), and a program
-reads the same cards with :func:`load_suite` and :func:`load_data_set`.
+Nothing is downloaded. A config names a suite or a data set; programs read the same specs with
+:func:`load_suite` and :func:`load_data_set`.
 """
 
-from raymerge.config.suites.cards import (
+from raymerge.config.suites.specs import (
     DATA_SETS,
     SUITES,
     DataSet,

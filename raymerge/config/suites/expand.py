@@ -1,4 +1,4 @@
-"""``suite:`` and ``dataset:`` in a config → plain tasks, before validation.
+"""Expand ``suite:`` and ``dataset:`` of a config into plain tasks, before validation.
 
 suite: {name: vit-8, checkpoints: "ckpts/{task}/finetuned.pt", data: "data/{task}/{split}"}
 tasks: [{name: fashion, dataset: fashion_mnist, test: elsewhere}]
@@ -18,19 +18,19 @@ from raymerge.config.wording import explain
 from raymerge.errors import ConfigError, excerpt, unknown_name
 
 _FILES = ("checkpoint", "adapt", "test", "train")
-"""The keys of a task, one of which it needs to be of any use."""
+"""The keys of a task with files; a task needs at least one of them."""
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
 def _with_placeholders(pattern: str, needed: Sequence[str]) -> str:
     spelled = ", ".join(f"{{{name}}}" for name in needed)
-    given = _PLACEHOLDER.findall(pattern)
-    for name in given:
+    names = _PLACEHOLDER.findall(pattern)
+    for name in names:
         if name not in needed:
             raise ValueError(f"{{{name}}} in {pattern!r} is unknown (known here: {spelled})")
     for name in needed:
-        if name not in given:
-            raise ValueError(f"{pattern!r} has no {{{name}}}; write it where that differs")
+        if name not in names:
+            raise ValueError(f"{pattern!r} has no {{{name}}}; write it where the paths differ")
     return pattern
 
 
@@ -47,25 +47,25 @@ TaskPattern = Annotated[Reference, AfterValidator(_with_task)]
 
 
 class SuiteConfig(Frozen):
-    """The ``suite`` section: which tasks, and the patterns of their files."""
+    """The ``suite`` section: its name, some of its tasks, and the patterns of their files."""
 
     name: str
     checkpoints: TaskPattern | None = None
     data: Annotated[Reference, AfterValidator(_with_task_and_split)] | None = None
-    """A path with ``{task}`` and ``{split}``: ``adapt`` and ``test``; where there is no checkpoint
-    to adapt, ``train`` and ``test``."""
+    """A path with ``{task}`` and ``{split}``, for ``adapt`` and ``test``; without ``checkpoints``,
+    for ``train`` and ``test``."""
     adapt: TaskPattern | None = None
-    """Instead of ``data``, as are the next two; null: none of these images."""
+    """The pattern of one split instead of ``data``, as the next two; null: no such images."""
     test: TaskPattern | None = None
     train: TaskPattern | None = None
     only: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Some of the suite's tasks; default: all."""
 
     def images(self, split: str) -> str | None:
-        """The pattern of one split's folders, with ``{task}`` alone."""
+        """Return the pattern of one split's folders, with ``{task}`` alone."""
         if split in self.model_fields_set:
-            given: str | None = getattr(self, split)
-            return given
+            pattern: str | None = getattr(self, split)
+            return pattern
         from_data = ("test", "train" if self.checkpoints is None else "adapt")
         if self.data is None or split not in from_data:
             return None
@@ -73,25 +73,28 @@ class SuiteConfig(Frozen):
 
 
 def with_suites(data: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """``data`` with the suite's tasks, its own ones laid over them by name; no ``suite`` key."""
+    """Return ``data`` with the suite's tasks in place of ``suite``.
+
+    A task that ``data`` lists itself overrides keys of the suite's task of the same name.
+    """
     data = dict(data)
-    given = data.pop("suite", None)
+    section = data.pop("suite", None)
     tasks = data.get("tasks")
     if isinstance(tasks, list):
         data["tasks"] = [
             _with_data_set(task, f"{source}: tasks[{i}].dataset") for i, task in enumerate(tasks)
         ]
-    if given is None or not (tasks is None or isinstance(tasks, list)):
-        return data  # validation will say so
+    if section is None or not (tasks is None or isinstance(tasks, list)):
+        return data  # validation reports tasks that are no list
     where = f"{source}: suite"
-    suite = _parse(given, where)
-    data["tasks"] = _overlaid(_tasks_of(suite, where), data.get("tasks") or [])
+    suite = _parse(section, where)
+    data["tasks"] = _override_tasks(_tasks_of(suite, where), data.get("tasks") or [])
     _require_files(data["tasks"], suite, where)
     return data
 
 
 def _with_data_set(task: Any, where: str) -> Any:
-    """A task that names its data set has its class names and templates, but for its own."""
+    """Return a task with the class names and templates of its data set, unless it has its own."""
     if not isinstance(task, dict) or "dataset" not in task:
         return task
     task = dict(task)
@@ -105,16 +108,16 @@ def _prompts(data_set: DataSet) -> dict[str, Any]:
     return {"classnames": list(data_set.classnames), "templates": list(data_set.templates)}
 
 
-def _parse(given: Any, where: str) -> SuiteConfig:
-    if isinstance(given, str):
-        given = {"name": given}
-    if not isinstance(given, dict):
+def _parse(section: Any, where: str) -> SuiteConfig:
+    if isinstance(section, str):
+        section = {"name": section}
+    if not isinstance(section, dict):
         raise ConfigError(
             f"{where}: expected a name or a mapping with name, checkpoints, data; "
-            f"got {excerpt(given)}"
+            f"got {excerpt(section)}"
         )
     try:
-        suite = SuiteConfig.model_validate(given)
+        suite = SuiteConfig.model_validate(section)
     except ValidationError as error:
         raise ConfigError(f"{where}.{explain(error, SuiteConfig)}") from None
     if suite.name not in SUITES:
@@ -145,21 +148,21 @@ def _task(suite: SuiteConfig, data_set: DataSet) -> dict[str, Any]:
     return {"name": data_set.name, **_prompts(data_set), **files}
 
 
-def _overlaid(tasks: Sequence[dict[str, Any]], own: Sequence[Any]) -> list[Any]:
-    """``tasks`` with the keys of the ``own`` of the same name; the others of these follow."""
-    laid = {task["name"]: dict(task) for task in tasks}
-    given = [task.get("name") if isinstance(task, dict) else None for task in own]
+def _override_tasks(tasks: Sequence[dict[str, Any]], own: Sequence[Any]) -> list[Any]:
+    """Return ``tasks`` with the keys of the ``own`` task of the same name; further ones follow."""
+    by_name = {task["name"]: dict(task) for task in tasks}
+    names = [task.get("name") if isinstance(task, dict) else None for task in own]
     others = []
-    for i, (name, task) in enumerate(zip(given, own, strict=True)):
-        if isinstance(name, str) and name in laid and name not in given[:i]:
-            laid[name].update(task)
-        else:  # a second one of a name, too: validation says that names are unique
+    for i, (name, task) in enumerate(zip(names, own, strict=True)):
+        if isinstance(name, str) and name in by_name and name not in names[:i]:
+            by_name[name].update(task)
+        else:  # also a second task of one name: validation reports it
             others.append(task)
-    return [*laid.values(), *others]
+    return [*by_name.values(), *others]
 
 
 def _require_files(tasks: Sequence[Any], suite: SuiteConfig, where: str) -> None:
-    """A suite's task without any file has one cause, which is not the task."""
+    """Refuse a suite's task without files: a pattern is missing in the suite."""
     for task in tasks:
         from_suite = isinstance(task, dict) and task.get("name") in SUITES[suite.name]
         if from_suite and not any(task.get(key) for key in _FILES):

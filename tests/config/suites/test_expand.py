@@ -42,8 +42,8 @@ def test_a_suite_stands_for_its_tasks(name: str) -> None:
     config = _parse(suite=_suite(name=name))
     assert config.task_names == config.model_names == SUITES[name]
     for task in config.tasks:
-        card = load_data_set(task.name)
-        assert (task.classnames, task.templates) == (card.classnames, card.templates)
+        spec = load_data_set(task.name)
+        assert (task.classnames, task.templates) == (spec.classnames, spec.templates)
         assert task.checkpoint == f"/root/ckpts/{task.name}/finetuned.pt"
         assert task.adapt == f"/root/data/{task.name}/adapt"
         assert task.test == f"/root/data/{task.name}/test"
@@ -51,12 +51,12 @@ def test_a_suite_stands_for_its_tasks(name: str) -> None:
 
 
 def test_it_is_short_for_what_one_could_write() -> None:
-    card = load_data_set("mnist")
+    spec = load_data_set("mnist")
     written = {
         "name": "mnist",
         "checkpoint": "ckpts/mnist/finetuned.pt",
-        "classnames": list(card.classnames),
-        "templates": list(card.templates),
+        "classnames": list(spec.classnames),
+        "templates": list(spec.templates),
         "adapt": "data/mnist/adapt",
         "test": "data/mnist/test",
     }
@@ -130,10 +130,10 @@ def test_a_task_takes_class_names_and_templates_from_its_data_set() -> None:
         {"name": "c", "dataset": "fashion_mnist", "test": "t", "classnames": ["x", "y"]},
     ]
     first, second, third = _parse(tasks=tasks).tasks
-    card = load_data_set("fashion_mnist")
-    assert (first.classnames, first.templates) == (card.classnames, card.templates)
-    assert (second.classnames, second.templates) == (card.classnames, ("{}",))
-    assert (third.classnames, third.templates) == (("x", "y"), card.templates)
+    spec = load_data_set("fashion_mnist")
+    assert (first.classnames, first.templates) == (spec.classnames, spec.templates)
+    assert (second.classnames, second.templates) == (spec.classnames, ("{}",))
+    assert (third.classnames, third.templates) == (("x", "y"), spec.templates)
 
 
 def test_a_data_set_may_replace_that_of_a_suites_task() -> None:

@@ -1,4 +1,4 @@
-"""The cards agree with themselves, and the suites are those of the literature."""
+"""The specs agree with themselves, and the suites are those of the literature."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ EIGHT = {
 """SHA-256 of each task's name, class names and templates, as the configs had listed them."""
 
 
-def _digest(card: DataSet) -> str:
-    text = "\n".join([card.name, *card.classnames, "", *card.templates])
+def _digest(spec: DataSet) -> str:
+    text = "\n".join([spec.name, *spec.classnames, "", *spec.templates])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -46,70 +46,70 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]+", " ", name.casefold()).strip()
 
 
-# --- every card ----------------------------------------------------------------------------------
+# --- every spec ----------------------------------------------------------------------------------
 
 
-def test_every_file_is_a_card_and_every_card_is_in_a_suite() -> None:
+def test_every_file_is_a_spec_and_every_spec_is_in_a_suite() -> None:
     folder = resources.files("raymerge.config.suites") / "data"
     files = sorted(Path(entry.name).stem for entry in folder.iterdir())
     assert files == list(DATA_SETS) == sorted(CLASSES)
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
-def test_a_card_lists_its_classes_once_each(name: str) -> None:
-    card = load_data_set(name)
-    assert card.name == name
-    assert card.classes == CLASSES[name] == len(card.classnames) == len(set(card.classnames))
-    assert all(text == text.strip() and text for text in card.classnames)
-    assert card.sizes.keys() == {"train", "test"}
-    assert min(card.sizes.values()) >= card.classes
+def test_a_spec_lists_its_classes_once_each(name: str) -> None:
+    spec = load_data_set(name)
+    assert spec.name == name
+    assert spec.classes == CLASSES[name] == len(spec.classnames) == len(set(spec.classnames))
+    assert all(text == text.strip() and text for text in spec.classnames)
+    assert spec.sizes.keys() == {"train", "test"}
+    assert min(spec.sizes.values()) >= spec.classes
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_a_task_takes_a_cards_classes_and_templates(name: str) -> None:
     """The config has the same rules: one pair of braces in a template, two classes or more."""
-    card = load_data_set(name)
+    spec = load_data_set(name)
     task = TaskConfig(
-        name=name, classnames=card.classnames, templates=card.templates, test="somewhere"
+        name=name, classnames=spec.classnames, templates=spec.templates, test="somewhere"
     )
-    assert task.classnames == card.classnames
-    assert all(template.count("{}") == 1 for template in card.templates)
-    assert len(set(card.templates)) == len(card.templates)
+    assert task.classnames == spec.classnames
+    assert all(template.count("{}") == 1 for template in spec.templates)
+    assert len(set(spec.templates)) == len(spec.templates)
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_class_folders_are_told_apart_by_letters_and_digits(tmp_path: Path, name: str) -> None:
     """A folder cannot be called `T-shirt/top`; one of the same letters and digits stands for it."""
-    card = load_data_set(name)
-    for classname in card.classnames:
+    spec = load_data_set(name)
+    for classname in spec.classnames:
         folder = tmp_path / _plain(classname).replace(" ", "_")
         folder.mkdir()
         (folder / "1.png").touch()
-    images = labelled_images(str(tmp_path), card.classnames, name)
-    assert images.labels == tuple(range(card.classes))
+    images = labelled_images(str(tmp_path), spec.classnames, name)
+    assert images.labels == tuple(range(spec.classes))
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_labels_are_given_only_where_they_say_more_than_the_class_names(name: str) -> None:
-    card = load_data_set(name)
-    if card.labels is not None:
-        pairs = zip(card.labels, card.classnames, strict=True)
+    spec = load_data_set(name)
+    if spec.labels is not None:
+        pairs = zip(spec.labels, spec.classnames, strict=True)
         assert any(_plain(label) != _plain(classname) for label, classname in pairs)
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
-def test_torchvision_has_the_class_or_the_card_says_why_not(name: str) -> None:
+def test_torchvision_has_the_class_or_the_spec_says_why_not(name: str) -> None:
     source = load_data_set(name).torchvision
     assert source.note if source.name is None else hasattr(torchvision.datasets, source.name)
 
 
 def test_the_hub_counts_eurosat_in_the_order_of_its_folders() -> None:
-    card = load_data_set("eurosat")
-    assert card.huggingface is not None
-    assert card.huggingface.order is not None
-    assert card.labels is not None
-    folder = dict(zip(card.classnames, card.labels, strict=True))
-    folders = [folder[classname] for classname in card.huggingface.order]
+    spec = load_data_set("eurosat")
+    assert spec.huggingface is not None
+    assert spec.huggingface.order is not None
+    assert spec.labels is not None
+    folder = dict(zip(spec.classnames, spec.labels, strict=True))
+    folders = [folder[classname] for classname in spec.huggingface.order]
     assert folders == sorted(folders)
 
 
@@ -140,19 +140,19 @@ def test_the_twenties_differ_in_the_emnist_alone() -> None:
     assert digits - letters == {"emnist_digits"}
 
 
-def test_a_suite_is_read_once_with_its_cards() -> None:
+def test_a_suite_is_read_once_with_its_specs() -> None:
     suite = load_suite("vit-14")
-    assert tuple(card.name for card in suite.data_sets) == SUITES["vit-14"]
+    assert tuple(spec.name for spec in suite.data_sets) == SUITES["vit-14"]
     assert load_suite("vit-14") is suite
     assert load_data_set("mnist") is suite.data_sets[6]
 
 
 def test_the_eight_tasks_are_what_they_always_were() -> None:
     """Another class name or template would make another head, and other numbers."""
-    assert {card.name: _digest(card) for card in load_suite("vit-8").data_sets} == EIGHT
+    assert {spec.name: _digest(spec) for spec in load_suite("vit-8").data_sets} == EIGHT
 
 
-# --- what is no card -----------------------------------------------------------------------------
+# --- what is no spec -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("load", [load_data_set, load_suite])
@@ -168,22 +168,22 @@ def test_an_unknown_name_is_one_line_with_the_known_ones(load: object) -> None:
     ("change", "says"),
     [
         ({"clases": 2}, "clases"),
-        ({"classes": 11}, "classnames: 10 different of 10, not 11"),
-        ({"classnames": ["0"] * 10}, "classnames: 1 different of 10"),
-        ({"labels": ["0"]}, "labels: 1 different of 1"),
+        ({"classes": 11}, "classnames: 10 distinct of 10 names, but classes is 11"),
+        ({"classnames": ["0"] * 10}, "classnames: 1 distinct of 10"),
+        ({"labels": ["0"]}, "labels: 1 distinct of 1"),
         ({"templates": ["a photo"]}, "a template needs exactly one {}"),
         ({"torchvision": {"name": None}}, "neither a name nor a reason"),
         ({"huggingface": {"id": "a/b"}}, "splits"),
         (
             {"huggingface": {"id": "a/b", "splits": {}, "image": "i", "label": "l",
                              "order": ["0"]}},
-            "huggingface.order are not the classnames",
+            "huggingface.order must hold the classnames",
         ),
     ],
 )  # fmt: skip
-def test_a_card_whose_parts_do_not_agree_is_refused(change: dict[str, object], says: str) -> None:
-    card = resources.files("raymerge.config.suites") / "data" / "mnist.yaml"
-    data = {"name": "mnist", **yaml.safe_load(card.read_text(encoding="utf-8")), **change}
+def test_a_spec_whose_parts_do_not_agree_is_refused(change: dict[str, object], says: str) -> None:
+    spec = resources.files("raymerge.config.suites") / "data" / "mnist.yaml"
+    data = {"name": "mnist", **yaml.safe_load(spec.read_text(encoding="utf-8")), **change}
     with pytest.raises(ValidationError) as raised:
         TypeAdapter(DataSet).validate_python(data)
     assert says in str(raised.value)

@@ -1,4 +1,4 @@
-"""The data sets' cards: facts in ``data/<name>.yaml``, read once and checked."""
+"""The data set specs: facts in ``data/<name>.yaml``, read once and checked."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SUITES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "vit-20-digits": _twenty("emnist_digits"),
     }
 )
-"""Suite → its data sets, in the literature's order."""
+"""Suite → the names of its data sets, in the literature's order."""
 
 DATA_SETS: tuple[str, ...] = tuple(sorted({name for suite in SUITES.values() for name in suite}))
 
@@ -43,23 +43,23 @@ _CLOSED = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, kw_only=True, config=_CLOSED)
 class HuggingFace:
-    """Where a data set is on the Hugging Face Hub, and how to read a row."""
+    """A data set's repository on the Hugging Face Hub, and its columns."""
 
     id: str
     config: str | None = None
     splits: Mapping[Split, str]
-    """What the Hub calls the images to train and to test on."""
+    """The Hub's names of the splits to train and to test on."""
     image: str
     """The column of the image."""
     label: str
-    """The column of the class's number (of PatchCamelyon: whether it is the second class)."""
+    """The column of the class's number; PatchCamelyon has a boolean: true is the second class."""
     order: tuple[str, ...] | None = None
-    """The class names in the order of those numbers, where it is not that of ``classnames``."""
+    """The class names in the order of those numbers, if it differs from ``classnames``."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CLOSED)
 class TorchVision:
-    """torchvision's class for a data set; without a name, ``note`` says why it is of no use."""
+    """torchvision's class for a data set; without a name, ``note`` says why there is none."""
 
     name: str | None
     note: str | None = None
@@ -67,25 +67,25 @@ class TorchVision:
 
 @dataclass(frozen=True, kw_only=True, config=_CLOSED)
 class DataSet:
-    """One data set: its classes as CLIP is asked about them, and where its images are.
+    """The spec of a data set: its classes and templates, and where its images are published.
 
-    Raises ``ValueError`` where its parts do not agree.
+    Raises ``ValueError`` if its parts contradict each other.
     """
 
     name: str
     classes: int
-    """C."""
+    """The number of classes, C."""
     classnames: tuple[str, ...]
     """(C,) in class order."""
     templates: tuple[str, ...]
     labels: tuple[str, ...] | None = None
-    """(C,) the data set's own names, where they differ by more than case and punctuation."""
+    """(C,) the data set's own names, if they differ by more than case and punctuation."""
     sizes: Mapping[Split, int] = field(default_factory=dict)
-    """Images of a split."""
+    """The number of images of each split."""
     huggingface: HuggingFace | None
     torchvision: TorchVision
     status: str | None = None
-    """What to do where the usual download is dead."""
+    """The remedy if the usual download no longer works."""
 
     def __post_init__(self) -> None:
         _require_all_classes("classnames", self.classnames, self.classes)
@@ -95,14 +95,16 @@ class DataSet:
             raise ValueError(f"{self.name}: a template needs exactly one {{}}")
         order = None if self.huggingface is None else self.huggingface.order
         if order is not None and sorted(order) != sorted(self.classnames):
-            raise ValueError(f"{self.name}: huggingface.order are not the classnames")
+            raise ValueError(f"{self.name}: huggingface.order must hold the classnames")
         if self.torchvision.name is None and self.torchvision.note is None:
             raise ValueError(f"{self.name}: torchvision has neither a name nor a reason")
 
 
 def _require_all_classes(key: str, names: tuple[str, ...], classes: int) -> None:
     if len(names) != classes or len(set(names)) != classes:
-        raise ValueError(f"{key}: {len(set(names))} different of {len(names)}, not {classes}")
+        raise ValueError(
+            f"{key}: {len(set(names))} distinct of {len(names)} names, but classes is {classes}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=_CLOSED)
@@ -115,17 +117,17 @@ class Suite:
 
 @cache
 def load_data_set(name: str) -> DataSet:
-    """The card of ``name``; raises :class:`ConfigError` where there is none."""
+    """Return the spec of a data set; raises :class:`ConfigError` for an unknown name."""
     if name not in DATA_SETS:
         raise ConfigError(f"data set {unknown_name(name, DATA_SETS)}")
-    card = resources.files("raymerge.config.suites") / "data" / f"{name}.yaml"
-    data = yaml.safe_load(card.read_text(encoding="utf-8"))
+    spec = resources.files("raymerge.config.suites") / "data" / f"{name}.yaml"
+    data = yaml.safe_load(spec.read_text(encoding="utf-8"))
     return TypeAdapter(DataSet).validate_python({"name": name, **data})
 
 
 @cache
 def load_suite(name: str) -> Suite:
-    """The suite ``name`` with its cards; raises :class:`ConfigError` where there is none."""
+    """Return a suite with its specs; raises :class:`ConfigError` for an unknown name."""
     if name not in SUITES:
         raise ConfigError(f"suite {unknown_name(name, SUITES)}")
     return Suite(name=name, data_sets=tuple(load_data_set(member) for member in SUITES[name]))
