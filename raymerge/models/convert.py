@@ -1,13 +1,13 @@
 """Whole models between open_clip's and Hugging Face's folders: the same numbers, bit for bit.
 
-Nothing is held but a part of one tensor. transformers is not needed to write what it loads.
+Tensors are copied in parts, so that no model is held whole. Writing needs no transformers; where it
+is installed, the two libraries are compared on the same inputs before a folder is kept.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,17 +18,20 @@ from torch import Tensor
 
 from raymerge.config import ModelConfig
 from raymerge.errors import CheckpointError, RunError, UserError
-from raymerge.files.atomic import stage_file, stage_folder, sync
+from raymerge.files.atomic import stage_folder, sync, write_atomically
 from raymerge.models.checkpoints import huggingface_config
-from raymerge.models.checkpoints.checkpoint import TensorSpec, read_tensor
+from raymerge.models.checkpoints.checkpoint import (
+    Checkpoint,
+    TensorSpec,
+    ViewCheckpoint,
+    read_tensor,
+)
 from raymerge.models.checkpoints.huggingface import (
     HuggingFaceCheckpoint,
-    Source,
-    columns,
-    source_of,
+    stored_keys,
 )
 from raymerge.models.checkpoints.locate import locate
-from raymerge.models.checkpoints.writer import SafetensorsWriter
+from raymerge.models.checkpoints.safetensors_file import SafetensorsWriter
 from raymerge.models.pretrained import open_pretrained, unmerged_keys
 from raymerge.models.resolve import (
     CONFIG_FILE,
@@ -51,94 +54,104 @@ HF_FILES = (
 )
 _CONFIG_FILES = (CONFIG_FILE, huggingface_config.CONFIG_FILE)
 _COLUMNS = 1 << 22
-_AGREEMENT = 1e-5
-
-_Spec = Mapping[str, TensorSpec]
+_MAX_DIFFERENCE = 1e-5
 
 
 def convert(
     reference: str, destination: Path, to: Format, arch: str | None = None, *, verify: bool = True
 ) -> float | None:
-    """Write the model as a folder of the other format.
+    """Write a model as a folder of the other library's format.
 
-    ``arch``: as ``model.arch`` of a config; needed where no config is beside the weights.
-    ``verify``: load both with their own libraries and compare what they make of an image and two
-    texts, if transformers is installed. Returns by how much the cosines differ at most, None if
-    that was not looked at.
+    ``arch``: as ``model.arch`` of a config; needed where no config lies beside the weights.
+    ``verify``: load both folders with their own libraries and compare the cosines of images and
+    texts, if transformers is installed. Returns the largest difference, None if not compared.
 
-    Raises :class:`UserError` before anything is written, :class:`~raymerge.errors.RunError` where
-    it cannot be written, or where the two do not agree; then nothing is left.
+    Raises :class:`UserError` before anything is written, and :class:`~raymerge.errors.RunError`
+    where the folder cannot be written or the libraries do not agree; then nothing is left.
     """
     _require_free(destination)
     resolved = _resolve(reference, arch)
-    model = WholeModel(resolved)
-    files = _files(model, to)
+    files = _files(resolved, to)
     with stage_folder(destination) as folder:
         for name, write in files.items():
             write(folder / name)
             sync(folder / name)
-        return compare(model, folder, to) if verify else None
+        return _compare(resolved, folder, to) if verify else None
 
 
 def write_also(folder: Path, also: Sequence[Also]) -> None:
-    """The merged model in an output folder, once more in the formats of ``also``, and in no other:
-    what an earlier run has left of them is of another model."""
+    """Write the merged model of an output folder again, in the formats of ``also`` and no other."""
+    # Files of an earlier run hold another model.
     stale = {STATE_DICT_FILE: "state_dict", **{f"{HF_FOLDER}/{name}": "hf" for name in HF_FILES}}
     for name, kind in stale.items():
         if kind not in also:
             (folder / name).unlink(missing_ok=True)
     if not also:
         return
-    model = WholeModel(resolve_folder(folder, f"local-dir:{folder}"))
+    resolved = resolve_folder(folder)
     if "hf" in also:
-        below = folder / HF_FOLDER
-        below.mkdir(exist_ok=True)
-        for name, write in _files(model, "hf").items():
-            with stage_file(below / name, below) as (temporary, commit):
-                write(temporary)
-                commit()
+        (folder / HF_FOLDER).mkdir(exist_ok=True)
+        for name, write in _files(resolved, "hf").items():
+            write_atomically(folder / HF_FOLDER / name, write)
     if "state_dict" in also:
-        with stage_file(folder / STATE_DICT_FILE, folder) as (temporary, commit):
-            torch.save({name: model.read(name) for name in model.specs}, temporary)
-            commit()
+        state = _state_dict(resolved)
+        write_atomically(folder / STATE_DICT_FILE, lambda path: torch.save(state, path))
 
 
 def require_also(resolved: ResolvedModel, also: Sequence[Also]) -> None:
     """Raise :class:`UserError` if the model cannot be written in one of the formats."""
     if "hf" in also:
-        _configs(resolved, "float32")
-        _sources(WholeModel(resolved))
+        _files(resolved, "hf")
 
 
-class WholeModel:
-    """Every tensor of a model under open_clip's names."""
+def _state_dict(resolved: ResolvedModel) -> dict[str, Tensor]:
+    model = _whole_model(resolved)
+    return {name: read_tensor(model, name) for name in model.specs}
 
-    def __init__(self, resolved: ResolvedModel) -> None:
-        pretrained, _ = open_pretrained(resolved)
-        self.resolved, self._checkpoint = resolved, pretrained.checkpoint
-        visual = {f"visual.{name}": pretrained.prefix + name for name in pretrained.layout.names}
-        self._keys = {**unmerged_keys(pretrained), **visual}
-        stored = pretrained.checkpoint.specs
-        self.specs: _Spec = {name: stored[key] for name, key in self._keys.items()}
 
-    @property
-    def huggingface_folder(self) -> Path | None:
-        """From where transformers loads it, if it does."""
-        folder = self.resolved.weights.parent
-        whole = isinstance(self._checkpoint, HuggingFaceCheckpoint)
-        return folder if whole and (folder / huggingface_config.CONFIG_FILE).is_file() else None
+def _whole_model(resolved: ResolvedModel) -> Checkpoint:
+    """Return all tensors of a model under open_clip's names."""
+    pretrained, _ = open_pretrained(resolved)
+    checkpoint = pretrained.checkpoint
+    visual = {f"visual.{name}": pretrained.prefix + name for name in pretrained.layout.names}
+    keys = {**unmerged_keys(pretrained), **visual}
+    origins = {name: (checkpoint, key) for name, key in keys.items()}
+    return ViewCheckpoint(checkpoint.path, checkpoint.kind, origins)
 
-    def read(self, name: str) -> Tensor:
-        return read_tensor(self._checkpoint, self._keys[name])
 
-    def parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """A tensor's columns, some at a time."""
-        spec = self.specs[name]
-        size = math.prod(spec.shape)
-        for start in range(0, size, _COLUMNS):
-            part_n = torch.empty(min(_COLUMNS, size - start), dtype=spec.dtype)
-            self._checkpoint.fill(self._keys[name], start, part_n)
-            yield start, part_n
+class _HuggingFaceView:
+    """A model's tensors under Hugging Face's keys: transposed, or as equal parts of a packed one.
+
+    Raises :class:`CheckpointError` for a tensor that Hugging Face's CLIP does not have.
+    """
+
+    kind = HuggingFaceCheckpoint.kind
+
+    def __init__(self, model: Checkpoint) -> None:
+        self.path, self._model = model.path, model
+        specs: dict[str, TensorSpec] = {}
+        self.specs: Mapping[str, TensorSpec] = specs
+        self._origins: dict[str, tuple[str, int, bool]] = {}
+        for name, spec in model.specs.items():
+            stored = stored_keys(name)
+            if stored is None:
+                raise CheckpointError(
+                    f"checkpoint {model.path}: Hugging Face's CLIPModel has no tensor for {name}"
+                )
+            shape = spec.shape[::-1] if stored.is_transposed else spec.shape
+            if len(stored.keys) > 1:
+                shape = (shape[0] // len(stored.keys), *shape[1:])
+            for part, key in enumerate(stored.keys):
+                specs[key] = TensorSpec(shape, spec.dtype)
+                self._origins[key] = name, part, stored.is_transposed
+
+    def fill(self, key: str, start: int, out_n: Tensor) -> None:
+        name, part, is_transposed = self._origins[key]
+        if is_transposed:
+            whole_n = read_tensor(self._model, name).t().reshape(-1)
+            out_n.copy_(whole_n[start : start + len(out_n)])
+        else:
+            self._model.fill(name, part * self.specs[key].numel + start, out_n)
 
 
 def _resolve(reference: str, arch: str | None) -> ResolvedModel:
@@ -150,30 +163,33 @@ def _resolve(reference: str, arch: str | None) -> ResolvedModel:
         return resolve_model(ModelConfig(arch=reference))
     weights = locate(reference)
     if any((weights.parent / name).is_file() for name in _CONFIG_FILES):
-        resolved = resolve_folder(weights.parent, f"local-dir:{weights.parent}")
-        return replace(resolved, weights=weights)
+        return replace(resolve_folder(weights.parent), weights=weights)
     raise CheckpointError(
-        f"checkpoint {weights}: neither {' nor '.join(_CONFIG_FILES)} is beside it; say what it is "
-        "with --arch (an open_clip architecture, or a config JSON)"
+        f"checkpoint {weights}: neither {' nor '.join(_CONFIG_FILES)} is beside it; name its "
+        "architecture with --arch (one of open_clip's, or a config JSON)"
     )
 
 
 # --- writing -------------------------------------------------------------------------------------
 
 
-def _files(model: WholeModel, to: Format) -> Mapping[str, Callable[[Path], None]]:
-    """What is written: names → functions that write a file. Raises :class:`CheckpointError`."""
+def _files(resolved: ResolvedModel, to: Format) -> Mapping[str, Callable[[Path], None]]:
+    """Return the files of a format by name, as functions that write them.
+
+    Raises :class:`CheckpointError` if the format cannot express the model.
+    """
+    model = _whole_model(resolved)
     if to == "open_clip":
         return {
-            WEIGHTS_FILE: lambda path: _write_open_clip(model, path),
-            CONFIG_FILE: lambda path: _write_text(path, model.resolved.config_json),
+            WEIGHTS_FILE: lambda path: _write_tensors(model, path),
+            CONFIG_FILE: lambda path: _write_text(path, resolved.config_json),
         }
     dtypes = {spec.dtype for spec in model.specs.values()}
     dtype = str(dtypes.pop() if len(dtypes) == 1 else torch.float32).removeprefix("torch.")
-    config, preprocessor = _configs(model.resolved, dtype)
-    sources = _sources(model)
+    config, preprocessor = _configs(resolved, dtype)
+    view = _HuggingFaceView(model)
     return {
-        HF_WEIGHTS_FILE: lambda path: _write_huggingface(model, sources, path),
+        HF_WEIGHTS_FILE: lambda path: _write_tensors(view, path),
         huggingface_config.CONFIG_FILE: lambda path: _write_text(path, _json(config)),
         huggingface_config.PREPROCESSOR_FILE: lambda path: _write_text(path, _json(preprocessor)),
     }
@@ -186,41 +202,13 @@ def _configs(resolved: ResolvedModel, dtype: str) -> tuple[dict[str, Any], dict[
     return config, huggingface_config.preprocessor_config(resolved.preprocess_cfg, size)
 
 
-def _sources(model: WholeModel) -> dict[str, Source]:
-    found = {name: source_of(name) for name in model.specs}
-    homeless = sorted(name for name, source in found.items() if source is None)
-    if homeless:
-        raise CheckpointError(
-            f"model {model.resolved.name}: {homeless[0]} (of {len(homeless)}) has no place in "
-            "Hugging Face's CLIPModel"
-        )
-    return {name: source for name, source in found.items() if source is not None}
-
-
-def _write_open_clip(model: WholeModel, path: Path) -> None:
-    with SafetensorsWriter(path, model.specs) as writer:
-        for name in model.specs:
-            for start, part_n in model.parts(name):
-                writer.write(name, start, part_n)
-
-
-def _write_huggingface(model: WholeModel, sources: Mapping[str, Source], path: Path) -> None:
-    specs = {}
-    for name, source in sources.items():
-        spec = model.specs[name]
-        shape = spec.shape[::-1] if source.transposed else spec.shape
-        if len(source.keys) > 1:
-            shape = (shape[0] // len(source.keys), *shape[1:])
-        specs.update(dict.fromkeys(source.keys, TensorSpec(shape, spec.dtype)))
-    with SafetensorsWriter(path, specs) as writer:
-        for name, source in sources.items():
-            if source.transposed:
-                writer.write(source.keys[0], 0, model.read(name).t())
-                continue
-            sizes = [math.prod(specs[key].shape) for key in source.keys]
-            for start, part_n in model.parts(name):
-                for k, (inside, here) in columns(sizes, start, len(part_n)):
-                    writer.write(source.keys[k], inside, part_n[here])
+def _write_tensors(checkpoint: Checkpoint, path: Path) -> None:
+    with SafetensorsWriter(path, checkpoint.specs) as writer:
+        for key, spec in checkpoint.specs.items():
+            for start in range(0, spec.numel, _COLUMNS):
+                part_n = torch.empty(min(_COLUMNS, spec.numel - start), dtype=spec.dtype)
+                checkpoint.fill(key, start, part_n)
+                writer.write(key, start, part_n)
 
 
 def _json(value: Any) -> str:
@@ -233,51 +221,59 @@ def _write_text(path: Path, text: str) -> None:
 
 def _require_free(destination: Path) -> None:
     try:
-        taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
+        is_used = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
     except OSError as error:
         raise UserError(f"destination {destination}: {error.strerror}; choose another") from error
-    if taken:
-        raise UserError(f"destination {destination}: is in use; name a folder that is not there")
+    if is_used:
+        raise UserError(f"destination {destination}: is in use; name a folder that does not exist")
 
 
 # --- the two libraries side by side --------------------------------------------------------------
 
 
 @torch.no_grad()
-def compare(model: WholeModel, folder: Path, to: Format) -> float | None:
-    """The most that a cosine of an image and a text differs between the two libraries, in float32.
+def _compare(resolved: ResolvedModel, folder: Path, to: Format) -> float | None:
+    """Return the largest difference between the two libraries' cosines of images and texts.
 
-    One side is what was written to ``folder``, the other what it was made from; None if both are
-    open_clip's. Raises :class:`RunError` if they do not agree.
+    One model is the written ``folder``, the other the one it was made from, both in float32. None
+    if transformers is not installed or both are open_clip's. Raises :class:`RunError` if the
+    difference is above 1e-5.
     """
-    theirs_folder = folder if to == "hf" else model.huggingface_folder
-    if theirs_folder is None or find_spec("transformers") is None:
+    huggingface_folder = folder
+    if to == "open_clip":
+        huggingface_folder = resolved.weights.parent
+        has_config = (huggingface_folder / huggingface_config.CONFIG_FILE).is_file()
+        if not has_config or _whole_model(resolved).kind != HuggingFaceCheckpoint.kind:
+            return None
+        resolved = resolve_folder(folder)
+    if find_spec("transformers") is None:
         return None
     from transformers import CLIPModel
 
     from raymerge.models.skeleton import build_skeleton
 
-    state = model if to == "hf" else WholeModel(resolve_folder(folder, f"local-dir:{folder}"))
-    ours = build_skeleton(state.resolved)
-    ours.load_state_dict({name: state.read(name).float() for name in state.specs}, strict=True)
-    theirs: Any = CLIPModel.from_pretrained(theirs_folder)
-    theirs.float()
-    images_BHW, texts_BT = _inputs(theirs.config)
-    ours.eval()
-    theirs.eval()
-    given = _cosines(ours.encode_image(images_BHW), ours.encode_text(texts_BT))
-    output = theirs(input_ids=texts_BT, pixel_values=images_BHW)
-    difference = float((given - _cosines(output.image_embeds, output.text_embeds)).abs().max())
-    if not difference <= _AGREEMENT:
+    # Each side is loaded by its own library.
+    own = build_skeleton(resolved)
+    own.load_state_dict(_state_dict(resolved), strict=True)
+    own.eval()
+    other: Any = CLIPModel.from_pretrained(huggingface_folder)
+    other.float().eval()
+    # Both see the same inputs.
+    images_B3HW, texts_BT = _inputs(other.config)
+    cosines_BB = _cosines(own.encode_image(images_B3HW), own.encode_text(texts_BT))
+    output = other(input_ids=texts_BT, pixel_values=images_B3HW)
+    other_BB = _cosines(output.image_embeds, output.text_embeds)
+    difference = float((cosines_BB - other_BB).abs().max())
+    if not difference <= _MAX_DIFFERENCE:
         raise RunError(
             f"convert: the cosines of open_clip and transformers differ by {difference:.2g}, more "
-            f"than {_AGREEMENT:g}; nothing was written"
+            f"than {_MAX_DIFFERENCE:g}; nothing is written"
         )
     return difference
 
 
 def _inputs(config: Any) -> tuple[Tensor, Tensor]:
-    """Two noise images, and two texts of random tokens that end as CLIP's do."""
+    """Return two noise images, and two texts of random tokens with CLIP's end token."""
     generator = torch.Generator().manual_seed(0)
     size, text = config.vision_config.image_size, config.text_config
     images = torch.randn(2, 3, size, size, generator=generator)

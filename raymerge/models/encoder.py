@@ -1,4 +1,7 @@
-"""open_clip's module for the pretrained model, its preprocessing, and an encoder over flat θ.
+"""open_clip's image encoder over a flat vector θ, and the pretrained model that it is built from.
+
+The tower's weights and gradients are views into two flat vectors, so that a merge is one write and
+a backward pass one read. What a merge does not change stays in the module.
 
 Legend: P parameters, B images, D features.
 """
@@ -23,9 +26,9 @@ from raymerge.models.skeleton import OpenClipModel, build_skeleton
 
 
 def build_model(resolved: ResolvedModel, pretrained: VisualCheckpoint) -> OpenClipModel:
-    """The pretrained model on the CPU, in float32 and evaluation mode, without gradients.
+    """Return the pretrained model on the CPU, in float32 and evaluation mode, without gradients.
 
-    The merged tensors of its visual tower are left unset: :class:`FlatEncoder` brings its own.
+    The merged tensors of its visual tower are not set: :class:`FlatEncoder` replaces them.
     """
     with _NoRandomWeights():
         model = build_skeleton(resolved)
@@ -38,7 +41,7 @@ def build_model(resolved: ResolvedModel, pretrained: VisualCheckpoint) -> OpenCl
 
 
 class _NoRandomWeights(TorchFunctionMode):
-    """Leaves tensors as they are where a module would draw random weights (seconds at ViT-B)."""
+    """Skips the drawing of random weights where a module is built (seconds at ViT-B)."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -55,7 +58,10 @@ class _NoRandomWeights(TorchFunctionMode):
 
 
 class FlatEncoder:
-    """open_clip's image encoder over flat vectors (``view_flat``)."""
+    """An image encoder whose weights are views into ``theta_P``, gradients into ``gradient_P``.
+
+    ``columns``: the length of both, by default the layout's.
+    """
 
     def __init__(
         self,
@@ -74,18 +80,19 @@ class FlatEncoder:
 
     @property
     def visual(self) -> nn.Module:
-        """The tower itself."""
+        """The visual tower."""
         visual: nn.Module = self._model.visual
         return visual
 
     def drop_text(self) -> None:
-        """Free everything but the visual tower, once the heads are made."""
+        """Free everything but the visual tower, once the heads exist."""
         for name, _ in list(self._model.named_children()):
             if name != "visual":
                 delattr(self._model, name)
 
     def features(self, pixels_B3HW: Tensor, autocast: bool = False) -> Tensor:
-        """uint8 images → (B, D) float32 features of norm 1; ``autocast``: compute in bfloat16."""
+        """Return (B, D) float32 features of norm 1 for uint8 images; ``autocast``: compute in
+        bfloat16."""
         images = self.preprocess.normalise(pixels_B3HW.to(self.device, non_blocking=True))
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
             features_BD = self._model.encode_image(images)

@@ -1,4 +1,4 @@
-"""A module whose weights and gradients are views into two flat vectors.
+"""Make a module's weights and gradients views into two flat vectors.
 
 Legend: P columns of the flat vector.
 """
@@ -15,8 +15,8 @@ def view_flat(
 ) -> None:
     """Make the module's tensors that ``layout`` names views into ``theta_P``.
 
-    Writing ``theta_P`` changes the module; a backward adds into ``gradient_P``. Buffers such as
-    BatchNorm's running statistics are merged too; their gradient stays zero.
+    Writing ``theta_P`` changes the module; a backward pass adds into ``gradient_P``. Buffers, such
+    as BatchNorm's running statistics, are merged too; their gradient stays zero.
     """
     parameters = dict(module.named_parameters())
     gradients = layout.views(gradient_P)

@@ -1,5 +1,7 @@
 """Heads, one classifier per task: from class names and templates (CLIP, §3.1.4), or saved.
 
+A head is a matrix with the logit scale in it: logits = normalised image features @ head.
+
 Legend: C classes, D features.
 """
 
@@ -30,9 +32,10 @@ def zero_shot_head(
     classnames: Sequence[str],
     templates: Sequence[str],
 ) -> Tensor:
-    """(D, C) float32: w_c = e^s · normalise(mean_t normalise(text(t(c)))), zero bias.
+    """Return the zero-shot head (D, C), float32, without bias.
 
-    The logit scale e^s is baked in, so that logits = normalised image features @ head.
+    w_c = e^s · normalise(mean_t normalise(text(t(c)))), with templates t and the model's logit
+    scale e^s.
     """
     texts = [template.format(name) for name in classnames for template in templates]
     device = next(model.parameters()).device
@@ -46,10 +49,11 @@ def zero_shot_head(
 
 
 def saved_head(task: TaskConfig, where: str, features: int) -> Tensor:
-    """(D, C) float32, from a ``weight`` (C, D) that has the logit scale in it.
+    """Return a task's saved head (D, C), float32, from a ``weight`` (C, D) with the logit scale.
 
-    The file: a ``ClassificationHead`` as task_vectors and AdaMerging release it, or a state dict.
-    ``features``: D of the model. Raises :class:`CheckpointError` for what does not fit the task.
+    The file holds a ``ClassificationHead`` as task_vectors and AdaMerging release it, or a state
+    dict. ``where``: the task's place in the config, for errors. ``features``: D of the model.
+    Raises :class:`CheckpointError` for a head that does not fit the task.
     """
     try:
         checkpoint = open_checkpoint(str(task.head))
@@ -62,23 +66,26 @@ def saved_head(task: TaskConfig, where: str, features: int) -> Tensor:
 
 
 def _require_fit(checkpoint: Checkpoint, classes: int, features: int) -> None:
+    """Raise :class:`CheckpointError` unless it is a head without bias over normalised features."""
     path, specs = checkpoint.path, checkpoint.specs
-    odd = sorted(specs.keys() - {"weight", "bias"})
-    if "weight" not in specs or odd:
-        holds = ", ".join((odd or sorted(specs))[:3])
+    unexpected = sorted(specs.keys() - {"weight", "bias"})
+    if "weight" not in specs or unexpected:
+        names = ", ".join((unexpected or sorted(specs))[:3])
         raise CheckpointError(
-            f"checkpoint {path}: is no head: it holds {holds}; expected weight ({classes} classes "
+            f"checkpoint {path}: is no head: it holds {names}; expected weight ({classes} classes "
             f"x {features} features)"
         )
+    # The weight has a row per class.
     shape, dtype = specs["weight"].shape, specs["weight"].dtype
     if shape != (classes, features):
-        turned = "; save it transposed" if shape == (features, classes) else ""
+        hint = "; save it transposed" if shape == (features, classes) else ""
         raise CheckpointError(
             f"checkpoint {path}: weight has shape {list(shape)}, but the task has {classes} "
-            f"classnames and the model {features} features{turned}"
+            f"classnames and the model {features} features{hint}"
         )
     if not dtype.is_floating_point:
         raise CheckpointError(f"checkpoint {path}: weight is {dtype}, not floating point")
+    # A bias is accepted only if it has no effect.
     if "bias" in specs and specs["bias"].shape != (classes,):
         raise CheckpointError(
             f"checkpoint {path}: bias has shape {list(specs['bias'].shape)}, but the task has "
@@ -89,10 +96,11 @@ def _require_fit(checkpoint: Checkpoint, classes: int, features: int) -> None:
             f"checkpoint {path}: has a bias that is not zero, and heads here have none; save the "
             "head without it"
         )
+    # A pickled head's own attributes state what it was trained on.
     attributes = getattr(checkpoint, "attributes", {})
     for key in ("normalize", "normalize_input"):
         if attributes.get(key) is False:
             raise CheckpointError(
-                f"checkpoint {path}: was made for features that are not normalised ({key}=False), "
-                "and they are here; save a head for normalised features"
+                f"checkpoint {path}: is a head for features that are not normalised ({key}=False), "
+                "and features are normalised here; save a head for normalised features"
             )

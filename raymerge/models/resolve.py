@@ -1,102 +1,92 @@
-"""Which pretrained model: its architecture, its files, and the shapes that both must agree on.
+"""Find the model that a config names: its architecture, its weights file and its preprocessing.
 
-open_clip is imported only where it is needed: it takes seconds, and a static merge of local files
-needs none of it.
+A model is a name of open_clip's, a folder of either library, a hub id, a URL or a JSON file. No
+tensor is read here. open_clip is imported only where it is needed: it takes seconds, and a static
+merge of local files does without it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel
 
 from raymerge.config import ModelConfig
 from raymerge.errors import CheckpointError, ConfigError, did_you_mean, excerpt, one_line
 from raymerge.files.atomic import exists
 from raymerge.files.urls import is_remote, redact_url
 from raymerge.models.checkpoints import huggingface_config
-from raymerge.models.checkpoints.locate import hub_file, locate, read_json
+from raymerge.models.checkpoints.huggingface_config import Channels, Number, validated
+from raymerge.models.checkpoints.locate import hub_folder, locate, read_json
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 
-
-def _is_number(value: object, least: float = -1e6) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return least <= value <= 1e6
-
-
-def _are_channels(values: object, least: float = -1e6) -> bool:
-    return (
-        isinstance(values, list | tuple)
-        and len(values) == 3
-        and all(_is_number(value, least) for value in values)
-    )
-
-
-# What open_clip's PreprocessCfg takes, but for the size: the model's own image size decides.
-_PREPROCESS_KEYS: Mapping[str, Callable[[Any], bool]] = {
-    "mode": lambda value: value == "RGB",
-    "mean": _are_channels,
-    "std": lambda value: _are_channels(value, least=1e-6),
-    "interpolation": lambda value: value in ("bicubic", "bilinear", "random"),
-    "resize_mode": lambda value: value in ("shortest", "longest", "squash"),
-    "fill_color": lambda value: _is_number(value, least=0) or _are_channels(value, least=0),
-}
-
-_LARGEST_SIZE = 1 << 24
-_MOST = {"layers": 1024, "context_length": 1 << 13}  # a block or a mask is made for each of them
+_MAX_SIZE = 1 << 24
+_MAX_SIZES = {"layers": 1024, "context_length": 1 << 13}  # each makes a block, or part of a mask
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """What open_clip needs to build the model, and the file that holds θ₀ and the text tower."""
+    """The arguments with which open_clip builds a model, and the file of θ₀ and the text tower."""
 
     name: str
     model_cfg: Mapping[str, Any]
     preprocess_cfg: Mapping[str, Any]
     weights: Path
     tokenizer: str
-    """What ``open_clip.get_tokenizer`` takes; empty: the default tokenizer of ``model_cfg``."""
+    """The argument of ``open_clip.get_tokenizer``; empty for the default tokenizer of
+    ``model_cfg``."""
 
     @property
     def features(self) -> int:
-        """Of an image or a text."""
+        """The number of features D of an image or a text."""
         return int(self.model_cfg["embed_dim"])
 
     @property
     def config_json(self) -> str:
-        """``open_clip_config.json`` of a folder that open_clip loads as ``local-dir:``."""
+        """The ``open_clip_config.json`` of a folder that open_clip loads as ``local-dir:``."""
         cfg = {"model_cfg": self.model_cfg, "preprocess_cfg": self.preprocess_cfg}
         return json.dumps(cfg, indent=2) + "\n"
 
 
 def resolve_model(config: ModelConfig) -> ResolvedModel:
-    """Find the architecture and the weights; downloads tags and hub models. Reads no tensor."""
+    """Find the architecture and the weights; downloads tags, URLs and hub models.
+
+    Raises :class:`~raymerge.errors.UserError`.
+    """
     arch = config.arch
     if arch.startswith("local-dir:"):
         return resolve_folder(Path(arch.removeprefix("local-dir:")), arch)
     if is_remote(arch):
-        folder = locate(arch).parent
-        return replace(resolve_folder(folder, f"local-dir:{folder}"), name=redact_url(arch))
+        return replace(resolve_folder(locate(arch).parent), name=redact_url(arch))
     if arch.startswith("hf-hub:"):
-        return resolve_folder(_hub_folder(arch.removeprefix("hf-hub:")), arch)
+        return resolve_folder(hub_folder(arch.removeprefix("hf-hub:")), arch)
     if arch.endswith(".json"):
         assert config.pretrained is not None  # ModelConfig requires it here
-        return _resolved(arch, _model_json(Path(arch)), locate(config.pretrained), tokenizer="")
+        return _resolved(arch, _read_config(Path(arch)), locate(config.pretrained), tokenizer="")
     return _resolve_builtin(arch.replace("/", "-"), str(config.pretrained))
 
 
-def resolve_folder(folder: Path, name: str) -> ResolvedModel:
-    """The model in a folder of open_clip's or of Hugging Face's, by the config that is in it."""
-    own, theirs = folder / CONFIG_FILE, folder / huggingface_config.CONFIG_FILE
-    foreign = exists(theirs) and not exists(own)
-    cfg = huggingface_config.read_huggingface(folder) if foreign else _model_json(own)
+def resolve_folder(folder: Path, name: str = "") -> ResolvedModel:
+    """Resolve the model in a folder of open_clip's or of Hugging Face's, by the config in it.
+
+    ``name``: its reference, by default ``local-dir:`` and the folder; open_clip finds the tokenizer
+    by it.
+    """
+    name = name or f"local-dir:{folder}"
+    own, other = folder / CONFIG_FILE, folder / huggingface_config.CONFIG_FILE
+    is_huggingface = exists(other) and not exists(own)
+    cfg = huggingface_config.read_huggingface(folder) if is_huggingface else _read_config(own)
     weights = locate(name if name.startswith("hf-hub:") else str(folder))
-    return _resolved(name, cfg, weights, tokenizer="" if foreign else name)
+    return _resolved(name, cfg, weights, tokenizer="" if is_huggingface else name)
+
+
+# --- open_clip's own architectures ---------------------------------------------------------------
 
 
 def _resolve_builtin(arch: str, pretrained: str) -> ResolvedModel:
@@ -105,7 +95,9 @@ def _resolve_builtin(arch: str, pretrained: str) -> ResolvedModel:
 
     model_cfg = open_clip.get_model_config(arch)
     if model_cfg is None:
-        raise ConfigError(f"model.arch: {arch!r} is no open_clip architecture{_close_to(arch)}")
+        hint = did_you_mean(arch, open_clip.list_models()) or "; see open_clip.list_models()"
+        raise ConfigError(f"model.arch: {arch!r} is no open_clip architecture{hint}")
+    # The weights are a tag of open_clip's, or a file.
     tag = open_clip.get_pretrained_cfg(arch, pretrained)
     if not tag:
         if not exists(Path(pretrained)) and "/" not in pretrained:
@@ -129,58 +121,26 @@ def _resolve_builtin(arch: str, pretrained: str) -> ResolvedModel:
 def _require_same_activation(
     arch: str, tag: str, model_cfg: Mapping[str, Any], tag_cfg: Mapping[str, Any]
 ) -> None:
-    """OpenAI's weights need QuickGELU; with GELU they silently lose accuracy (open_clip #771)."""
-    wants, has = bool(tag_cfg.get("quick_gelu")), bool(model_cfg.get("quick_gelu"))
-    if wants == has:
+    """Raise :class:`ConfigError` where an architecture has another GELU than a tag's weights.
+
+    OpenAI's weights need QuickGELU; with GELU they silently lose accuracy (open_clip #771).
+    """
+    trained_quick, is_quick = bool(tag_cfg.get("quick_gelu")), bool(model_cfg.get("quick_gelu"))
+    if trained_quick == is_quick:
         return
-    other = f"{arch}-quickgelu" if wants else arch.removesuffix("-quickgelu")
+    other = f"{arch}-quickgelu" if trained_quick else arch.removesuffix("-quickgelu")
     raise ConfigError(
-        f"model.arch: {arch} uses {'QuickGELU' if has else 'GELU'}, but the {tag} weights were "
-        f"trained with {'QuickGELU' if wants else 'GELU'}; use arch: {other}"
+        f"model.arch: {arch} uses {'QuickGELU' if is_quick else 'GELU'}, but the {tag} weights "
+        f"were trained with {'QuickGELU' if trained_quick else 'GELU'}; use arch: {other}"
     )
 
 
-def _resolved(name: str, cfg: Mapping[str, Any], weights: Path, tokenizer: str) -> ResolvedModel:
-    _require_harmless(cfg["model_cfg"], name)
-    given = cfg.get("preprocess_cfg") or {}
-    if not isinstance(given, Mapping):
-        raise CheckpointError(f"model: {name}: preprocess_cfg is {excerpt(given)}, not a mapping")
-    preprocess = {key: given[key] for key in _PREPROCESS_KEYS if key in given}
-    for key, value in preprocess.items():
-        if not _PREPROCESS_KEYS[key](value):
-            raise CheckpointError(
-                f"model: {name}: preprocess_cfg.{key} is {excerpt(value)}, which open_clip has not"
-            )
-    return ResolvedModel(name, cfg["model_cfg"], preprocess, weights, tokenizer)
+# --- a model's own config ------------------------------------------------------------------------
 
 
-def _require_harmless(model_cfg: Mapping[str, Any], name: str) -> None:
-    """Refuse a config that runs its author's code, or that is as large as no model is.
-
-    open_clip hands ``tokenizer_kwargs`` to transformers, which imports what is beside the weights
-    where it finds ``trust_remote_code`` among them.
-    """
-    left: list[tuple[str, Any]] = [*model_cfg.items()]
-    while left:
-        key, value = left.pop()
-        if key == "trust_remote_code" and value:
-            raise CheckpointError(
-                f"model: {name}: refused: its config has trust_remote_code, which runs code that "
-                "comes with the model; remove it, and use a tokenizer that needs none"
-            )
-        most = _MOST.get(key, _LARGEST_SIZE)
-        if isinstance(value, int) and value > most:
-            raise CheckpointError(
-                f"model: {name}: its config has {key} {excerpt(value)}; at most {most:,} is taken"
-            )
-        if isinstance(value, Mapping):
-            left += value.items()
-        elif isinstance(value, list):
-            left += [(key, each) for each in value]
-
-
-def _model_json(path: Path) -> dict[str, Any]:
-    """An ``open_clip_config.json``, or a bare model_cfg as open_clip ships them."""
+def _read_config(path: Path) -> Mapping[str, Any]:
+    """Return ``model_cfg`` and ``preprocess_cfg`` of an ``open_clip_config.json``, of a bare
+    model_cfg as open_clip ships them, or of Hugging Face's ``config.json``."""
     if not exists(path) or not path.is_file():
         raise CheckpointError(f"model: {path}: no such file")
     cfg = read_json(path)
@@ -193,20 +153,56 @@ def _model_json(path: Path) -> dict[str, Any]:
     return cfg
 
 
-def _hub_folder(repository: str) -> Path:
-    """Where the config of a hub repository is, of open_clip's or of Hugging Face's."""
-    path = hub_file(repository, CONFIG_FILE, missing_ok=True)
-    if path is None:
-        path = hub_file(repository, huggingface_config.CONFIG_FILE)
-        hub_file(repository, huggingface_config.PREPROCESSOR_FILE, missing_ok=True)
-    assert path is not None
-    return path.parent
+class _PreprocessCfg(BaseModel):
+    """open_clip's PreprocessCfg without the size: the model's own image size decides."""
+
+    mode: Literal["RGB"] = "RGB"
+    mean: Channels = (0, 0, 0)
+    std: Annotated[Channels, AfterValidator(lambda std: _require_least(1e-6, std))] = (1, 1, 1)
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+    fill_color: Annotated[
+        Number | Channels, AfterValidator(lambda color: _require_least(0, color))
+    ] = 0
 
 
-def _close_to(arch: str) -> str:
-    import open_clip
+def _require_least(least: float, value: Any) -> Any:
+    if min(value if isinstance(value, Sequence) else (value,)) < least:
+        raise ValueError(f"{excerpt(value)} must not be below {least:g}")
+    return value
 
-    return did_you_mean(arch, open_clip.list_models()) or "; see open_clip.list_models()"
+
+def _resolved(name: str, cfg: Mapping[str, Any], weights: Path, tokenizer: str) -> ResolvedModel:
+    """Check a config that comes with a model, and return what open_clip reads of it."""
+    _require_harmless(cfg["model_cfg"], name)
+    values = cfg.get("preprocess_cfg") or {}
+    validated(_PreprocessCfg, values, f"model: {name}", "preprocess_cfg")
+    preprocess = {key: values[key] for key in _PreprocessCfg.model_fields if key in values}
+    return ResolvedModel(name, cfg["model_cfg"], preprocess, weights, tokenizer)
 
 
-# --- the weights ---------------------------------------------------------------------------------
+def _require_harmless(model_cfg: Mapping[str, Any], name: str) -> None:
+    """Raise :class:`CheckpointError` for a config that runs its author's code, or that is larger
+    than any model.
+
+    open_clip hands ``tokenizer_kwargs`` to transformers, which imports code from the folder of the
+    weights if they contain ``trust_remote_code``.
+    """
+    pending: list[tuple[str, Any]] = [*model_cfg.items()]
+    while pending:
+        key, value = pending.pop()
+        if key == "trust_remote_code" and value:
+            raise CheckpointError(
+                f"model: {name}: refused: its config has trust_remote_code, which runs code that "
+                "comes with the model; remove it, and use a tokenizer that needs none"
+            )
+        limit = _MAX_SIZES.get(key, _MAX_SIZE)
+        if isinstance(value, int) and value > limit:
+            raise CheckpointError(
+                f"model: {name}: its config has {key} {excerpt(value)}; at most {limit:,} is "
+                "allowed"
+            )
+        if isinstance(value, Mapping):
+            pending += value.items()
+        elif isinstance(value, list):
+            pending += [(key, each) for each in value]

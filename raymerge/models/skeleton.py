@@ -1,4 +1,4 @@
-"""open_clip's module for a resolved model without its weights, and what is known from it alone."""
+"""open_clip's module for a resolved model without its weights, and what follows from it alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ OpenClipModel = Any
 
 
 def build_skeleton(resolved: ResolvedModel, device: str = "cpu") -> OpenClipModel:
-    """open_clip's module with random weights; on ``meta`` it costs neither time nor memory."""
+    """Return open_clip's module with random weights; on ``meta`` it takes neither time nor memory.
+
+    Raises :class:`CheckpointError` for a config that open_clip cannot build.
+    """
     with _folder(resolved) as folder, _quiet_open_clip(), torch.device(device):
         try:
             return open_clip.create_model(
@@ -38,27 +41,28 @@ def build_skeleton(resolved: ResolvedModel, device: str = "cpu") -> OpenClipMode
 
 
 def activation_bytes(visual: nn.Module) -> int:
-    """Bytes that a float32 forward pass of one image keeps for its backward pass.
+    """Return the bytes that a float32 forward pass of one image saves for its backward pass.
 
-    ``visual``: the tower on ``meta``, where this costs neither time nor memory.
+    ``visual``: the tower on ``meta``, where this takes neither time nor memory.
     """
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
+        saved[storage._cdata] = storage.nbytes()
         return tensor
 
     height, width = make_preprocess(visual).size
     image = torch.empty(1, 3, height, width, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         output = visual.train(False).requires_grad_(True)(image)
     weights = {p.untyped_storage()._cdata for p in visual.parameters()}
     del output
-    return sum(size for storage, size in kept.items() if storage not in weights)
+    return sum(size for storage, size in saved.items() if storage not in weights)
 
 
 def make_tokenizer(resolved: ResolvedModel) -> Callable[[list[str]], Tensor]:
+    """Return open_clip's tokenizer of a model: texts → (B, T) token ids."""
     with _folder(resolved) as folder, _quiet_open_clip():
         tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(
             resolved.tokenizer or f"local-dir:{folder}"
@@ -68,6 +72,7 @@ def make_tokenizer(resolved: ResolvedModel) -> Callable[[list[str]], Tensor]:
 
 @contextmanager
 def _folder(resolved: ResolvedModel) -> Iterator[Path]:
+    """Yield a temporary folder with the model's config, which is all that open_clip reads here."""
     with tempfile.TemporaryDirectory(prefix="raymerge-") as name:
         (Path(name) / CONFIG_FILE).write_text(resolved.config_json, encoding="utf-8")
         yield Path(name)
@@ -75,7 +80,7 @@ def _folder(resolved: ResolvedModel) -> Iterator[Path]:
 
 @contextmanager
 def _quiet_open_clip() -> Iterator[None]:
-    """open_clip reports each model without weights on the root logger; here that is intended."""
+    """Suppress open_clip's warning, on the root logger, about a model without weights."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,6 @@
-"""The merged model as a folder that open_clip loads, streamed from the files into the file.
+"""Write the merged model's weights, streamed from the checkpoints' files into one file.
+
+Only a block of each model is in memory at a time. The maths of a block is left to ``merging``.
 
 Legend: K tasks, J rows, T tensors, L layers, n columns of one part of a tensor.
 """
@@ -17,9 +19,9 @@ from raymerge.merging.layout import CELL, LayerMap, Piece
 from raymerge.merging.merge import combine
 from raymerge.merging.ties import TiesStatistics
 from raymerge.models.checkpoints.checkpoint import TensorSpec
+from raymerge.models.checkpoints.safetensors_file import SafetensorsWriter
 from raymerge.models.checkpoints.task_vectors import stream, stream_rows
 from raymerge.models.checkpoints.visual_tower import VisualCheckpoint, all_finite
-from raymerge.models.checkpoints.writer import SafetensorsWriter
 from raymerge.models.pretrained import unmerged_keys, unmerged_tensors
 
 _Write = Callable[[Piece, Tensor, Tensor], None]
@@ -35,11 +37,10 @@ def write_merged(
 ) -> None:
     """Write the whole model: θ = θ₀ + Σ λ V in float32 as ``visual.*``, all else as it is stored.
 
-    V: the J rows of ``basis``, or the K task vectors.
-
-    Only a block of each model is held at a time. Raises :class:`UserError` where a number is not
-    finite, and :class:`OSError` when the disk is full; then ``path`` is of no use.
+    V: the J rows of ``basis``, or the K task vectors. Raises :class:`UserError` where a number is
+    not finite, and :class:`OSError` if the disk is full; ``path`` is then incomplete.
     """
+    # The header: merged tensors in float32, all others as they are stored.
     layout, stored = pretrained.layout, pretrained.checkpoint.specs
     specs = {name: stored[key] for name, key in unmerged_keys(pretrained).items()}
     for name, shape in zip(layout.names, layout.shapes, strict=True):
@@ -56,13 +57,14 @@ def write_merged(
                 raise UserError("the merged weights overflow: the coefficients are too large")
             writer.write(f"visual.{layout.names[t]}", piece.start - layout.offsets[t], theta_n)
 
+        # The merged tensors; TIES counts its signs while it merges, to read every file once.
         shard = layout.shard(0, 1)
         if isinstance(basis, TiesStatistics) and basis.majority is None:
             basis, cells = _vote(basis, write, pretrained, experts, shard.pieces())
-            done = stream(_merged_again(basis, write), pretrained, experts, cells)
+            blocks = stream(_ties_again(basis, write), pretrained, experts, cells)
         else:
-            done = stream_rows(write, pretrained, experts, basis, shard)
-        for _ in done:
+            blocks = stream_rows(write, pretrained, experts, basis, shard)
+        for _ in blocks:  # a stream does its work as it is read
             pass
 
 
@@ -73,10 +75,10 @@ def _vote(
     experts: Sequence[VisualCheckpoint],
     pieces: Sequence[Piece],
 ) -> tuple[TiesStatistics, list[Piece]]:
-    """Merge while the signs are counted: one reading of every file for both.
+    """Merge and count the signs in one reading of every file.
 
-    Returns the statistics with the majority sign, and the few cells to merge again since they
-    have columns that wait for it.
+    Returns the statistics with the majority sign, and the few cells to merge again: they have
+    columns whose result depends on the majority.
     """
 
     def merge(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> tuple[float, list[Piece]]:
@@ -89,7 +91,7 @@ def _vote(
     return counted, [cell for _, cells in votes for cell in cells if counted.majority]
 
 
-def _merged_again(ties: TiesStatistics, write: _Write) -> _Write:
+def _ties_again(ties: TiesStatistics, write: _Write) -> _Write:
     def merge(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> None:
         write(piece, base_n, ties.phi(vectors_Kn, piece.tensor))
 
@@ -97,7 +99,10 @@ def _merged_again(ties: TiesStatistics, write: _Write) -> _Write:
 
 
 def _cells(piece: Piece, marked_n: Tensor) -> list[Piece]:
-    """The runs of cells of a piece that hold a marked column; a piece starts where a cell does."""
+    """Return the runs of a piece's cells that hold a marked column.
+
+    A piece starts where a cell does.
+    """
     runs: list[Piece] = []
     for cell in (marked_n.nonzero() // CELL).unique().tolist():
         start = piece.start + cell * CELL

@@ -205,23 +205,23 @@ def test_no_half_folder_is_left(run, tmp_path, monkeypatch, theirs) -> None:
     def full(handle: int, size: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("raymerge.models.checkpoints.writer.reserve_space", full)
+    monkeypatch.setattr("raymerge.models.checkpoints.safetensors_file.reserve_space", full)
     ran = run("convert", theirs, tmp_path / "own", "--to", "open_clip")
     assert ran.code == 1
     assert "No space left" in ran.err
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("raymerge.models.checkpoints.writer.reserve_space", reserve_space)
+    monkeypatch.setattr("raymerge.models.checkpoints.safetensors_file.reserve_space", reserve_space)
 
 
 def test_libraries_that_disagree_leave_nothing(tmp_path, monkeypatch, ours) -> None:
-    own = raymerge.models.convert.source_of
+    own = raymerge.models.convert.stored_keys
 
     def swapped(name: str) -> Any:
         other = {"ln_1": "ln_2", "ln_2": "ln_1"}
         parts = [other.get(part, part) for part in name.split(".")]
         return own(".".join(parts))
 
-    monkeypatch.setattr(raymerge.models.convert, "source_of", swapped)
+    monkeypatch.setattr(raymerge.models.convert, "stored_keys", swapped)
     with pytest.raises(RunError, match=r"cosines of open_clip and transformers differ by"):
         convert(str(ours), tmp_path / "hf", "hf")
     assert list(tmp_path.iterdir()) == []

@@ -67,7 +67,7 @@ def test_it_is_found_wherever_it_stands(world: World, tmp_path: Path, where: str
 )
 def test_sizes_that_no_model_has(world: World, tmp_path: Path, key: str, value: object) -> None:
     folder = write_folder(tmp_path / "model", world, with_text(**{key: value}))
-    with pytest.raises(CheckpointError, match=rf"its config has {key} \d+; at most"):
+    with pytest.raises(CheckpointError, match=rf"its config has {key} \d+; at most [\d,]+ is "):
         resolve_model(ModelConfig(arch=f"local-dir:{folder}"))
 
 
@@ -88,7 +88,7 @@ def test_a_preprocessing_that_open_clip_has_not(
 ) -> None:
     cfg = {"model_cfg": MODEL_CFG, "preprocess_cfg": {key: value}}
     folder = write_folder(tmp_path / "model", world, cfg)
-    with pytest.raises(CheckpointError, match=rf"preprocess_cfg\.{key} is .*, which open_clip has"):
+    with pytest.raises(CheckpointError, match=rf"model: m: preprocess_cfg\.{key}: .+"):
         resolve_folder(folder, "m")
 
 

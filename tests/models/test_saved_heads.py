@@ -103,7 +103,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "not normalised": (
         lambda p: write_release(ClassificationHead(_random(), normalize=False), p),
-        r"was made for features that are not normalised \(normalize=False\), .*; save a head for",
+        r"is a head for features that are not normalised \(normalize=False\), .*; save a",
     ),
     "NaN": (
         lambda p: save_file({"weight": _random() * float("nan")}, p),

@@ -195,7 +195,7 @@ def test_small_blocks_do_not_cut_a_matrix(opened, tmp_path, monkeypatch):
     basis = MatrixBasis(tsv)
     whole_P = _write_rows(tmp_path / "a", opened, 4, 1.0, basis)
     monkeypatch.setattr(task_vectors, "_BLOCK_BYTES", 4 * 4 * CELL)
-    monkeypatch.setattr(task_vectors, "_LEAST_COLUMNS", CELL)
+    monkeypatch.setattr(task_vectors, "_MIN_COLUMNS", CELL)
     assert torch.equal(_write_rows(tmp_path / "b", opened, 4, 1.0, basis), whole_P)
 
 
@@ -210,7 +210,7 @@ def test_dare_writes_what_its_rows_sum_to_whatever_the_blocks(
     expected_P = _flat(pretrained) + 0.3 * dare.phi(vectors_KP, 0).sum(0)
     torch.testing.assert_close(whole_P, expected_P, rtol=0, atol=1e-6)
     monkeypatch.setattr(task_vectors, "_BLOCK_BYTES", 4 * 4 * CELL)
-    monkeypatch.setattr(task_vectors, "_LEAST_COLUMNS", CELL)
+    monkeypatch.setattr(task_vectors, "_MIN_COLUMNS", CELL)
     assert torch.equal(_write_rows(tmp_path / "b", opened, 4, 0.3, dare), whole_P)
 
 
@@ -233,7 +233,7 @@ def test_the_blocks_do_not_change_a_byte(opened, tmp_path, monkeypatch, block_ce
     lambdas_KL = torch.full((4, 1), 0.3)
     whole = _write(tmp_path / "whole", opened, lambdas_KL)
     monkeypatch.setattr(task_vectors, "_BLOCK_BYTES", 4 * 4 * block_cells * CELL)
-    monkeypatch.setattr(task_vectors, "_LEAST_COLUMNS", CELL)
+    monkeypatch.setattr(task_vectors, "_MIN_COLUMNS", CELL)
     assert _write(tmp_path / "parts", opened, lambdas_KL).read_bytes() == whole.read_bytes()
 
 

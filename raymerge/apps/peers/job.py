@@ -25,8 +25,8 @@ from raymerge.files.progress import progress_bar
 from raymerge.files.threads import parallel_map
 from raymerge.models.checkpoints.checkpoint import TensorSpec, read_tensor
 from raymerge.models.checkpoints.digests import hash_ahead, remember, sha256
+from raymerge.models.checkpoints.safetensors_file import SafetensorsWriter
 from raymerge.models.checkpoints.visual_tower import all_finite
-from raymerge.models.checkpoints.writer import SafetensorsWriter
 
 WEIGHTS = "model.safetensors"
 _MODEL_CARD = """---

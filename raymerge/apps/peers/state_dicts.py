@@ -20,8 +20,8 @@ from raymerge.errors import CheckpointError, UserError, one_line, unknown_name
 from raymerge.files.atomic import exists
 from raymerge.files.urls import is_remote
 from raymerge.merging.layout import CELL
+from raymerge.models.checkpoints import locate
 from raymerge.models.checkpoints.checkpoint import SAFETENSORS_DTYPES, Checkpoint, read_tensor
-from raymerge.models.checkpoints.huggingface import ShardedCheckpoint
 from raymerge.models.checkpoints.opening import open_stored
 from raymerge.models.checkpoints.visual_tower import all_finite, require_finite
 
@@ -83,8 +83,9 @@ def open_state_dict(reference: str) -> Checkpoint:
 
 
 def files_of(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """Return the files that hold the checkpoint's numbers."""
-    return checkpoint.files if isinstance(checkpoint, ShardedCheckpoint) else (checkpoint.path,)
+    """Return the files that hold a checkpoint's tensors."""
+    files = locate.files_of(checkpoint.path)
+    return tuple(files[1:] or files)  # the shards of an index, without the index
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""An opened checkpoint: names, shapes and types of its tensors, and a way to read each by parts.
+"""An opened checkpoint: names, shapes and dtypes of its tensors, and a way to read each in parts.
 
-The readers of the single formats build on this; ``opening`` chooses among them.
+Opening a checkpoint reads headers only; tensors are read column by column into memory that the
+caller owns, so K open checkpoints cost no memory. Each format has a reader in a module of its own;
+``opening`` chooses among them.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -17,74 +19,10 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from raymerge.errors import CheckpointError
+from raymerge.errors import CheckpointError, one_line
 
-_TensorT = TypeVar("_TensorT")
-
-
-_NESTED = ("state_dict", "model_state_dict")
-
-
+_NESTED_KEYS = ("state_dict", "model_state_dict")
 _SPARE_FILES = 32
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a header says of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class Checkpoint(Protocol):
-    """An opened state dict: headers in memory, tensors read when asked for."""
-
-    path: Path
-    kind: str
-    specs: Mapping[str, TensorSpec]
-
-    def fill(self, key: str, start: int, out_n: Tensor) -> None:
-        """Write columns ``start:start + n`` of the flattened tensor into ``out_n`` (CPU, any
-        floating dtype). Raises :class:`CheckpointError` for a damaged file."""
-        ...
-
-
-@runtime_checkable
-class Partial(Checkpoint, Protocol):
-    """A checkpoint that leaves something to the pretrained model: an adapter, a bare tower."""
-
-    def over(self, base: Checkpoint, prefix: str) -> Checkpoint:
-        """The whole visual tower, ``visual.*``; that of ``base`` is ``prefix*``. Raises
-        :class:`CheckpointError` if the two do not fit."""
-        ...
-
-
-def read_tensor(checkpoint: Checkpoint, key: str, dtype: torch.dtype | None = None) -> Tensor:
-    """One whole tensor on the CPU, in its stored dtype unless another is given."""
-    spec = checkpoint.specs[key]
-    out_n = torch.empty(math.prod(spec.shape), dtype=dtype or spec.dtype)
-    checkpoint.fill(key, 0, out_n)
-    return out_n.view(spec.shape)
-
-
-def open_file(path: Path) -> FileIO:
-    """Open for reading; a thousand experts are more files than a process may open by default."""
-    file = path.open("rb", buffering=0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if file.fileno() > soft - _SPARE_FILES:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return file
-
-
-def read_at(file: FileIO, position: int, out_n: Tensor) -> None:
-    """Fill a contiguous tensor from there on. Raises :class:`OSError` if the file ends first."""
-    left = memoryview(out_n.view(torch.uint8).numpy())  # type: ignore[arg-type]
-    while len(left):
-        count = os.preadv(file.fileno(), [left], position)
-        if not count:
-            raise OSError("the file ends early")
-        left, position = left[count:], position + count
-
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -101,17 +39,133 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 
+_TensorT = TypeVar("_TensorT")
 
-def state_dict(loaded: Any, path: Path, kind: type[_TensorT]) -> dict[str, _TensorT]:
-    """The tensors by name, of what a file holds. Raises :class:`CheckpointError`."""
-    for key in _NESTED:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping):
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one tensor, as a header states them."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class Checkpoint(Protocol):
+    """An opened state dict: headers in memory, tensors read on request."""
+
+    path: Path
+    kind: str
+    """The format, as ``raymerge inspect`` prints it."""
+    specs: Mapping[str, TensorSpec]
+
+    def fill(self, key: str, start: int, out_n: Tensor) -> None:
+        """Write columns ``start:start + n`` of the flattened tensor into ``out_n`` (CPU, any
+        floating dtype). Raises :class:`CheckpointError` for a damaged file."""
+        ...
+
+
+@runtime_checkable
+class Partial(Checkpoint, Protocol):
+    """A checkpoint that needs the pretrained model: an adapter, or a tower without projection."""
+
+    def complete(self, base: Checkpoint, prefix: str) -> Checkpoint:
+        """Return the whole visual tower as ``visual.*``; that of ``base`` is ``prefix*``. Raises
+        :class:`CheckpointError` if the two do not fit."""
+        ...
+
+
+class ViewCheckpoint:
+    """A checkpoint whose tensors lie in others, under names of their own.
+
+    ``origins``: name → the checkpoint that holds the tensor, and its key there.
+    """
+
+    def __init__(
+        self, path: Path, kind: str, origins: Mapping[str, tuple[Checkpoint, str]]
+    ) -> None:
+        self.path, self.kind, self._origins = path, kind, origins
+        self.specs: Mapping[str, TensorSpec] = {
+            name: checkpoint.specs[key] for name, (checkpoint, key) in origins.items()
+        }
+
+    def fill(self, key: str, start: int, out_n: Tensor) -> None:
+        checkpoint, stored_key = self._origins[key]
+        checkpoint.fill(stored_key, start, out_n)
+
+
+def read_tensor(checkpoint: Checkpoint, key: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Return one whole tensor on the CPU, in ``dtype`` or the stored one."""
+    spec = checkpoint.specs[key]
+    out_n = torch.empty(spec.numel, dtype=dtype or spec.dtype)
+    checkpoint.fill(key, 0, out_n)
+    return out_n.view(spec.shape)
+
+
+def open_file(path: Path) -> FileIO:
+    """Open a file for reading, and raise the process's limit on open files where it is near.
+
+    A thousand experts are more files than a process may open by default.
+    """
+    file = path.open("rb", buffering=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if file.fileno() > soft - _SPARE_FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return file
+
+
+def read_at(file: FileIO, position: int, out_n: Tensor) -> None:
+    """Fill a contiguous tensor with the bytes from ``position`` on. Raises :class:`OSError` if the
+    file ends first."""
+    remaining = memoryview(out_n.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while len(remaining):
+        count = os.preadv(file.fileno(), [remaining], position)
+        if not count:
+            raise OSError("the file ends early")
+        remaining, position = remaining[count:], position + count
+
+
+def read_converted(
+    out_n: Tensor, dtype: torch.dtype, read: Callable[[Tensor], None], what: str
+) -> None:
+    """Fill ``out_n`` with numbers that are stored as ``dtype``.
+
+    ``read`` fills a contiguous tensor of that dtype: ``out_n`` itself where it is one. Raises
+    :class:`CheckpointError` with ``what`` (file and tensor) where ``read`` raises OSError.
+    """
+    is_direct = out_n.dtype == dtype and out_n.is_contiguous()
+    values_n = out_n if is_direct else torch.empty(len(out_n), dtype=dtype)
+    try:
+        read(values_n)
+    except OSError as error:
         raise CheckpointError(
-            f"checkpoint {path}: holds a {type(loaded).__name__}, not a state dict (name → tensor)"
+            f"{what} cannot be read ({one_line(error)}); fetch it again"
+        ) from error
+    if not is_direct:
+        out_n.copy_(values_n)
+
+
+def state_dict(value: Any, path: Path, kind: type[_TensorT]) -> dict[str, _TensorT]:
+    """Return the tensors (of class ``kind``) of an unpickled file by name.
+
+    Training code often nests the state dict beside other entries. Raises
+    :class:`CheckpointError`.
+    """
+    for key in _NESTED_KEYS:
+        if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
+            value = value[key]
+    if not isinstance(value, Mapping):
+        raise CheckpointError(
+            f"checkpoint {path}: holds a {type(value).__name__}, not a state dict (name → tensor)"
         )
-    tensors = {str(key): value for key, value in loaded.items() if isinstance(value, kind)}
+    tensors = {str(key): tensor for key, tensor in value.items() if isinstance(tensor, kind)}
     if not tensors:
         raise CheckpointError(f"checkpoint {path}: holds no tensor; expected a state dict")
     return tensors

@@ -1,7 +1,7 @@
 """SHA-256 of checkpoints: computed in the background, and remembered between runs.
 
-Hashing K files takes longer than merging them. A digest is remembered for a path, size and
-modification time together, as make and git do; a file that changes is hashed again.
+Hashing K files takes longer than merging them. A digest belongs to a path, size and modification
+time together, as in make and git; a file that changes is hashed again.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ from raymerge.files.remote import sha256_of
 from raymerge.files.urls import is_remote
 from raymerge.models.checkpoints.locate import files_of, locate
 
-_HASH_BYTES = 32 << 20  # few turns at the interpreter's lock, which an import hardly lets go
-_MOST_REMEMBERED = 10_000
+_HASH_BYTES = 32 << 20  # large: each read waits for the interpreter lock, which imports hold long
+_MAX_REMEMBERED = 10_000
 _LOCK = threading.Lock()
 _digests: dict[str, Future[str]] = {}
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256, in hex; waits for the one that ``hash_ahead`` has begun."""
-    future, mine = _future(path)
-    if mine:
+    """Return a file's SHA-256 in hex; where :func:`hash_ahead` has started it, wait for that."""
+    future, is_new = _future(path)
+    if is_new:
         _digest(path, future)
     return future.result()
 
 
 def hash_ahead(references: Iterable[str]) -> None:
-    """Begin to hash local checkpoints in the background; what cannot be found is left for later."""
+    """Start to hash local checkpoints in the background.
+
+    A reference that leads to no file is skipped; opening it raises the error.
+    """
     work = []
     for reference in references:
         if not (reference.startswith("hf-hub:") or is_remote(reference)):
@@ -46,15 +49,15 @@ def hash_ahead(references: Iterable[str]) -> None:
 
 
 def remember() -> None:
-    """Keep this process's digests for later ones, where the cache folder can be written."""
-    done = {key: f.result() for key, f in _digests.items() if f.done() and not f.exception()}
-    known = _remembered()
-    if done.items() <= known.items():
+    """Save this process's digests for later ones, if the cache folder can be written."""
+    digests = {key: f.result() for key, f in _digests.items() if f.done() and not f.exception()}
+    earlier = _remembered()
+    if digests.items() <= earlier.items():
         return
-    merged = {**known, **done}
+    merged = {**earlier, **digests}
     with suppress(RaymergeError, OSError):
         _file().parent.mkdir(parents=True, exist_ok=True)
-        write_json(_file(), dict(list(merged.items())[-_MOST_REMEMBERED:]))
+        write_json(_file(), dict(list(merged.items())[-_MAX_REMEMBERED:]))
 
 
 def _file() -> Path:
@@ -63,29 +66,29 @@ def _file() -> Path:
 
 def _remembered() -> dict[str, str]:
     try:
-        known = json.loads(_file().read_text(encoding="utf-8"))
+        digests = json.loads(_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return digests if isinstance(digests, dict) else {}
 
 
 def _future(path: Path) -> tuple[Future[str], bool]:
-    """The digest of this very state of the file, and whether the caller is to compute it."""
+    """Return the digest of the file's present state, and whether the caller must compute it."""
     stat = path.stat()
     identity = f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}"
     with _LOCK:
         if identity in _digests:
             return _digests[identity], False
         future = _digests[identity] = Future()
-        known = sha256_of(path) or _remembered().get(identity)
-        if known is not None:
-            future.set_result(known)
-        return future, known is None
+        digest = sha256_of(path) or _remembered().get(identity)
+        if digest is not None:
+            future.set_result(digest)
+        return future, digest is None
 
 
 def _digest_all(work: Iterable[tuple[Path, Future[str], bool]]) -> None:
-    for path, future, mine in work:
-        if mine:
+    for path, future, is_new in work:
+        if is_new:
             _digest(path, future)
 
 

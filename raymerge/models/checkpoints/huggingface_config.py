@@ -1,15 +1,25 @@
 """The configurations of one CLIP in both libraries: Hugging Face's ``config.json`` and
 ``preprocessor_config.json``, open_clip's ``model_cfg`` and ``preprocess_cfg``.
 
-What the other cannot say is refused, by its name and value.
+Each direction refuses what the other library cannot express, by its key and value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+)
+
+from raymerge.config.wording import explain
 from raymerge.errors import CheckpointError, excerpt
 from raymerge.models.checkpoints.locate import read_json
 
@@ -25,35 +35,226 @@ _OLD_END_OF_TEXT = 2  # with it, and only with it, transformers pools at the hig
 _EPS = 1e-5
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 
-_VISION_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": _EPS,
-}
-_TEXT_DEFAULTS = {
-    "vocab_size": _VOCABULARY,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": _EPS,
-    "eos_token_id": _END_OF_TEXT,
-}
+_SchemaT = TypeVar("_SchemaT", bound=BaseModel)
+
+
+def validated(schema: type[_SchemaT], values: object, where: str, section: str = "") -> _SchemaT:
+    """Return a section of a config file, typed. Raises :class:`CheckpointError` naming the file
+    (``where``) and the key."""
+    if not isinstance(values, Mapping):
+        name = f"{where}: {section}" if section else where
+        raise CheckpointError(f"{name} is {excerpt(values)}, not a mapping")
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        prefix = f"{section}." if section else ""
+        raise CheckpointError(f"{where}: {prefix}{explain(error, schema)}") from None
+
+
+def _number(value: Any) -> float:
+    """Return a number as it is: an integer stays one where it is written again."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
+        raise ValueError(f"{excerpt(value)} is not a number")
+    return value
+
+
+def _channels(value: Any) -> Sequence[float]:
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise ValueError(f"{excerpt(value)} is not 3 numbers")
+    return [_number(each) for each in value]
+
+
+def _one_side(value: Any) -> Any:
+    """Return the side of a square that is written as height and width."""
+    is_square = isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]
+    return value[0] if is_square else value
+
+
+_Count = Annotated[int, Field(gt=0, le=1 << 24)]
+_Side = Annotated[_Count, BeforeValidator(_one_side)]
+Number = Annotated[float, PlainValidator(_number)]
+Channels = Annotated[Sequence[float], PlainValidator(_channels)]
+
+
+class _Section(BaseModel):
+    """A section of Hugging Face's files, with the defaults of its library."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class _VisionConfig(_Section):
+    hidden_size: _Count = 768
+    intermediate_size: _Count = 3072
+    num_hidden_layers: _Count = 12
+    num_attention_heads: _Count = 12
+    num_channels: Literal[3] = 3
+    image_size: _Side = 224
+    patch_size: _Side = 32
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: Number = _EPS
+
+
+class _TextConfig(_Section):
+    vocab_size: Literal[49408] = 49408  # open_clip's tokenizer has no other vocabulary
+    hidden_size: _Count = 512
+    intermediate_size: _Count = 2048
+    num_hidden_layers: _Count = 12
+    num_attention_heads: _Count = 8
+    max_position_embeddings: _Count = 77
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: Number = _EPS
+    eos_token_id: int = _END_OF_TEXT
+
+
+class _ClipConfig(_Section):
+    projection_dim: _Count = 512
+
+
+class _Preprocessor(_Section):
+    do_resize: Literal[True] = True
+    do_center_crop: bool = True
+    do_rescale: Literal[True] = True
+    do_normalize: bool = True
+    size: Any = None
+    crop_size: Any = None
+    resample: Literal[2, 3] = 3
+    rescale_factor: Number = 1 / 255
+    image_mean: Channels = _OPENAI_MEAN
+    image_std: Channels = _OPENAI_STD
+
+
+# --- to open_clip --------------------------------------------------------------------------------
+
+
+def read_huggingface(folder: Path) -> dict[str, Any]:
+    """Return ``model_cfg`` and ``preprocess_cfg`` of a folder that Hugging Face's library wrote.
+
+    Raises :class:`CheckpointError` for what open_clip cannot express.
+    """
+    path = folder / CONFIG_FILE
+    model_cfg = _open_clip_config(read_json(path), f"model: {path}")
+    image_size = model_cfg["vision_cfg"]["image_size"]
+    for path in (folder / PREPROCESSOR_FILE, folder / _PROCESSOR_FILE):
+        if path.is_file():
+            values = read_json(path)
+            if isinstance(values, dict):
+                values = values.get("image_processor", values)
+            preprocess_cfg = _preprocess_cfg(values, image_size, f"model: {path}")
+            return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    return {"model_cfg": model_cfg, "preprocess_cfg": {}}
+
+
+def _open_clip_config(content: Any, where: str) -> dict[str, Any]:
+    """Return open_clip's ``model_cfg`` for Hugging Face's ``config.json``."""
+    config = validated(_ClipConfig, content, where)
+    if content.get("model_type") != "clip":
+        raise CheckpointError(
+            f"{where}: model_type is {excerpt(content.get('model_type'))}: only a whole CLIPModel "
+            "(clip) can be the pretrained model"
+        )
+    # The sections of the old ``*_config_dict`` come first, as in transformers.
+    towers = [
+        content.get(f"{name}_dict") or content.get(name) or {}
+        for name in ("vision_config", "text_config")
+    ]
+    vision = validated(_VisionConfig, towers[0], where, "vision_config")
+    text = validated(_TextConfig, towers[1], where, "text_config")
+    # open_clip has one activation for both towers, and the width of a head instead of their number.
+    if vision.hidden_act != text.hidden_act:
+        raise CheckpointError(
+            f"{where}: text_config.hidden_act is {text.hidden_act!r}, that of the image tower "
+            f"{vision.hidden_act!r}; open_clip has one for both"
+        )
+    heads, width = vision.num_attention_heads, vision.hidden_size
+    if width % heads:
+        raise CheckpointError(
+            f"{where}: vision_config.num_attention_heads is {heads}, which does not divide the "
+            f"width {width}"
+        )
+    model_cfg: dict[str, Any] = {
+        "embed_dim": config.projection_dim,
+        "vision_cfg": {
+            "image_size": vision.image_size,
+            "layers": vision.num_hidden_layers,
+            "width": width,
+            "head_width": width // heads,
+            "patch_size": vision.patch_size,
+            **_uncommon(vision),
+        },
+        "text_cfg": {
+            "context_length": text.max_position_embeddings,
+            "vocab_size": text.vocab_size,
+            "width": text.hidden_size,
+            "heads": text.num_attention_heads,
+            "layers": text.num_hidden_layers,
+            **_uncommon(text),
+        },
+    }
+    # Both pool at the first end token, which is the highest id of CLIP's vocabulary.
+    if text.eos_token_id not in (_OLD_END_OF_TEXT, _END_OF_TEXT):
+        model_cfg["text_cfg"] |= {"pool_type": "eos", "eos_id": text.eos_token_id}
+    if vision.hidden_act == "quick_gelu":
+        model_cfg["quick_gelu"] = True
+    return model_cfg
+
+
+def _uncommon(tower: _VisionConfig | _TextConfig) -> dict[str, Any]:
+    """Return the settings of a tower that are not open_clip's defaults."""
+    settings: dict[str, Any] = {}
+    width, hidden = tower.hidden_size, tower.intermediate_size
+    if hidden != 4 * width:
+        ratio = hidden / width
+        # open_clip rounds width · ratio down.
+        settings["mlp_ratio"] = ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+    if tower.layer_norm_eps != _EPS:
+        settings["norm_kwargs"] = {"eps": tower.layer_norm_eps}
+    return settings
+
+
+def _preprocess_cfg(values: object, image_size: int, where: str) -> dict[str, Any]:
+    """Return open_clip's ``preprocess_cfg`` for Hugging Face's ``preprocessor_config.json``."""
+    preprocessor = validated(_Preprocessor, values, where)
+    if abs(preprocessor.rescale_factor - 1 / 255) > 1e-9:
+        raise CheckpointError(
+            f"{where}: rescale_factor is {preprocessor.rescale_factor}: open_clip divides by 255"
+        )
+    is_normalised = preprocessor.do_normalize
+    return {
+        "size": image_size,
+        "mode": "RGB",
+        "mean": list(preprocessor.image_mean) if is_normalised else [0.0] * 3,
+        "std": list(preprocessor.image_std) if is_normalised else [1.0] * 3,
+        "interpolation": _RESAMPLE[preprocessor.resample],
+        "resize_mode": _resize_mode(preprocessor, image_size, where),
+    }
+
+
+def _resize_mode(preprocessor: _Preprocessor, image_size: int, where: str) -> str:
+    """Return open_clip's way to the model's square: the shortest side and a crop from the middle,
+    or both sides at once."""
+    square = {"height": image_size, "width": image_size}
+    size = image_size if preprocessor.size is None else preprocessor.size
+    crop_size = image_size if preprocessor.crop_size is None else preprocessor.crop_size
+    is_whole_crop = crop_size in (square, image_size)
+    if size == square and (is_whole_crop or not preprocessor.do_center_crop):
+        return "squash"
+    is_shortest = size in (image_size, {"shortest_edge": image_size})
+    if not (is_shortest and is_whole_crop and preprocessor.do_center_crop):
+        raise CheckpointError(
+            f"{where}: size is {excerpt(size)} and crop_size {excerpt(crop_size)} (do_center_crop: "
+            f"{preprocessor.do_center_crop}): the model's images have {image_size} pixels a side"
+        )
+    return "shortest"
+
+
+# --- to Hugging Face -----------------------------------------------------------------------------
 
 _MODEL_KEYS = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_scale"}
 _TOWER_KEYS = {"layers", "width", "mlp_ratio", "norm_kwargs"}
 _VISION_KEYS = {*_TOWER_KEYS, "head_width", "image_size", "patch_size"}
 _TEXT_KEYS = {*_TOWER_KEYS, "heads", "context_length", "vocab_size", "pool_type", "eos_id"}
-# What open_clip's configurations may say and still be plain: these are its defaults.
-_PLAIN = {
+# Values of open_clip's other settings with which they change nothing.
+_NEUTRAL = {
     "pool_type": ("tok", "argmax"),
     "pos_embed_type": ("learnable",),
     "proj_type": ("linear",),
@@ -62,187 +263,12 @@ _PLAIN = {
 }
 
 
-class _Reader:
-    """Values of one section, refused where they are not what they must be."""
-
-    def __init__(self, where: str, section: str, values: Mapping[str, Any]) -> None:
-        self._where, self._section, self._values = where, section, values
-
-    def refused(self, key: str, why: str) -> CheckpointError:
-        name = f"{self._section}.{key}" if self._section else key
-        return CheckpointError(f"{self._where}: {name} is {excerpt(self._values.get(key))}: {why}")
-
-    def count(self, key: str) -> int:
-        value = self._values.get(key)
-        if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
-            value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise self.refused(key, "not a positive integer")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        value = self._values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
-            raise self.refused(key, "not a number")
-        return value
-
-    def channels(self, key: str, default: Sequence[float]) -> list[float]:
-        value = self._values.get(key, default)
-        if not isinstance(value, list | tuple) or len(value) != 3:
-            raise self.refused(key, "not 3 numbers")
-        each = _Reader(self._where, f"{self._section}{key}", dict(zip("012", value, strict=True)))
-        return [each.number(channel, 0.0) for channel in "012"]
-
-
-def read_huggingface(folder: Path) -> dict[str, Any]:
-    """``model_cfg`` and ``preprocess_cfg`` for a folder of Hugging Face's. Raises
-    :class:`CheckpointError` for what open_clip cannot express."""
-    config = _mapping(folder / CONFIG_FILE)
-    model_cfg = open_clip_config(config, f"model: {folder / CONFIG_FILE}")
-    image_size = model_cfg["vision_cfg"]["image_size"]
-    for name in (PREPROCESSOR_FILE, _PROCESSOR_FILE):
-        if (folder / name).is_file():
-            given = _mapping(folder / name)
-            given = given.get("image_processor", given)
-            if not isinstance(given, dict):
-                raise CheckpointError(f"model: {folder / name}: image_processor is no mapping")
-            where = f"model: {folder / name}"
-            return {
-                "model_cfg": model_cfg,
-                "preprocess_cfg": _preprocess_cfg(given, image_size, where),
-            }
-    return {"model_cfg": model_cfg, "preprocess_cfg": {}}
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds a {type(found).__name__}, not a mapping")
-    return found
-
-
-def open_clip_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """open_clip's ``model_cfg`` for Hugging Face's ``config.json``."""
-    top = _Reader(where, "", {"projection_dim": 512, **config})
-    if config.get("model_type") != "clip":
-        raise top.refused("model_type", "only a whole CLIPModel (clip) can be the pretrained model")
-    vision = _section(config, "vision_config", _VISION_DEFAULTS, where)
-    text = _section(config, "text_config", _TEXT_DEFAULTS, where)
-    of_vision = _Reader(where, "vision_config", vision)
-    of_text = _Reader(where, "text_config", text)
-    if vision["hidden_act"] != text["hidden_act"]:
-        raise of_text.refused("hidden_act", f"the image tower has {vision['hidden_act']!r}")
-    if vision["hidden_act"] not in ("quick_gelu", "gelu"):
-        raise of_vision.refused("hidden_act", "open_clip has quick_gelu and gelu")
-    if vision["num_channels"] != 3:
-        raise of_vision.refused("num_channels", "open_clip's images have 3 channels")
-    heads, width = of_vision.count("num_attention_heads"), of_vision.count("hidden_size")
-    if width % heads:
-        raise of_vision.refused("num_attention_heads", f"does not divide the width {width}")
-    if text["vocab_size"] != _VOCABULARY:
-        raise of_text.refused("vocab_size", f"CLIP's own tokenizer has {_VOCABULARY} tokens")
-    model_cfg = {
-        "embed_dim": top.count("projection_dim"),
-        "vision_cfg": {
-            "image_size": of_vision.count("image_size"),
-            "layers": of_vision.count("num_hidden_layers"),
-            "width": width,
-            "head_width": width // heads,
-            "patch_size": of_vision.count("patch_size"),
-            **_tower(of_vision, vision),
-        },
-        "text_cfg": {
-            "context_length": of_text.count("max_position_embeddings"),
-            "vocab_size": of_text.count("vocab_size"),
-            "width": of_text.count("hidden_size"),
-            "heads": of_text.count("num_attention_heads"),
-            "layers": of_text.count("num_hidden_layers"),
-            **_tower(of_text, text),
-            **_pooling(of_text, text["eos_token_id"]),
-        },
-    }
-    if vision["hidden_act"] == "quick_gelu":
-        model_cfg["quick_gelu"] = True
-    return model_cfg
-
-
-def _section(
-    config: Mapping[str, Any], name: str, defaults: Mapping[str, Any], where: str
-) -> Mapping[str, Any]:
-    """One tower's values; those of the old ``*_config_dict`` come first, as in transformers."""
-    given = config.get(f"{name}_dict") or config.get(name) or {}
-    if not isinstance(given, Mapping):
-        raise CheckpointError(f"{where}: {name} is {excerpt(given)}, not a mapping")
-    return {**defaults, **given}
-
-
-def _tower(reader: _Reader, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What is said only where it is not open_clip's default."""
-    found: dict[str, Any] = {}
-    width, hidden = reader.count("hidden_size"), reader.count("intermediate_size")
-    if hidden != 4 * width:
-        ratio = hidden / width
-        if int(width * ratio) != hidden:
-            ratio = (hidden + 0.5) / width
-        found["mlp_ratio"] = ratio
-    if values["layer_norm_eps"] != _EPS:
-        found["norm_kwargs"] = {"eps": reader.number("layer_norm_eps", _EPS)}
-    return found
-
-
-def _pooling(reader: _Reader, end: Any) -> dict[str, Any]:
-    """Both pool at the first ``end`` token, which is the highest id of CLIP's vocabulary."""
-    if end in (_OLD_END_OF_TEXT, _END_OF_TEXT):
-        return {}
-    if isinstance(end, bool) or not isinstance(end, int):
-        raise reader.refused("eos_token_id", "open_clip pools at one token")
-    return {"pool_type": "eos", "eos_id": end}
-
-
-def _preprocess_cfg(given: Mapping[str, Any], image_size: int, where: str) -> dict[str, Any]:
-    reader = _Reader(where, "", given)
-    if (
-        given.get("do_rescale", True)
-        and abs(reader.number("rescale_factor", 1 / 255) - 1 / 255) > 1e-9
-    ):
-        raise reader.refused("rescale_factor", "open_clip divides by 255")
-    for key in ("do_rescale", "do_resize"):
-        if not given.get(key, True):
-            raise reader.refused(key, "open_clip always does")
-    resample = given.get("resample", 3)
-    if resample not in tuple(_RESAMPLE):
-        raise reader.refused("resample", "open_clip has 2 (bilinear) and 3 (bicubic)")
-    found: dict[str, Any] = {"size": image_size, "mode": "RGB"}
-    normalise = given.get("do_normalize", True)
-    found["mean"] = reader.channels("image_mean", _OPENAI_MEAN) if normalise else [0.0] * 3
-    found["std"] = reader.channels("image_std", _OPENAI_STD) if normalise else [1.0] * 3
-    found["interpolation"] = _RESAMPLE[resample]
-    found["resize_mode"] = _resize_mode(given, image_size, reader)
-    return found
-
-
-def _resize_mode(given: Mapping[str, Any], image_size: int, reader: _Reader) -> str:
-    """The shortest side and a crop from the middle, or both sides at once."""
-    square = {"height": image_size, "width": image_size}
-    size = given.get("size", image_size)
-    crop = given.get("crop_size", image_size)
-    if size == square and (not given.get("do_center_crop", True) or crop in (square, image_size)):
-        return "squash"
-    if size not in (image_size, {"shortest_edge": image_size}):
-        raise reader.refused("size", f"the model's images have {image_size} pixels a side")
-    if not given.get("do_center_crop", True) or crop not in (square, image_size):
-        raise reader.refused("crop_size", f"the model's images have {image_size} pixels a side")
-    return "shortest"
-
-
-# --- from open_clip ------------------------------------------------------------------------------
-
-
 def huggingface_config(model_cfg: Mapping[str, Any], where: str, dtype: str) -> dict[str, Any]:
-    """Hugging Face's ``config.json`` for open_clip's ``model_cfg``."""
+    """Return Hugging Face's ``config.json`` for open_clip's ``model_cfg``."""
     vision, text = model_cfg.get("vision_cfg"), model_cfg.get("text_cfg")
     if not isinstance(vision, Mapping) or not isinstance(text, Mapping):
-        raise CheckpointError(f"{where}: has no vision_cfg or no text_cfg; it cannot be written")
+        raise CheckpointError(f"{where}: has no vision_cfg or no text_cfg; it cannot be converted")
+    # What Hugging Face's CLIP does not have.
     _require_plain(model_cfg, _MODEL_KEYS, f"{where}: ")
     _require_plain(vision, _VISION_KEYS, f"{where}: vision_cfg.")
     _require_plain(text, _TEXT_KEYS, f"{where}: text_cfg.")
@@ -250,10 +276,11 @@ def huggingface_config(model_cfg: Mapping[str, Any], where: str, dtype: str) -> 
         raise CheckpointError(
             f"{where}: vision_cfg.layers is a ResNet's, and Hugging Face has none"
         )
+    # open_clip's defaults.
     vision = {"layers": 12, "width": 768, "head_width": 64, **vision}
     text = {"layers": 12, "width": 512, "heads": 8, "context_length": 77, **text}
     act, dimension = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu", model_cfg["embed_dim"]
-    of_vision = _Reader(where, "vision_cfg", vision)
+    sizes = validated(_Sizes, vision, f"{where}: vision_cfg")
     end = text.get("eos_id", 2) if text.get("pool_type") == "eos" else _OLD_END_OF_TEXT
     return {
         "architectures": ["CLIPModel"],
@@ -266,8 +293,8 @@ def huggingface_config(model_cfg: Mapping[str, Any], where: str, dtype: str) -> 
             **_hidden(vision),
             "num_attention_heads": vision["width"] // vision["head_width"],
             "num_channels": 3,
-            "image_size": of_vision.count("image_size"),
-            "patch_size": of_vision.count("patch_size"),
+            "image_size": sizes.image_size,
+            "patch_size": sizes.patch_size,
             "projection_dim": dimension,
             "hidden_act": act,
         },
@@ -286,7 +313,13 @@ def huggingface_config(model_cfg: Mapping[str, Any], where: str, dtype: str) -> 
     }
 
 
+class _Sizes(_Section):
+    image_size: _Side
+    patch_size: _Side
+
+
 def _hidden(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that both towers have."""
     width = cfg["width"]
     return {
         "hidden_size": width,
@@ -296,24 +329,25 @@ def _hidden(cfg: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _require_plain(cfg: Mapping[str, Any], known: set[str], where: str) -> None:
-    """Raise for a setting that Hugging Face's CLIP does not have."""
+def _require_plain(cfg: Mapping[str, Any], keys: set[str], where: str) -> None:
+    """Raise :class:`CheckpointError` for a setting that Hugging Face's CLIP does not have."""
     for key, value in cfg.items():
-        eos = key == "pool_type" and value == "eos" and "eos_id" in known
-        norm = key == "norm_kwargs" and set(value or {}) - {"eps"}
-        if eos or (key in known and key != "pool_type" and not norm):
+        is_eos = key == "pool_type" and value == "eos" and "eos_id" in keys
+        is_other_norm = key == "norm_kwargs" and set(value or {}) - {"eps"}
+        if is_eos or (key in keys and key != "pool_type" and not is_other_norm):
             continue
-        if value in _PLAIN.get(key, (None, False, 0)):
-            continue
-        raise CheckpointError(f"{where}{key} is {value!r}, which Hugging Face's CLIP has not")
+        if value not in _NEUTRAL.get(key, (None, False, 0)):
+            raise CheckpointError(
+                f"{where}{key} is {value!r}, which Hugging Face's CLIP does not have"
+            )
 
 
 def preprocessor_config(preprocess_cfg: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-    """Hugging Face's ``preprocessor_config.json`` for open_clip's ``preprocess_cfg``."""
+    """Return Hugging Face's ``preprocessor_config.json`` for open_clip's ``preprocess_cfg``."""
     mode = preprocess_cfg.get("resize_mode", "shortest")
     if mode not in ("shortest", "squash"):
         raise CheckpointError(
-            f"preprocess_cfg: resize_mode is {mode!r}, which Hugging Face's CLIP has not"
+            f"preprocess_cfg: resize_mode is {mode!r}, which Hugging Face's CLIP does not have"
         )
     square = {"height": image_size, "width": image_size}
     interpolation = preprocess_cfg.get("interpolation", "bicubic")

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, from its header: format, architecture, tensors, dtypes, activation."""
+"""Describe a checkpoint from its header: format, architecture, tensors, dtypes, activation."""
 
 from __future__ import annotations
 
@@ -18,39 +18,44 @@ from raymerge.models.checkpoints.visual_tower import PREFIXES
 
 
 def inspect_checkpoint(reference: str) -> dict[str, Any]:
-    """A JSON-ready summary. Raises :class:`~raymerge.errors.CheckpointError`."""
-    checkpoint = open_checkpoint(reference)
-    stored = checkpoint
+    """Return a JSON-ready summary. Raises :class:`~raymerge.errors.CheckpointError`."""
+    checkpoint = container = open_checkpoint(reference)
     if isinstance(checkpoint, HuggingFaceCheckpoint | LoraCheckpoint):
-        stored = checkpoint.source
-    specs = stored.specs
+        container = checkpoint.container
+    specs = container.specs
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.kind,
-        "container": stored.kind,
+        "container": container.kind,
         "layout": getattr(checkpoint, "layout", None),
         "bytes": sum(file.stat().st_size for file in files_of(checkpoint.path)),
         "tensors": len(specs),
-        "parameters": sum(math.prod(spec.shape) for spec in specs.values()),
-        "dtypes": dict(Counter(str(s.dtype).removeprefix("torch.") for s in specs.values())),
+        "parameters": sum(spec.numel for spec in specs.values()),
+        "dtypes": dict(Counter(map(_dtype_name, specs.values()))),
         "visual": _visual(checkpoint.specs),
         "activation": _activation(checkpoint),
         "keys": {
-            key: {"shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch.")}
-            for key, s in specs.items()
+            key: {"shape": list(spec.shape), "dtype": _dtype_name(spec)}
+            for key, spec in specs.items()
         },
     }
 
 
+def _dtype_name(spec: TensorSpec) -> str:
+    return str(spec.dtype).removeprefix("torch.")
+
+
+# --- as text -------------------------------------------------------------------------------------
+
+
 def inspection_text(inspection: Mapping[str, Any], keys: int = 12) -> str:
-    """The summary for a person, with the first few tensors."""
+    """Return the summary as lines of text, with the first ``keys`` tensors."""
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in inspection["dtypes"].items())
-    visual = inspection["visual"]
     lines = [
         f"file        {inspection['path']} ({inspection['bytes'] / 1e6:.1f} MB)",
         f"format      {_format_text(inspection)}",
         f"tensors     {inspection['tensors']} ({dtypes}), {inspection['parameters']:,} numbers",
-        f"visual      {_visual_text(visual)}",
+        f"visual      {_visual_text(inspection['visual'])}",
         f"activation  {inspection['activation']}",
     ]
     names = [(escape_unprintable(name), spec) for name, spec in inspection["keys"].items()]
@@ -64,34 +69,6 @@ def inspection_text(inspection: Mapping[str, Any], keys: int = 12) -> str:
 def _format_text(inspection: Mapping[str, Any]) -> str:
     kind, container, layout = (inspection[key] for key in ("format", "container", "layout"))
     return f"{kind}: {layout}, in {container}" if layout else str(kind)
-
-
-def _visual(specs: Mapping[str, TensorSpec]) -> dict[str, Any] | None:
-    """The visual tower, if the keys are open_clip's: prefix, tensors, and a ViT's dimensions."""
-    for prefix in PREFIXES:
-        names = {k.removeprefix(prefix): s for k, s in specs.items() if k.startswith(prefix)}
-        if "conv1.weight" in names or any(name.startswith("trunk.") for name in names):
-            parameters = sum(math.prod(spec.shape) for spec in names.values())
-            found = {"prefix": prefix, "tensors": len(names), "parameters": parameters}
-            return {**found, **_vit(names)}
-    return None
-
-
-def _vit(names: Mapping[str, TensorSpec]) -> dict[str, int]:
-    patches, positions = (names.get(key) for key in ("conv1.weight", "positional_embedding"))
-    if "class_embedding" not in names or patches is None or positions is None:
-        return {}
-    if len(patches.shape) != 4 or len(positions.shape) != 2:
-        return {}
-    width, _, patch, _ = patches.shape
-    tokens = positions.shape[0] - 1
-    blocks = {name.split(".")[2] for name in names if name.startswith("transformer.resblocks.")}
-    return {
-        "width": width,
-        "patch": patch,
-        "layers": len(blocks),
-        "image_size": patch * math.isqrt(tokens),
-    }
 
 
 def _visual_text(visual: Mapping[str, Any] | None) -> str:
@@ -108,26 +85,61 @@ def _visual_text(visual: Mapping[str, Any] | None) -> str:
     )
 
 
+# --- the visual tower and its activation ---------------------------------------------------------
+
+
+def _visual(specs: Mapping[str, TensorSpec]) -> dict[str, Any] | None:
+    """Return prefix, sizes and a ViT's dimensions of the visual tower; None if it has no tower
+    with open_clip's names."""
+    for prefix in PREFIXES:
+        tower = {k.removeprefix(prefix): s for k, s in specs.items() if k.startswith(prefix)}
+        if "conv1.weight" in tower or any(name.startswith("trunk.") for name in tower):
+            parameters = sum(spec.numel for spec in tower.values())
+            sizes = {"prefix": prefix, "tensors": len(tower), "parameters": parameters}
+            return {**sizes, **_vit(tower)}
+    return None
+
+
+def _vit(tower: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """Return a ViT's dimensions from its shapes; none of another architecture."""
+    patches, positions = (tower.get(key) for key in ("conv1.weight", "positional_embedding"))
+    if "class_embedding" not in tower or patches is None or positions is None:
+        return {}
+    if len(patches.shape) != 4 or len(positions.shape) != 2:
+        return {}
+    width, _, patch, _ = patches.shape
+    blocks = {name.split(".")[2] for name in tower if name.startswith("transformer.resblocks.")}
+    return {
+        "width": width,
+        "patch": patch,
+        "layers": len(blocks),
+        "image_size": patch * math.isqrt(positions.shape[0] - 1),
+    }
+
+
 def _activation(checkpoint: Checkpoint) -> str:
-    """Weights do not say which GELU they were trained with; a config beside them may."""
+    """Return the GELU that the model was trained with: only a config beside the weights tells."""
     if isinstance(checkpoint, HuggingFaceCheckpoint):
         return _hidden_act(checkpoint.path.parent / "config.json")
     if isinstance(checkpoint, LoraCheckpoint):
         return "the pretrained model's"
     config = checkpoint.path.parent / "open_clip_config.json"
-    if not config.is_file() or not Path(checkpoint.path).name.startswith("open_clip"):
+    if not config.is_file() or not checkpoint.path.name.startswith("open_clip"):
         return "not recorded in the file (OpenAI's weights need QuickGELU: arch …-quickgelu)"
     content = read_json(config)
     model_cfg = content.get("model_cfg") if isinstance(content, dict) else None
-    quick = isinstance(model_cfg, dict) and model_cfg.get("quick_gelu")
-    return "QuickGELU" if quick else "GELU"
+    is_quick = isinstance(model_cfg, dict) and model_cfg.get("quick_gelu")
+    return "QuickGELU" if is_quick else "GELU"
 
 
 def _hidden_act(config: Path) -> str:
-    """Of a ``CLIPModel``, or of a vision tower alone; transformers' default is QuickGELU."""
+    """Return the activation in the config of a ``CLIPModel`` or of a vision tower alone.
+
+    Without the key it is QuickGELU, as in transformers.
+    """
     if not config.is_file():
         return "not recorded in the file (hidden_act of its config.json; OpenAI's is QuickGELU)"
     content = read_json(config)
     tower = content.get("vision_config", content) if isinstance(content, dict) else {}
-    given = str(tower.get("hidden_act", "quick_gelu") if isinstance(tower, dict) else tower)[:40]
-    return {"quick_gelu": "QuickGELU", "gelu": "GELU"}.get(given, given)
+    act = str(tower.get("hidden_act", "quick_gelu") if isinstance(tower, dict) else tower)[:40]
+    return {"quick_gelu": "QuickGELU", "gelu": "GELU"}.get(act, act)

@@ -1,7 +1,7 @@
 """LoRA adapters as PEFT saves them: θ_k = θ₀ + (α/r)·B·A (LoRA, arXiv:2106.09685, §4.1).
 
-A view over the pretrained model: an adapter's own numbers are small, and one tensor's product of
-them is held at a time.
+An adapter alone is only a few small factors. Over the pretrained model it becomes a view of a whole
+visual tower, which computes the products when they are read and holds one tensor's at a time.
 
 Legend: o rows and i columns of a linear layer's weight, r the rank.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from threading import Lock
@@ -20,8 +21,13 @@ import torch
 from torch import Tensor
 
 from raymerge.errors import CheckpointError, excerpt
-from raymerge.models.checkpoints.checkpoint import Checkpoint, TensorSpec, read_tensor
-from raymerge.models.checkpoints.huggingface import name_of
+from raymerge.models.checkpoints.checkpoint import (
+    Checkpoint,
+    TensorSpec,
+    ViewCheckpoint,
+    read_tensor,
+)
+from raymerge.models.checkpoints.huggingface import open_clip_name
 from raymerge.models.checkpoints.locate import read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -29,13 +35,13 @@ CONFIG_FILE = "adapter_config.json"
 _WRAPPER = "base_model.model."
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _TEXT = re.compile(r"(?:^|\.)text_model\.|(?:^|\.)(text_projection|token_embedding)$")
-_LONGEST_PATTERN = 256
-_MOST_REPEATS = 3
-# A repeated group, or many repeats, can take for ever to fail: no name of modules needs them.
+_MAX_PATTERN_LENGTH = 256
+_MAX_REPEATS = 3
+# A repeated group, or many repeats, can take for ever to fail; no name of modules needs them.
 _SLOW = re.compile(r"\)[*+?{]|\(\?|\\[1-9]|\[[^\]]*\[")
 _QKV = {"q": 0, "k": 1, "v": 2}
 
-# What an adapter may say that is more than a product of two matrices (PEFT's LoraConfig).
+# Options with which an adapter is more than a product of two matrices (PEFT's LoraConfig).
 _REFUSED = (
     "use_dora",
     "lora_bias",
@@ -56,7 +62,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
 def is_adapter(keys: Iterable[str]) -> bool:
-    """Whether the keys are of a model that PEFT has wrapped."""
+    """Return whether the keys are those of a model that PEFT has wrapped."""
     names = list(keys)
     return any(_LORA.fullmatch(name) for name in names) or (
         bool(names) and all(name.startswith(_WRAPPER) for name in names)
@@ -65,68 +71,69 @@ def is_adapter(keys: Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class _Change:
-    """What the adapter does to rows ``part`` of ``parts`` of one of open_clip's tensors.
+    """A change of rows ``part`` of ``parts`` of one of open_clip's tensors.
 
-    ``module``: its name in the adapter's keys. ``factors``: the keys of A and B; else ``whole`` is
-    the key of a tensor that replaces the rows. ``transposed``: open_clip keeps the transpose.
+    ``module``: the changed module, as the adapter names it. ``keys``: of A and B, whose product is
+    added; or of one tensor, which replaces the rows. ``is_transposed``: open_clip stores the
+    transpose.
     """
 
     module: str
-    factors: tuple[str, str] | None = None
-    whole: str | None = None
-    scaling: float = 1.0
-    transposed: bool = False
-    part: int = 0
-    parts: int = 1
+    keys: tuple[str, ...]
+    scaling: float
+    is_transposed: bool
+    part: int
+    parts: int
 
 
 class LoraCheckpoint:
-    """An adapter on its own; ``over`` the pretrained model it is a whole visual tower.
+    """An adapter alone; completed with the pretrained model it is a whole visual tower.
 
-    Raises :class:`CheckpointError`, by its name, for what is no product of two matrices in the
-    visual tower.
+    Raises :class:`CheckpointError` for a change that is not a product of two matrices in the visual
+    tower.
     """
 
     kind = "lora"
 
-    def __init__(self, source: Checkpoint) -> None:
-        self.source, self.path, self.specs = source, source.path, source.specs
+    def __init__(self, container: Checkpoint) -> None:
+        self.container, self.path, self.specs = container, container.path, container.specs
         self._config = self._read_config()
-        self._changes = self._collect()
+        self.changes = self._collect()
 
     @property
     def layout(self) -> str:
-        modules = [c.module for found in self._changes.values() for c in found if c.factors]
-        kinds = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
+        """Rank, α and the adapted kinds of modules, for ``raymerge inspect``."""
+        products = [c for changes in self.changes.values() for c in changes if len(c.keys) == 2]
+        kinds = ", ".join(sorted({change.module.rpartition(".")[2] for change in products}))
         config = self._config
-        return f"PEFT, r {config['r']}, alpha {config['lora_alpha']}, {len(modules)} × ({kinds})"
+        return f"PEFT, r {config['r']}, alpha {config['lora_alpha']}, {len(products)} × ({kinds})"
 
     def _read_config(self) -> Mapping[str, Any]:
         path = self.path.parent / CONFIG_FILE
         if not path.is_file():
-            raise self._error(f"is a LoRA adapter, and no {CONFIG_FILE} is beside it; add that")
+            raise self._error(f"is a LoRA adapter without {CONFIG_FILE} beside it; add that file")
         config = read_json(path)
         if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
-            found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-            raise self._error(f"{CONFIG_FILE} says {found}, and only LORA adapters can be merged")
+            kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+            raise self._error(f"{CONFIG_FILE} says {kind}, and only LORA adapters can be merged")
+        # What the config says beyond B·A would be lost, so it is refused.
         for key in _REFUSED:
             if config.get(key):
                 raise self._error(
                     f"{CONFIG_FILE} has {key}, which is more than B·A; merge it into its model "
                     "with PEFT first"
                 )
-        started = str(config.get("init_lora_weights", "")).lower()
-        if started.startswith(_CHANGES_BASE):
+        initialisation = str(config.get("init_lora_weights", "")).lower()
+        if initialisation.startswith(_CHANGES_BASE):
             raise self._error(
-                f"{CONFIG_FILE} has init_lora_weights {started}, which changes the base model too; "
-                "save it converted to plain LoRA"
+                f"{CONFIG_FILE} has init_lora_weights {initialisation}, which changes the base "
+                "model too; save it converted to plain LoRA"
             )
-        ranks = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
-        for key, value in ranks.items():
-            if not _is_positive(value):
-                raise self._error(
-                    f"{CONFIG_FILE} has {key} {excerpt(value)}, not a positive number"
-                )
+        # The numbers that the products are scaled by.
+        for key in ("r", "lora_alpha"):
+            if not _is_positive(config.get(key)):
+                value = excerpt(config.get(key))
+                raise self._error(f"{CONFIG_FILE} has {key} {value}, not a positive number")
         for key in ("rank_pattern", "alpha_pattern"):
             if not isinstance(config.get(key) or {}, dict):
                 raise self._error(f"{CONFIG_FILE} has {key} {excerpt(config[key])}, not a mapping")
@@ -135,41 +142,37 @@ class LoraCheckpoint:
     def _error(self, text: str) -> CheckpointError:
         return CheckpointError(f"checkpoint {self.path}: {text}")
 
-    # --- from keys to changes ----------------------------------------------------------------
+    # --- from keys to changes --------------------------------------------------------------------
 
-    def _collect(self) -> Mapping[str, tuple[_Change, ...]]:
-        """open_clip's names in the visual tower → what is done to them."""
-        bare = any(".visual." in key for key in self.specs)
-        found: dict[str, list[_Change]] = {}
+    def _collect(self) -> Mapping[str, list[_Change]]:
+        """Return the changes of each tensor, by its open_clip name in the visual tower."""
+        is_open_clip = any(".visual." in key for key in self.specs)
+        collected: dict[str, list[_Change]] = defaultdict(list)
         for key in sorted(self.specs):
+            # A factor B is read together with its A, and must have one.
             match = _LORA.fullmatch(key)
             if match is not None and match[2] == "B":
                 if f"{match[1]}.lora_A.{key.rpartition('.lora_B.')[2]}" not in self.specs:
                     raise self._error(f"{key} has no lora_A beside it")
                 continue
-            name, change = self._factors(key, match[1]) if match else self._replacement(key)
-            tensor = self._tensor(name, change.module, whole_clip=bare)
-            part, parts, transposed = 0, 1, tensor == "proj"
-            projection = re.search(r"\.([qkv])_proj\.", name)
-            if projection is not None:
-                part, parts = _QKV[projection[1]], 3
-            found.setdefault(tensor, []).append(
-                _Change(
-                    change.module,
-                    change.factors,
-                    change.whole,
-                    change.scaling,
-                    transposed != self._fan_in(change),
-                    part,
-                    parts,
-                )
-            )
-        return {tensor: tuple(changes) for tensor, changes in found.items()}
+            keys: tuple[str, ...] = (key,)
+            if match is not None:
+                name, keys, scaling = self._product(key, match[1])
+            else:
+                name, scaling = self._replacement(key), 1.0
+            # open_clip packs q, k and v into one tensor and stores the projection transposed.
+            module = name.rpartition(".")[0]
+            tensor = self._tensor(name, module, is_open_clip=is_open_clip)
+            qkv = re.search(r"\.([qkv])_proj\.", name)
+            part, parts = (_QKV[qkv[1]], 3) if qkv is not None else (0, 1)
+            is_fan_in = bool(self._config.get("fan_in_fan_out")) and len(keys) == 2
+            is_transposed = (tensor == "proj") != is_fan_in
+            change = _Change(module, keys, scaling, is_transposed, part, parts)
+            collected[tensor].append(change)
+        return collected
 
-    def _fan_in(self, change: _Change) -> bool:
-        return bool(self._config.get("fan_in_fan_out")) and change.factors is not None
-
-    def _factors(self, key: str, wrapped: str) -> tuple[str, _Change]:
+    def _product(self, a: str, wrapped: str) -> tuple[str, tuple[str, str], float]:
+        """Return the weight that A and B change, the keys of both, and the scaling of B·A."""
         module = _unwrapped(wrapped)
         if wrapped.endswith(".attn") or ".attn.base_layer." in wrapped:
             # Its forward and merge_and_unload add out_proj's product twice (seen in PEFT 0.21).
@@ -177,78 +180,85 @@ class LoraCheckpoint:
                 f"adapts {module.removesuffix('.out_proj')}, an nn.MultiheadAttention, whose "
                 "out_proj PEFT does not merge as B·A; merge it into its model with PEFT first"
             )
-        a, b = key, f"{wrapped}.lora_B{key.removeprefix(wrapped + '.lora_A')}"
+        b = f"{wrapped}.lora_B{a.removeprefix(wrapped + '.lora_A')}"
         if b not in self.specs:
-            raise self._error(f"{key} has no lora_B beside it")
-        if len(self.specs[a].shape) != 2 or len(self.specs[b].shape) != 2:
+            raise self._error(f"{a} has no lora_B beside it")
+        shapes = self.specs[a].shape, self.specs[b].shape
+        if len(shapes[0]) != 2 or len(shapes[1]) != 2:
             raise self._error(f"{module} is no linear layer (a convolution?), and cannot be merged")
+        # The rank is stated twice, in the config and by the shapes.
         rank = self._pattern("rank_pattern", module, self._config["r"])
         alpha = self._pattern("alpha_pattern", module, self._config["lora_alpha"])
-        if self.specs[a].shape[0] != rank or self.specs[b].shape[1] != rank:
+        if shapes[0][0] != rank or shapes[1][1] != rank:
             raise self._error(
-                f"{module}: {CONFIG_FILE} says rank {rank}, but lora_A is "
-                f"{list(self.specs[a].shape)} and lora_B {list(self.specs[b].shape)}"
+                f"{module}: {CONFIG_FILE} says rank {rank}, but lora_A is {list(shapes[0])} and "
+                f"lora_B {list(shapes[1])}"
             )
-        root = math.sqrt(rank) if self._config.get("use_rslora") else rank
-        return f"{module}.weight", _Change(module, (a, b), None, alpha / root)
+        divisor = math.sqrt(rank) if self._config.get("use_rslora") else rank
+        return f"{module}.weight", (a, b), alpha / divisor
 
     def _pattern(self, section: str, module: str, default: float) -> float:
-        """PEFT's rule: the first pattern that is the module's name or ends it."""
+        """Return a module's own value: of the first pattern that is its name or ends it, as in
+        PEFT."""
         for pattern, value in (self._config.get(section) or {}).items():
             where = f"{CONFIG_FILE}: {section}: {excerpt(pattern)}"
             repeats = sum(pattern.count(mark) for mark in "*+?{")
-            if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or _SLOW.search(pattern):
-                raise self._error(f"{where}: is no plain pattern; write the modules' names")
+            is_long = len(pattern) > _MAX_PATTERN_LENGTH or repeats > _MAX_REPEATS
+            if is_long or _SLOW.search(pattern):
+                raise self._error(f"{where} is no plain pattern; write the modules' names")
             try:
-                found = re.match(rf"(.*\.)?({pattern})$", module)
+                match = re.match(rf"(.*\.)?({pattern})$", module)
             except (re.error, OverflowError, RecursionError) as error:
                 raise self._error(f"{where}: {error}") from error
-            if found:
+            if match:
                 if not _is_positive(value):
                     raise self._error(f"{where} is {excerpt(value)}, not a positive number")
                 return float(value)
         return default
 
-    def _replacement(self, key: str) -> tuple[str, _Change]:
-        """A tensor saved whole: a bias that was trained, or one of ``modules_to_save``."""
+    def _replacement(self, key: str) -> str:
+        """Return the name of a tensor that is saved whole: a trained bias, or one of
+        ``modules_to_save``."""
         name = _unwrapped(key).replace(".modules_to_save.default.", ".")
         name = name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
         if ".lora_" in name:
             raise self._error(f"{key} is more than lora_A and lora_B; it cannot be merged")
-        return name, _Change(name.rpartition(".")[0], None, key)
+        return name
 
-    def _tensor(self, name: str, module: str, *, whole_clip: bool) -> str:
+    def _tensor(self, name: str, module: str, *, is_open_clip: bool) -> str:
+        """Return open_clip's name, in the visual tower, of a tensor of either library."""
         if _TEXT.search(module):
             raise self._error(
                 f"changes the text tower ({module}), and raymerge merges visual towers; train with "
                 "target_modules of the vision model only"
             )
+        # Hugging Face's names, with or without vision_model in front.
         start = name.find("vision_model.")
-        in_tower = name_of("vision_model." + name[start + 13 if start >= 0 else 0 :])
+        in_tower = open_clip_name("vision_model." + name[start + 13 if start >= 0 else 0 :])
         if in_tower is None:
-            in_tower = name_of(name[name.find("visual_projection.") :])
+            in_tower = open_clip_name(name[name.find("visual_projection.") :])
         if in_tower is not None and in_tower.startswith("visual."):
             return in_tower.removeprefix("visual.")
-        _, seen, own = name.rpartition("visual.")
-        if (seen or not whole_clip) and own.startswith("transformer.resblocks."):
+        # open_clip's own names, of a whole CLIP or of its tower alone.
+        _, root, own = name.rpartition("visual.")
+        if (root or not is_open_clip) and own.startswith("transformer.resblocks."):
             return own
         raise self._error(
             f"changes {module}, which is no linear layer of the visual tower (q_proj, k_proj, "
             "v_proj, out_proj, fc1, fc2, visual_projection, c_fc, c_proj)"
         )
 
-    # --- over the pretrained model -----------------------------------------------------------
+    # --- over the pretrained model ---------------------------------------------------------------
 
     def fill(self, key: str, start: int, out_n: Tensor) -> None:
-        self.source.fill(key, start, out_n)
+        self.container.fill(key, start, out_n)
 
-    def over(self, base: Checkpoint, prefix: str) -> Checkpoint:
-        """θ₀ + the adapter. Raises :class:`CheckpointError` if a size does not fit."""
-        for tensor, changes in self._changes.items():
-            spec = base.specs.get(prefix + tensor)
+    def complete(self, base: Checkpoint, prefix: str) -> Checkpoint:
+        """Return θ₀ + the adapter. Raises :class:`CheckpointError` if a shape does not fit."""
+        for tensor, changes in self.changes.items():
             for change in changes:
-                self._require_fit(change, tensor, spec)
-        return _Adapted(self, base, prefix, self._changes)
+                self._require_fit(change, tensor, base.specs.get(prefix + tensor))
+        return _AdaptedTower(self, base, prefix)
 
     def _require_fit(self, change: _Change, tensor: str, spec: TensorSpec | None) -> None:
         if spec is None:
@@ -256,84 +266,69 @@ class LoraCheckpoint:
                 f"changes {change.module}, but the pretrained model has no {tensor}; is it another "
                 "architecture?"
             )
-        wanted = (spec.shape[0] // change.parts, *spec.shape[1:])
-        if change.transposed:
-            wanted = wanted[::-1]
-        if change.factors is None:
-            assert change.whole is not None
-            given = self.specs[change.whole].shape
-        else:
-            a, b = (self.specs[key].shape for key in change.factors)
-            given = (b[0], a[1])
-        if given != wanted:
+        expected = (spec.shape[0] // change.parts, *spec.shape[1:])
+        if change.is_transposed:
+            expected = expected[::-1]
+        shapes = [self.specs[key].shape for key in change.keys]
+        shape = (shapes[1][0], shapes[0][1]) if len(shapes) == 2 else shapes[0]
+        if shape != expected:
             raise self._error(
-                f"{change.module} changes a tensor of shape {list(given)}, the pretrained model's "
-                f"is {list(wanted)}; is it another architecture?"
+                f"{change.module} changes a tensor of shape {list(shape)}, the pretrained model's "
+                f"is {list(expected)}; is it another architecture?"
             )
 
-    def change(self, change: _Change, rows: Tensor) -> None:
-        """Add to, or replace, ``rows`` (float32), the part of the tensor that is changed."""
-        if change.factors is None:
-            assert change.whole is not None
-            whole = read_tensor(self.source, change.whole, torch.float32)
-            rows.copy_(whole.t() if change.transposed else whole)
+    def apply(self, change: _Change, rows: Tensor) -> None:
+        """Add the product to ``rows`` (float32, the changed part of a tensor), or replace them."""
+        tensors = [read_tensor(self.container, key, torch.float32) for key in change.keys]
+        if len(tensors) == 1:
+            rows.copy_(tensors[0].t() if change.is_transposed else tensors[0])
             return
-        a_ri, b_or = (read_tensor(self.source, key, torch.float32) for key in change.factors)
+        a_ri, b_or = tensors
         delta = (b_or @ a_ri).mul_(change.scaling)
-        rows.add_(delta.t() if change.transposed else delta)
+        rows.add_(delta.t() if change.is_transposed else delta)
 
 
-class _Adapted:
-    """The pretrained visual tower with an adapter's changes."""
+class _AdaptedTower(ViewCheckpoint):
+    """The pretrained visual tower with an adapter's changes, as ``visual.*``."""
 
-    kind = LoraCheckpoint.kind
-
-    def __init__(
-        self,
-        adapter: LoraCheckpoint,
-        base: Checkpoint,
-        prefix: str,
-        changes: Mapping[str, tuple[_Change, ...]],
-    ) -> None:
-        self.path, self._adapter, self._base = adapter.path, adapter, base
-        self._changes = {f"visual.{tensor}": found for tensor, found in changes.items()}
-        self._key = {
-            "visual." + key.removeprefix(prefix): key
+    def __init__(self, adapter: LoraCheckpoint, base: Checkpoint, prefix: str) -> None:
+        origins = {
+            "visual." + key.removeprefix(prefix): (base, key)
             for key, spec in base.specs.items()
             if key.startswith(prefix) and spec.dtype.is_floating_point
         }
-        self.specs: Mapping[str, TensorSpec] = {
-            name: TensorSpec(base.specs[key].shape, torch.float32)
-            if name in self._changes
-            else base.specs[key]
-            for name, key in self._key.items()
-        }
-        self._lock, self._held = Lock(), ("", torch.empty(0))
+        super().__init__(adapter.path, adapter.kind, origins)
+        self._adapter = adapter
+        self._changes = {f"visual.{tensor}": each for tensor, each in adapter.changes.items()}
+        changed = {key: TensorSpec(self.specs[key].shape, torch.float32) for key in self._changes}
+        self.specs = {**self.specs, **changed}
+        self._lock = Lock()
+        self._cached_key, self._cached_n = "", torch.empty(0)
 
     def fill(self, key: str, start: int, out_n: Tensor) -> None:
         if key in self._changes:
             out_n.copy_(self._changed(key)[start : start + len(out_n)])
         else:
-            self._base.fill(self._key[key], start, out_n)
+            super().fill(key, start, out_n)
 
     def _changed(self, key: str) -> Tensor:
-        """The whole tensor, flat: a product in pieces could differ in its last bits."""
+        """Return a whole changed tensor, flat: a product in parts could differ in its last bits."""
         with self._lock:
-            if self._held[0] != key:
-                tensor = read_tensor(self._base, self._key[key], torch.float32)
+            if self._cached_key != key:
+                tensor = read_tensor(*self._origins[key], torch.float32)
                 for change in self._changes[key]:
-                    self._adapter.change(change, tensor.chunk(change.parts)[change.part])
-                self._held = (key, tensor.reshape(-1))
-            return self._held[1]
+                    self._adapter.apply(change, tensor.chunk(change.parts)[change.part])
+                self._cached_key, self._cached_n = key, tensor.reshape(-1)
+            return self._cached_n
 
 
 def _is_positive(value: object) -> bool:
-    """Whether it is a number that a float can be, above 0."""
+    """Return whether a value is a number above 0 that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return 0 < value <= sys.float_info.max
 
 
 def _unwrapped(key: str) -> str:
-    """A module's name in the model that PEFT wrapped."""
+    """Return a module's name in the model that PEFT wrapped."""
     return key.removeprefix(_WRAPPER).replace(".base_layer", "")

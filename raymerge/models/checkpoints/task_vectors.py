@@ -1,5 +1,8 @@
 """Task vectors T_k = θ_k − θ₀ from files, column by column: never K whole models at once.
 
+A function of one piece is mapped over all pieces, on all cores; the maths of a piece is left to
+``merging``.
+
 Legend: K tasks, T tensors, C cells and N columns of a shard, n columns of one piece or cell.
 """
 
@@ -19,12 +22,12 @@ from raymerge.merging.layout import CELL, Piece, Shard
 from raymerge.merging.ties import TiesStatistics, elect_sign, trim, trim_threshold
 from raymerge.models.checkpoints.visual_tower import VisualCheckpoint, all_finite
 
-_BLOCK_BYTES = 4 << 20  # of K task vectors: stays in a core's cache
-_LEAST_COLUMNS = 8 * CELL  # with very many tasks: shorter reads cost more than they save
+_BLOCK_BYTES = 4 << 20  # of K task vectors: fits a core's cache
+_MIN_COLUMNS = 8 * CELL  # with very many tasks, shorter reads cost more than they save
 _SAMPLED_CELLS = 512
-_SORTED_AT_ONCE = 1 << 22  # entries of which a threshold is found without a sample
+_SORTED_AT_ONCE = 1 << 22  # up to so many entries, a threshold is found without a sample
 STREAM_BYTES = 16 * _BLOCK_BYTES
-"""What streaming holds at a time, about."""
+"""The memory that streaming takes, about."""
 
 _Result = TypeVar("_Result")
 
@@ -37,23 +40,23 @@ def stream(
     *,
     whole: bool = False,
 ) -> Iterator[_Result]:
-    """``function`` of each piece with its θ₀ (n,) and raw task vectors (K, n), float32; in order.
+    """Yield ``function(piece, θ₀ (n,), raw task vectors (K, n))`` in order of the pieces; float32.
 
-    The pieces come in parts, cut between cells, so that little is held however many tasks there
-    are, and all cores work on parts of their own (``whole``: on whole pieces). ``function`` may
-    change what it is given. Raises :class:`CheckpointError` for NaN and Inf.
+    Pieces are cut into parts between cells, so that memory does not grow with the tasks, and every
+    core works on parts of its own (``whole``: on whole pieces). ``function`` may change its
+    arguments. Raises :class:`CheckpointError` for NaN and Inf.
     """
 
     def work(piece: Piece) -> _Result:
         return function(piece, *_read(pretrained, experts, piece))
 
-    return parallel_map(work, pieces if whole else _parts(pieces, len(experts)))
+    return parallel_map(work, pieces if whole else _blocks(pieces, len(experts)))
 
 
 def _read(
     pretrained: VisualCheckpoint, experts: Sequence[VisualCheckpoint], piece: Piece
 ) -> tuple[Tensor, Tensor]:
-    """θ₀ (n,) and the raw task vectors (K, n) of one piece."""
+    """Return θ₀ (n,) and the raw task vectors (K, n) of one piece."""
     models_n = torch.empty(len(experts) + 1, piece.stop - piece.start)
     for checkpoint, out_n in zip((pretrained, *experts), models_n, strict=True):
         checkpoint.fill(piece, out_n)
@@ -64,13 +67,13 @@ def _read(
     return base_n, finetuned_Kn.sub_(base_n)
 
 
-def _parts(pieces: Sequence[Piece], tasks: int) -> Iterator[Piece]:
-    """The pieces, cut into parts of a block each."""
-    return _cut(pieces, max(_LEAST_COLUMNS, _BLOCK_BYTES // (4 * max(4, tasks)) // CELL * CELL))
+def _blocks(pieces: Sequence[Piece], tasks: int) -> Iterator[Piece]:
+    """Yield the pieces in parts of a block each."""
+    return _cut(pieces, max(_MIN_COLUMNS, _BLOCK_BYTES // (4 * max(4, tasks)) // CELL * CELL))
 
 
 def _cut(pieces: Sequence[Piece], size: int) -> Iterator[Piece]:
-    """The pieces, cut into at most ``size`` columns each."""
+    """Yield the pieces in parts of at most ``size`` columns each."""
     for piece in pieces:
         for start in range(piece.start, piece.stop, size):
             yield Piece(piece.tensor, start, min(start + size, piece.stop))
@@ -83,16 +86,17 @@ def stream_rows(
     basis: Basis | None,
     shard: Shard,
 ) -> Iterator[_Result]:
-    """As ``stream`` over a shard, with the rows V (J, n) that ``basis`` makes of the vectors."""
+    """Stream a shard, with the rows V (J, n) of ``basis`` in place of the task vectors."""
     if basis is None:
         return stream(function, pretrained, experts, shard.pieces())
     layout, whole = shard.layout, basis.whole_tensors
 
     def work(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> _Result:
         rows_Jn = basis.rows(vectors_Kn, piece, layout.shapes[piece.tensor])
-        here = _inside(piece, shard)
-        cut = slice(here.start - piece.start, here.stop - piece.start)
-        return function(here, base_n[cut], rows_Jn[:, cut])
+        # A basis of whole tensors needs more columns than the shard has.
+        inside = _inside(piece, shard)
+        cut = slice(inside.start - piece.start, inside.stop - piece.start)
+        return function(inside, base_n[cut], rows_Jn[:, cut])
 
     pieces = shard.pieces()
     if whole:
@@ -101,7 +105,7 @@ def stream_rows(
 
 
 def _inside(piece: Piece, shard: Shard) -> Piece:
-    """The part of a piece that lies in the shard."""
+    """Return the part of a piece that lies in the shard."""
     start, stop = max(piece.start, shard.start), min(piece.stop, shard.start + shard.columns)
     return Piece(piece.tensor, start, stop)
 
@@ -126,7 +130,7 @@ def ties_statistics(
     mean: bool = False,
     count_signs: bool = True,
 ) -> TiesStatistics:
-    """Thresholds and the majority sign, streaming the files: one piece of each task at a time.
+    """Return the trim thresholds and the majority sign, streaming the files.
 
     Without ``count_signs`` the majority is left open, which saves one reading of every file.
     ``scope``: one threshold over the visual vector; over that and ``extra_zeros`` zero deltas
@@ -161,13 +165,14 @@ def _threshold(
     density: float,
     extra_zeros: int,
 ) -> float:
+    """Return one expert's threshold over the pieces and ``extra_zeros`` zero deltas."""
     numel = sum(piece.stop - piece.start for piece in pieces) + extra_zeros
 
     def parts() -> Iterator[Tensor]:
         zeros = torch.zeros(min(extra_zeros, _BLOCK_BYTES // 4))
         for start in range(0, extra_zeros, max(1, len(zeros))):
             yield zeros[: extra_zeros - start]
-        for part in _parts(pieces, 1):
+        for part in _blocks(pieces, 1):
             yield _read(pretrained, [expert], part)[1]
 
     sample = None
@@ -182,7 +187,7 @@ def _sample(
     pieces: Sequence[Piece],
     extra_zeros: int,
 ) -> Tensor:
-    """A quarter of a cell in every so many, evenly over the vector: little is read and sorted."""
+    """Return a sample of the vector: a quarter of one cell in every so many, evenly spread."""
     cells = sum(-(-(piece.stop - piece.start) // CELL) for piece in pieces)
     every = cells // _SAMPLED_CELLS + 1
     sampled = [torch.zeros(extra_zeros // (4 * every))]

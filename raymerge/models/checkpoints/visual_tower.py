@@ -1,11 +1,14 @@
-"""Match a checkpoint's keys to the visual tower's tensors, and read its columns.
+"""Match a checkpoint's keys to the tensors of the visual tower, and read its columns.
+
+Every checkpoint that takes part in a merge goes through here: its names, shapes and dtypes are
+checked against the pretrained model's from headers alone, before a tensor is read.
 
 Legend: n columns of one piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,29 +22,34 @@ from raymerge.models.checkpoints.opening import open_checkpoint
 # A whole CLIP, one saved under DataParallel, one wrapped in an ImageEncoder, the bare tower.
 PREFIXES = ("visual.", "module.visual.", "model.visual.", "")
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of the tensors of a state dict by name, in its order."""
+
 
 @dataclass(frozen=True)
 class VisualCheckpoint:
-    """A checkpoint whose visual tensors are known to fit ``layout`` in name, shape and dtype."""
+    """A checkpoint whose visual tensors fit ``layout`` in name, shape and dtype."""
 
     checkpoint: Checkpoint
     layout: ParameterLayout
     prefix: str
 
     def read(self, piece: Piece, out_n: Tensor) -> None:
-        """Fill ``out_n`` (n,) with the piece's columns. Raises for NaN and Inf."""
+        """Fill ``out_n`` (n,) with a piece's columns. Raises :class:`CheckpointError` for NaN and
+        Inf."""
         self.fill(piece, out_n)
         self.require_finite(piece, out_n)
 
     def flat(self, columns: int | None = None) -> Tensor:
-        """θ on the flat grid, zero-padded to ``columns`` (default P). Raises for NaN and Inf."""
+        """Return θ on the flat grid, zero-padded to ``columns`` (default P). Raises
+        :class:`CheckpointError` for NaN and Inf."""
         theta_P = torch.zeros(self.layout.columns if columns is None else columns)
         for piece in self.layout.shard(0, 1).pieces():
             self.read(piece, theta_P[piece.start : piece.stop])
         return theta_P
 
     def fill(self, piece: Piece, out_n: Tensor) -> None:
-        """The same without a look at the values."""
+        """Fill ``out_n`` (n,) with a piece's columns, without checking the values."""
         start = piece.start - self.layout.offsets[piece.tensor]
         self.checkpoint.fill(self._key(piece), start, out_n)
 
@@ -56,26 +64,26 @@ class VisualCheckpoint:
 def require_finite(values: Tensor, checkpoint: Checkpoint, key: str) -> None:
     """Raise :class:`CheckpointError` if one of the values (of any dtype) is NaN or Inf."""
     if values.is_floating_point() and not all_finite(values):
-        bad = int((~torch.isfinite(values)).sum())
+        count = int((~torch.isfinite(values)).sum())
         raise CheckpointError(
-            f"checkpoint {checkpoint.path}: {key} holds {bad} NaN or Inf "
-            f"value{'s' if bad > 1 else ''}; it cannot be merged"
+            f"checkpoint {checkpoint.path}: {key} holds {count} NaN or Inf "
+            f"value{'s' if count > 1 else ''}; it cannot be merged"
         )
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no entry is NaN or Inf."""
-    # A sum is finite unless an entry is not (or it overflows): one pass, no temporary.
+    """Return whether no value is NaN or Inf."""
+    # A sum is finite unless a value is not (or it overflows): one pass, no temporary.
     return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
 
 
 def open_visual(
     reference: str, layout: ParameterLayout, pretrained: VisualCheckpoint | None = None
 ) -> VisualCheckpoint:
-    """Open and check against the pretrained model's layout, from headers alone.
+    """Open a checkpoint and check it against the pretrained model's layout, from headers alone.
 
-    ``pretrained`` gives what the file leaves to it: all that an adapter does not change, and the
-    projection of a tower that has none.
+    ``pretrained`` provides what a partial checkpoint lacks: all that an adapter does not change,
+    and the projection of a tower that has none. Raises :class:`CheckpointError`.
     """
     return match_visual(open_checkpoint(reference), layout, pretrained)
 
@@ -83,36 +91,38 @@ def open_visual(
 def match_visual(
     checkpoint: Checkpoint, layout: ParameterLayout, pretrained: VisualCheckpoint | None = None
 ) -> VisualCheckpoint:
-    """Raises :class:`CheckpointError` naming missing, unexpected and misshapen tensors, sorted."""
+    """Check an open checkpoint as :func:`open_visual` does."""
     if isinstance(checkpoint, Partial):
         if pretrained is not None:
-            checkpoint = checkpoint.over(pretrained.checkpoint, pretrained.prefix)
+            checkpoint = checkpoint.complete(pretrained.checkpoint, pretrained.prefix)
         elif checkpoint.kind == "lora":
             raise CheckpointError(
                 f"checkpoint {checkpoint.path}: is a LoRA adapter, which changes a pretrained "
                 "model and is none; give the whole model here"
             )
+    # Integer buffers may come and go between versions; they are not merged.
     prefix = _best_prefix(checkpoint, layout)
-    keys = {prefix + name for name in layout.names}
-    _require_names(checkpoint, keys, prefix)
-    for name, shape in zip(layout.names, layout.shapes, strict=True):
-        spec = checkpoint.specs[prefix + name]
-        if spec.shape != shape:
+    expected = {prefix + name: s for name, s in zip(layout.names, layout.shapes, strict=True)}
+    shapes = {
+        key: spec.shape
+        for key, spec in checkpoint.specs.items()
+        if key in expected or (key.startswith(prefix) and spec.dtype.is_floating_point)
+    }
+    require_shapes(shapes, expected, f"checkpoint {checkpoint.path}", "the pretrained model")
+    for key in expected:
+        dtype = checkpoint.specs[key].dtype
+        if not dtype.is_floating_point:
             raise CheckpointError(
-                f"checkpoint {checkpoint.path}: {prefix}{name} has shape {list(spec.shape)}, "
-                f"the pretrained model has {list(shape)}; is it another architecture?"
-            )
-        if not spec.dtype.is_floating_point:
-            raise CheckpointError(
-                f"checkpoint {checkpoint.path}: {prefix}{name} is {spec.dtype}, not floating point"
+                f"checkpoint {checkpoint.path}: {key} is {dtype}, not floating point"
             )
     return VisualCheckpoint(checkpoint, layout, prefix)
 
 
 def _best_prefix(checkpoint: Checkpoint, layout: ParameterLayout) -> str:
-    matches = {p: sum(p + n in checkpoint.specs for n in layout.names) for p in PREFIXES}
-    prefix = max(matches, key=matches.__getitem__)
-    if not matches[prefix]:
+    """Return the prefix under which the most tensors are present."""
+    counts = {p: sum(p + n in checkpoint.specs for n in layout.names) for p in PREFIXES}
+    prefix = max(counts, key=counts.__getitem__)
+    if not counts[prefix]:
         raise CheckpointError(
             f"checkpoint {checkpoint.path}: none of the model's {len(layout.names)} visual tensors "
             f"(visual.{layout.names[0]}, …) is in it; its keys start with "
@@ -121,19 +131,22 @@ def _best_prefix(checkpoint: Checkpoint, layout: ParameterLayout) -> str:
     return prefix
 
 
-def _require_names(checkpoint: Checkpoint, keys: set[str], prefix: str) -> None:
-    missing = sorted(keys - checkpoint.specs.keys())
-    unexpected = sorted(
-        key
-        for key, spec in checkpoint.specs.items()
-        if key.startswith(prefix) and key not in keys and spec.dtype.is_floating_point
-    )
+def require_shapes(shapes: Shapes, expected: Shapes, where: str, owner: str) -> None:
+    """Raise :class:`CheckpointError` unless the names and shapes are the expected ones.
+
+    ``where``: what an error starts with. ``owner``: whose the expected shapes are.
+    """
+    missing = _listing("missing", sorted(expected.keys() - shapes.keys()))
+    unexpected = _listing("unexpected", sorted(shapes.keys() - expected.keys()))
     if missing or unexpected:
-        parts = [_listing("missing", missing), _listing("unexpected", unexpected)]
-        raise CheckpointError(
-            f"checkpoint {checkpoint.path}: does not fit the pretrained model: "
-            + "; ".join(part for part in parts if part)
-        )
+        difference = "; ".join(part for part in (missing, unexpected) if part)
+        raise CheckpointError(f"{where}: does not fit {owner}: {difference}")
+    for key, shape in expected.items():
+        if shapes[key] != shape:
+            raise CheckpointError(
+                f"{where}: {key} has shape {list(shapes[key])}, {owner} has {list(shape)}; is it "
+                "another architecture?"
+            )
 
 
 def _listing(word: str, names: Sequence[str], limit: int = 4) -> str:

@@ -98,7 +98,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
 
 
 def test_only_the_newest_are_remembered(tmp_path, monkeypatch, cache):
-    monkeypatch.setattr(digests, "_MOST_REMEMBERED", 2)
+    monkeypatch.setattr(digests, "_MAX_REMEMBERED", 2)
     for name in "abc":
         (tmp_path / name).write_text(name)
         sha256(tmp_path / name)

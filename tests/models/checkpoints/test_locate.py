@@ -20,7 +20,7 @@ from raymerge.models.checkpoints.locate import files_of, read_json
 def test_an_index_names_files_beside_it_only(tmp_path: Path, name: object) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(CheckpointError, match="which is no file beside it"):
+    with pytest.raises(CheckpointError, match="which is not a weights file beside it"):
         files_of(index)
     hash_ahead([str(index)])  # leaves what is wrong to those who tell it
 
@@ -42,7 +42,7 @@ def test_json_that_is_nested_without_end(tmp_path: Path) -> None:
 def test_json_is_not_read_where_it_is_too_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locate, "_MOST_JSON_BYTES", 1 << 20)
+    monkeypatch.setattr(locate, "_MAX_JSON_BYTES", 1 << 20)
     (tmp_path / "x.json").write_text("[" + " " * (1 << 20) + "]")
     with pytest.raises(CheckpointError, match="it has more than 1 MiB"):
         read_json(tmp_path / "x.json")

@@ -293,7 +293,7 @@ def test_an_adapter_needs_its_config_and_a_model(tmp_path, base) -> None:
     with pytest.raises(CheckpointError, match="is a LoRA adapter, which changes a pretrained"):
         open_visual(str(folder), base.layout)
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no adapter_config\.json is beside it"):
+    with pytest.raises(CheckpointError, match=r"without adapter_config\.json beside it"):
         open_visual(str(folder), base.layout, base)
 
 

@@ -228,7 +228,7 @@ CALLS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "wants subprocess.check_output,",
     ),
     "import": (lambda c: Reduce(__import__, "os"), "wants builtins.__import__,"),
-    "unknown class": (lambda c: _State(), "wants test_pickled._State,"),
+    "unknown class": (lambda c: _State(), f"wants {_State.__module__}._State,"),
     "torch function": (
         lambda c: Reduce(torch.hub.load_state_dict_from_url, "x"),
         "wants to call torch.hub.load_state_dict_from_url,",
@@ -477,11 +477,11 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 def test_bombs_end_soon_in_little_memory(tmp_path: Path, case: str) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(BOMBS[case]())
-    began = time.perf_counter()
+    began = time.process_time()  # of this process alone, however busy the machine is
     with pytest.raises(CheckpointError) as raised:
         PickledCheckpoint(path)
     assert "\n" not in str(raised.value)
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
 
 
 # --- damage --------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def _read_shards(files, shards: int = 1, basis=None, dtype="float32") -> tuple[T
 
 def _set_block(monkeypatch, cells: int) -> None:
     monkeypatch.setattr(task_vectors, "_BLOCK_BYTES", 4 * 4 * cells * CELL)
-    monkeypatch.setattr(task_vectors, "_LEAST_COLUMNS", CELL)
+    monkeypatch.setattr(task_vectors, "_MIN_COLUMNS", CELL)
 
 
 def _positions(piece: Piece) -> slice:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raymerge.models.checkpoints.checkpoint import TensorSpec, read_tensor
 from raymerge.models.checkpoints.opening import open_checkpoint
-from raymerge.models.checkpoints.writer import SafetensorsWriter
+from raymerge.models.checkpoints.safetensors_file import SafetensorsWriter
 
 
 def _state() -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from raymerge.models.checkpoints.opening import TensorSpec
-from raymerge.models.checkpoints.writer import SafetensorsWriter
+from raymerge.models.checkpoints.safetensors_file import SafetensorsWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 SafetensorsWriter(Path(sys.argv[1]), {"small": TensorSpec((100,), torch.float32)})
