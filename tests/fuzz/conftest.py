@@ -1,7 +1,7 @@
-"""The two profiles of the fuzz tests, where they run, and their counts.
+"""The profiles of the fuzz tests, their working folder, and the table of counts.
 
-``RAYMERGE_FUZZ=long`` takes thousands of inputs a reader, others every time; without it there are
-few, and the same ones.
+``RAYMERGE_FUZZ=long`` generates thousands of new inputs per reader; without it there are few, and
+always the same ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
-    """A place of its own, from which nothing else can be reached by a relative path."""
+    """A folder of its own, from which a relative path reaches nothing else."""
     root = tmp_path_factory.mktemp("ground")
     for name in ("outside", "cwd", "tmp", "cache"):
         (root / name).mkdir()
@@ -45,7 +45,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One row a reader."""
+    """Print the counts, one row per reader."""
     if not COUNTS:
         return
     rows = [("reader", "inputs", "loaded", "refused"), ("---", "---:", "---:", "---:")]

@@ -79,11 +79,11 @@ HOSTILE = [
 
 
 SHALLOW = tuple(value for value in ODD if value != DEEP)
-"""The YAML parser takes a second to find that it is too deep: once among the hostile will do."""
+"""The YAML parser takes a second to refuse deep nesting, so HOSTILE has only one such input."""
 
 
 def yaml_of(data: Any) -> bytes:
-    """Also of lone surrogates, which no file should hold."""
+    """Return YAML, including lone surrogates."""
     return yaml.safe_dump(data, allow_unicode=True).encode("utf-8", "surrogatepass")
 
 

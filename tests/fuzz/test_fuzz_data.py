@@ -1,4 +1,4 @@
-"""Stored data sets: tar shards, Parquet and .npz, every image and every label of them read."""
+"""Stored data sets: tar shards, Parquet and .npz, read with every image and label."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLASSES = ("x", "y")
 
 
 def originals(write: Callable[[Path, list[tuple[Path, int]]], object], suffix: str) -> bytes:
-    """A data set of four tiny images."""
+    """Return the bytes of a data set of four tiny images."""
     with tempfile.TemporaryDirectory() as folder:
         samples = []
         for i in range(4):
@@ -88,7 +88,7 @@ FIELDS = {
     header=st.integers(0, 7),
 )  # fmt: skip
 def test_tar_headers(ground: Ground, field: str, value: bytes, header: int) -> None:
-    """With the checksum made right, so that what is wrong is believed."""
+    """The checksum is correct, so that wrong fields reach the reader."""
     content = bytearray(TARS[0])
     start = 1024 * header
     offset, size = FIELDS[field]

@@ -1,4 +1,4 @@
-"""Image files: every format that is read, damaged; and those that Pillow would read besides."""
+"""Image files: damaged files of every supported format, and Pillow's other formats."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def saved(kind: str, **how: object) -> bytes:
 
 
 def png(width: int, height: int, rows: bytes = b"") -> bytes:
-    """Of any size that it says, whatever it holds."""
+    """Return a PNG with any size in its header."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checked = struct.pack(">I", zlib.crc32(kind + content))
@@ -51,10 +51,10 @@ SIZES = st.sampled_from((0, 1, 2, 100, 60_000, 2**20, 2**31 - 1, 2**32 - 1))
 
 
 def read(path: Path) -> None:
-    found = check_image(path)
+    error = check_image(path)
     decode(path, PREPROCESS)
-    if found is not None:
-        raise found
+    if error is not None:
+        raise error
 
 
 @given(
@@ -69,7 +69,7 @@ def test_images(ground: Ground, content: bytes, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO", "TGA", "PCX", "SGI", "DDS"])
-def test_formats_that_no_data_set_has(ground: Ground, kind: str) -> None:
+def test_unsupported_formats_are_refused(ground: Ground, kind: str) -> None:
     path = ground.clean() / "x.jpg"
     path.write_bytes(saved(kind))
     with pytest.raises(DataError, match="does not decode"):

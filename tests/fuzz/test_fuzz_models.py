@@ -1,4 +1,4 @@
-"""A model folder's configs, open_clip's and Hugging Face's; LoRA adapters over a model; heads."""
+"""Configs of model folders (open_clip's and Hugging Face's), LoRA adapters over a model, heads."""
 
 from __future__ import annotations
 

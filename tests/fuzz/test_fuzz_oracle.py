@@ -1,4 +1,4 @@
-"""The rule that all readers are held to would be seen to be broken."""
+"""The check of the fuzz tests detects every violation of its rule."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ BROKEN: dict[str, tuple[Callable[[Ground], object], type[BaseException]]] = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_what_breaks_it_is_seen(ground: Ground, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_violation_is_detected(
+    ground: Ground, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fuzzing, "LONGEST_S", 1)
     ground.clean()
     read, error = BROKEN[how]

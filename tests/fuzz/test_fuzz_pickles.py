@@ -1,4 +1,4 @@
-"""Pickles: damaged ones of every container, and programs that would run what they name."""
+"""Pickles: damaged ones in every container, and programs that call functions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FILES += [
     for kind in CONTAINERS
 ]
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # TorchScript is deprecated, and its files are not gone
+    warnings.simplefilter("ignore")  # TorchScript is deprecated, but its files remain
     _SCRIPT = io.BytesIO()
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), _SCRIPT)
 FILES.append(_SCRIPT.getvalue())
@@ -46,7 +46,7 @@ def test_damaged_pickles(ground: Ground, content: bytes) -> None:
 
 
 def zipped(program: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
-    """As torch saves it."""
+    """Return a pickle in torch's zip."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", method) as archive:
         archive.writestr("x/data.pkl", program)
@@ -71,12 +71,12 @@ CALLS = (
     pickle.TUPLE1 + pickle.NEWOBJ,
     pickle.TUPLE1 + pickle.EMPTY_DICT + pickle.NEWOBJ_EX,
 )
-"""Of the function and its argument on the stack."""
+"""Instructions that call the function on the stack with its argument."""
 
 
 @st.composite
 def programs(draw: st.DrawFn, canary: str) -> bytes:
-    """Pickles of a few instructions, most of them calls of what must not be called."""
+    """Draw pickles of a few instructions, most of them forbidden calls."""
     texts = (f"touch {canary}", f"open({canary!r}, 'w')", canary, "w", "system", "x", "weight")
     out = bytearray(b"\x80" + bytes([draw(st.sampled_from((2, 3, 4)))]))
     for _ in range(draw(st.integers(1, 8))):
@@ -118,8 +118,8 @@ def test_hostile_programs(ground: Ground, data: st.DataObject) -> None:
     ground.examine("hostile pickles", lambda: read_checkpoint(path))
 
 
-def test_the_canary_would_be_seen(ground: Ground) -> None:
-    """The programs do run where nothing forbids it."""
+def test_the_canary_is_detected(ground: Ground) -> None:
+    """The programs run in an unsafe reader."""
     command = f"touch {ground.canary}".encode()
     program = pickle.GLOBAL + b"os\nsystem\n" + pickle.SHORT_BINUNICODE + bytes([len(command)])
     pickle.loads(program + command + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP)

@@ -1,4 +1,4 @@
-"""What a run leaves: coefficients, states of merging and of training, and what a report draws."""
+"""Files of a run: coefficients, states of merging and training, and the inputs of a report."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def manifest(payload: bytes) -> dict[str, Any]:
     }
 
 
-def write_state(folder: Path, payload: bytes, told: bytes) -> None:
+def write_state(folder: Path, payload: bytes, manifest: bytes) -> None:
     (folder / "step-00000003").mkdir()
     (folder / "step-00000003" / "state.safetensors").write_bytes(payload)
-    (folder / "step-00000003" / "manifest.json").write_bytes(told)
+    (folder / "step-00000003" / "manifest.json").write_bytes(manifest)
 
 
 def resume(folder: Path) -> None:
-    """Both kinds of state. A damaged one counts as none, and a sound one has its shapes."""
+    """Read both kinds of state: a damaged one is skipped, a valid one has the right shapes."""
     state = learning_states(folder, "abc", TASKS, LAYERS, 3).newest()
     assert state is None or state.lambdas.shape == (2, 3)
     states = StateStore(folder, {"fingerprint": "f"}, 2, lambda saved: saved, lambda saved: saved)
@@ -75,8 +75,8 @@ def test_states(ground: Ground, data: st.DataObject) -> None:
     folder = ground.clean()
     payload = data.draw(st.just(ARRAYS) | mutants([ARRAYS]))
     sound = manifest(payload if data.draw(st.booleans()) else ARRAYS)
-    told = data.draw(st.just(json_bytes(sound)) | json_files(sound))
-    write_state(folder, payload, told)
+    changed_manifest = data.draw(st.just(json_bytes(sound)) | json_files(sound))
+    write_state(folder, payload, changed_manifest)
     (folder / data.draw(ANY_STEP)).mkdir(exist_ok=True)
     ground.examine("states", lambda: resume(folder))
 
@@ -87,7 +87,7 @@ KINDS = st.sampled_from((torch.float64, torch.float32, torch.int64, torch.bool))
 
 @given(arrays=st.dictionaries(st.sampled_from([*NUMBERS, "memory.x"]), st.tuples(SHAPES, KINDS)))
 def test_states_of_other_shapes(ground: Ground, arrays: dict[str, Any]) -> None:
-    """Sound to the last bit, and not of this run."""
+    """The states are valid but belong to another run."""
     folder = ground.clean()
     payload = save({name: torch.ones(*of[:1], dtype=of[1]) for name, of in arrays.items()})
     write_state(folder, payload, json_bytes(manifest(payload)))

@@ -1,4 +1,4 @@
-"""Safetensors: headers that lie, and indexes whose shards are elsewhere."""
+"""Safetensors: false headers, and indexes whose shards lie elsewhere."""
 
 from __future__ import annotations
 

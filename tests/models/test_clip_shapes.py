@@ -1,4 +1,4 @@
-"""Shapes without a module: exactly open_clip's, or no answer."""
+"""Shapes without a module equal open_clip's, or are None."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _resolved(cfg: dict[str, Any]) -> ResolvedModel:
 
 
 def _shallow(cfg: dict[str, Any]) -> dict[str, Any]:
-    """The same architecture with two layers: no tensor has another shape, and it is soon built."""
+    """Return the architecture with two layers: tensors keep their shapes, and it builds fast."""
     cfg = deepcopy(cfg)
     cfg["vision_cfg"]["layers"] = cfg["text_cfg"]["layers"] = 2
     return cfg
@@ -47,12 +47,12 @@ def test_names_order_and_shapes_are_open_clips(name):
     _assert_open_clips(_shallow(BUILTIN[name]))
 
 
-def test_the_number_of_layers_is_the_configs():
+def test_the_number_of_layers_follows_the_config():
     _assert_open_clips(BUILTIN["ViT-B-32"])
     _assert_open_clips(dict(MODEL_CFG))
 
 
-def test_the_architectures_of_the_papers_are_answered():
+def test_the_architectures_of_the_papers_have_shapes():
     papers = {"ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16", "ViT-L-14", "ViT-H-14"}
     assert papers <= set(ANSWERED)
 
@@ -61,7 +61,7 @@ def test_the_architectures_of_the_papers_are_answered():
     "name",
     ["RN50", "convnext_base", "ViT-B-16-SigLIP", "coca_ViT-B-32", "roberta-ViT-B-32", "EVA02-B-16"],
 )
-def test_there_is_no_answer_for_other_kinds(name):
+def test_other_architectures_return_none(name):
     assert clip_vit_shapes(BUILTIN[name]) is None
 
 
@@ -89,7 +89,7 @@ def test_there_is_no_answer_for_other_kinds(name):
         (None, "text_cfg", []),
     ],
 )
-def test_there_is_no_answer_where_it_is_not_sure(section, key, value):
+def test_an_unexpected_setting_returns_none(section, key, value):
     cfg: dict[str, Any] = deepcopy(dict(MODEL_CFG))
     (cfg if section is None else cfg[section])[key] = value
     assert clip_vit_shapes(cfg) is None
@@ -99,7 +99,7 @@ def test_there_is_no_answer_where_it_is_not_sure(section, key, value):
     "keys",
     [("embed_dim",), ("vision_cfg",), ("vision_cfg", "width"), ("text_cfg", "vocab_size")],
 )
-def test_there_is_no_answer_where_a_number_is_left_to_open_clips_default(keys):
+def test_a_missing_size_returns_none(keys):
     cfg: dict[str, Any] = deepcopy(dict(MODEL_CFG))
     section = cfg
     for key in keys[:-1]:

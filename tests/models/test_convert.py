@@ -1,4 +1,4 @@
-"""``raymerge convert``: the same numbers in the other library's folder, and the same logits."""
+"""``raymerge convert`` keeps the numbers, and both libraries compute the same logits."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def logits_of_both(own: Path, other: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each library's, of the folder that it loads itself, for the same images and texts."""
+    """Return both libraries' logits for the same images and texts, each from its own folder."""
     model = open_clip.create_model(f"local-dir:{own}").eval()
     texts = open_clip.get_tokenizer(f"local-dir:{own}")(["a photo of a dog", "red, 2 lamps"])
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     image_features, text_features, scale = model(images, texts)
     hf = CLIPModel.from_pretrained(other).eval()
-    wanted = hf(input_ids=texts, pixel_values=images).logits_per_image
-    return scale * image_features @ text_features.t(), wanted
+    expected = hf(input_ids=texts, pixel_values=images).logits_per_image
+    return scale * image_features @ text_features.t(), expected
 
 
 def assert_same_logits(own: Path, other: Path) -> None:
-    found, wanted = logits_of_both(own, other)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
-    assert wanted.std() > 0.01
+    actual, expected = logits_of_both(own, other)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    assert expected.std() > 0.01
 
 
-def assert_same_state(found: Path, wanted: dict[str, torch.Tensor]) -> None:
-    state = load_file(found)
-    assert sorted(state) == sorted(wanted)
-    assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
+def assert_same_state(path: Path, expected: dict[str, torch.Tensor]) -> None:
+    state = load_file(path)
+    assert sorted(state) == sorted(expected)
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 # --- both ways -----------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_there_and_back_is_the_same_model(tmp_path, name) -> None:
 
 
 def test_half_precision_and_large_tensors_keep_their_bits(tmp_path, monkeypatch, ours) -> None:
-    """Written in parts that cut q, k and v anywhere."""
+    """Parts may end anywhere within q, k and v."""
     state = {k: t.bfloat16() for k, t in load_file(ours / WEIGHTS).items()}
     half = tmp_path / "half"
     half.mkdir()
@@ -166,7 +166,7 @@ def test_nothing_is_overwritten(run, tmp_path, theirs) -> None:
     assert tree(tmp_path) == before
 
 
-def test_a_tower_alone_is_no_whole_model(run, tmp_path) -> None:
+def test_a_tower_alone_is_refused(run, tmp_path) -> None:
     tower = save(vision_model(), tmp_path / "tower")
     refused(run("convert", tower, tmp_path / "x", "--to", "open_clip"), "only a whole CLIPModel")
     assert not (tmp_path / "x").exists()
@@ -187,13 +187,13 @@ def test_a_tower_alone_is_no_whole_model(run, tmp_path) -> None:
         ({**MODEL_CFG, "custom_text": True}, "custom_text is True"),
     ],
 )
-def test_what_hugging_face_has_not_is_refused(run, tmp_path, model_cfg, message) -> None:
+def test_settings_that_hugging_face_lacks_are_refused(run, tmp_path, model_cfg, message) -> None:
     write_model(tmp_path / "own", model_cfg)
     refused(run("convert", tmp_path / "own", tmp_path / "x", "--to", "hf"), message)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["own"]
 
 
-def test_plain_settings_may_be_spelled_out(run, tmp_path) -> None:
+def test_neutral_settings_are_accepted(run, tmp_path) -> None:
     vision = {**MODEL_CFG["vision_cfg"], "pool_type": "tok", "mlp_ratio": 4.0, "patch_dropout": 0.0}
     text = {**MODEL_CFG["text_cfg"], "pool_type": "argmax", "ls_init_value": None}
     write_model(tmp_path / "own", {**MODEL_CFG, "vision_cfg": vision, "text_cfg": text})
@@ -201,7 +201,7 @@ def test_plain_settings_may_be_spelled_out(run, tmp_path) -> None:
     assert_same_logits(tmp_path / "own", tmp_path / "hf")
 
 
-def test_no_half_folder_is_left(run, tmp_path, monkeypatch, theirs) -> None:
+def test_no_incomplete_folder_is_left(run, tmp_path, monkeypatch, theirs) -> None:
     def full(handle: int, size: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -231,7 +231,7 @@ def test_libraries_that_disagree_leave_nothing(tmp_path, monkeypatch, ours) -> N
 # --- merge --also --------------------------------------------------------------------------------
 
 
-def test_a_merge_is_also_written_for_others(run, tmp_path, world: World) -> None:
+def test_a_merge_is_also_written_in_other_formats(run, tmp_path, world: World) -> None:
     data = config_data(world, method={"name": "average"}, output=str(tmp_path / "out"))
     config = write_config(tmp_path / "x.yaml", data)
     run.ok("merge", config, "--also", "hf", "--also", "state_dict")
@@ -245,7 +245,9 @@ def test_a_merge_is_also_written_for_others(run, tmp_path, world: World) -> None
     assert not list((tmp_path / "out").glob("hf/*"))
 
 
-def test_what_cannot_be_written_is_found_before_the_merge(run, tmp_path, world: World) -> None:
+def test_a_format_that_cannot_express_the_model_is_refused_before_the_merge(
+    run, tmp_path, world: World
+) -> None:
     from world import make_world
 
     vision = {**MODEL_CFG["vision_cfg"], "ls_init_value": 0.1}

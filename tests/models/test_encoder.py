@@ -1,4 +1,4 @@
-"""open_clip's model over flat vectors, its preprocessing in uint8, and where θ₀ comes from."""
+"""open_clip's model over flat vectors, its preprocessing in uint8, and the sources of θ₀."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def resolved(folder) -> ResolvedModel:
 
 @pytest.fixture(scope="module")
 def reference(folder) -> torch.nn.Module:
-    """The same model, built and loaded by open_clip alone."""
+    """Return the same model, built and loaded by open_clip alone."""
     return open_clip.create_model(f"local-dir:{folder}").eval()
 
 
@@ -196,8 +196,8 @@ def test_features_are_open_clips_normalised_image_features(resolved, reference, 
     torch.testing.assert_close(encoder.features(pixels), expected_BD, rtol=1e-5, atol=1e-6)
 
 
-def test_theta_is_all_that_the_encoder_computes_with(resolved, reference, pixels):
-    """Zeros in θ: no weight of the pretrained model is left anywhere."""
+def test_the_encoder_computes_with_theta_alone(resolved, reference, pixels):
+    """With zeros in θ, no weight of the pretrained model has an effect."""
     encoder, layout = _encoder(resolved)
     _fill(encoder, layout, reference)
     before_BD = encoder.features(pixels)
@@ -220,7 +220,7 @@ def test_the_flat_gradient_is_autograds_and_accumulates(resolved, reference, pix
     reference.zero_grad()
     features_BD = reference.encode_image(encoder.preprocess.normalise(pixels), normalize=True)
     (features_BD * weights_BD).sum().backward()
-    expected_P = torch.zeros_like(once_P)  # and so zero in the padding
+    expected_P = torch.zeros_like(once_P)  # the padding stays zero
     gradients = {name: p.grad for name, p in reference.visual.named_parameters()}
     _set(expected_P, layout, gradients)
     torch.testing.assert_close(once_P, expected_P, rtol=1e-4, atol=1e-6)
@@ -273,7 +273,7 @@ def test_bfloat16_autocast_gives_float32_features_of_norm_one(resolved, referenc
     half_BD, full_BD = encoder.features(pixels, autocast=True), encoder.features(pixels)
     assert half_BD.dtype == torch.float32
     torch.testing.assert_close(half_BD.norm(dim=1), torch.ones(5), rtol=0, atol=1e-5)
-    assert not torch.equal(half_BD, full_BD)  # it did compute in bfloat16
+    assert not torch.equal(half_BD, full_BD)  # it computes in bfloat16
     torch.testing.assert_close(half_BD, full_BD, rtol=0, atol=0.03)
 
 
@@ -309,8 +309,8 @@ def test_activation_bytes_are_linear_in_the_layers():
 
 
 @pytest.mark.parametrize("arch", ["RN50", "convnext_base", "ViT-B-16-SigLIP", "EVA02-B-16"])
-def test_activation_bytes_are_known_for_other_kinds_of_towers(arch):
-    """At least an output and an image; at most a few hundred megabytes."""
+def test_activation_bytes_of_other_kinds_of_towers(arch):
+    """The bound is an output and an image below, and a few hundred megabytes above."""
     assert 10**6 < activation_bytes(build_skeleton(_builtin(arch), "meta").visual) < 10**9
 
 
@@ -325,14 +325,14 @@ def _build(resolved: ResolvedModel) -> torch.nn.Module:
 
 
 def _same_but_for_the_merged(built: torch.nn.Module, reference: torch.nn.Module) -> None:
-    """The merged tensors are left to :class:`FlatEncoder`; all else is open_clip's own."""
+    """Assert that all tensors but the merged ones are open_clip's own."""
     merged = {f"visual.{name}" for name in ParameterLayout.of(reference.visual.state_dict()).names}
     ours, expected = built.state_dict(), reference.state_dict()
     assert ours.keys() == expected.keys()
     for key in expected.keys() - merged:
         assert ours[key].dtype == expected[key].dtype, key
         assert torch.equal(ours[key], expected[key]), key
-    # Not to the bit: products differ in the last place with where in memory the weights lie.
+    # Not bit-equal: the last place of a product depends on the alignment of the weights.
     torch.testing.assert_close(built.encode_text(TEXTS), reference.encode_text(TEXTS))
 
 
@@ -348,7 +348,7 @@ CUSTOM_TEXT = {**MODEL_CFG, "custom_text": True, "quick_gelu": True}
 
 @pytest.mark.parametrize("cfg", [RESNET, CUSTOM_TEXT], ids=["resnet", "custom text"])
 def test_models_of_other_kinds_are_open_clips_too(tmp_path, cfg, pixels):
-    """Built without drawing random weights, and yet whole: their buffers are kept or read."""
+    """Skipping random weights leaves no buffer unset."""
     torch.manual_seed(1)
     write_model(tmp_path / "m", cfg)
     reference = open_clip.create_model(f"local-dir:{tmp_path / 'm'}").eval()
@@ -396,7 +396,7 @@ def test_every_way_to_name_the_model_gives_the_same_one(folder, tmp_path, refere
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"module." + k: v for k, v in s.items()}])
-def test_a_torch_checkpoint_of_the_whole_model_will_do(folder, tmp_path, reference, wrap):
+def test_a_torch_checkpoint_of_the_whole_model_is_accepted(folder, tmp_path, reference, wrap):
     state = load_file(folder / "open_clip_model.safetensors")
     torch.save({"state_dict": wrap(state), "epoch": 32}, tmp_path / "epoch_32.pt")
     (tmp_path / "m.json").write_text(json.dumps(MODEL_CFG))
@@ -411,7 +411,7 @@ def test_a_torch_checkpoint_of_the_whole_model_will_do(folder, tmp_path, referen
         assert torch.equal(read_n, stored.flatten())
 
 
-def test_an_unknown_architecture_is_named_with_what_was_meant():
+def test_an_unknown_architecture_suggests_the_nearest_one():
     with pytest.raises(ConfigError, match=r"model\.arch: 'ViT-B32' .*did you mean .*ViT-B-32"):
         resolve_model(ModelConfig(arch="ViT-B32", pretrained="openai"))
 
@@ -421,8 +421,8 @@ def test_an_unknown_tag_lists_the_known_ones():
         resolve_model(ModelConfig(arch="ViT-B-32", pretrained="opnai"))
 
 
-def test_openai_weights_in_a_gelu_architecture_are_refused_with_the_right_one():
-    """open_clip issue #771: it would run, with a silently lower accuracy."""
+def test_openai_weights_in_a_gelu_architecture_name_the_right_one():
+    """It would run with silently lower accuracy (open_clip issue #771)."""
     with pytest.raises(ConfigError, match="use arch: ViT-B-32-quickgelu"):
         resolve_model(ModelConfig(arch="ViT-B-32", pretrained="openai"))
 
@@ -459,7 +459,7 @@ def test_a_model_cfg_that_open_clip_cannot_build_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_cfg": 3}'])
-def test_a_json_that_is_no_model_is_refused(tmp_path, text):
+def test_a_json_without_a_model_is_refused(tmp_path, text):
     (tmp_path / "m.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"m\.json"):
         resolve_model(ModelConfig(arch=str(tmp_path / "m.json"), pretrained="w.pt"))

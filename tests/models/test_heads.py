@@ -1,4 +1,4 @@
-"""Zero-shot heads equal their formula, written out."""
+"""Zero-shot heads equal their formula."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def clip(world):
 
 
 def _literal(model, tokenizer, classnames: list[str], templates: list[str]) -> Tensor:
-    """One class at a time: w_c = e^s · normalise(mean_t normalise(text(t(c))))."""
+    """Return the head one class at a time: w_c = e^s · normalise(mean_t normalise(text(t(c))))."""
     columns = []
     for name in classnames:
         texts = [template.replace("{}", name) for template in templates]
@@ -52,7 +52,7 @@ def test_the_head_is_the_formula(clip, case):
 
 
 def test_the_logit_scale_is_baked_in(clip):
-    """open_clip's own classifier builder leaves it out; entropy depends on it."""
+    """open_clip's own classifier builder omits it, and entropy depends on it."""
     model, tokenizer = clip
     classnames, templates = CASES["an ensemble"]
     head_DC = zero_shot_head(model, tokenizer, classnames, templates)

@@ -1,4 +1,4 @@
-"""A model's own config: no code of its author runs, and no number in it is believed."""
+"""A model's own config runs no code of its author, and its numbers are bounded."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def with_text(**changes: Any) -> dict[str, Any]:
     return {"model_cfg": {**MODEL_CFG, "text_cfg": {**MODEL_CFG["text_cfg"], **changes}}}
 
 
-def test_a_model_that_brings_code_is_refused_before_it_runs(
+def test_a_model_with_code_is_refused_before_it_runs(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """open_clip hands tokenizer_kwargs to transformers, which would import the file beside it."""
+    """open_clip passes tokenizer_kwargs to transformers, which would import the file beside it."""
     cfg = with_text(hf_tokenizer_name="x", tokenizer_kwargs={"trust_remote_code": True})
     folder = write_folder(tmp_path / "model", world, cfg)
     (folder / "tokenization.py").write_text(CODE.format(str(tmp_path / "canary")))
     auto_map = {"AutoTokenizer": ["tokenization.T", None]}
-    told = {"tokenizer_class": "T", "auto_map": auto_map}
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    tokenizer_config = {"tokenizer_class": "T", "auto_map": auto_map}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     data = config_data(world, model=f"local-dir:{folder}", output=str(tmp_path / "out"))
     for command in ("plan", "merge", "eval"):
         ran = Commands(capsys)(command, write_config(tmp_path / "c.yaml", data))
@@ -48,13 +48,15 @@ def test_a_model_that_brings_code_is_refused_before_it_runs(
 
 
 @pytest.mark.parametrize("where", ["model_cfg", "vision_cfg", "deep"])
-def test_it_is_found_wherever_it_stands(world: World, tmp_path: Path, where: str) -> None:
-    asks = {"trust_remote_code": True}
+def test_trust_remote_code_is_detected_at_any_depth(
+    world: World, tmp_path: Path, where: str
+) -> None:
+    remote_code = {"trust_remote_code": True}
     model_cfg: dict[str, Any] = {**MODEL_CFG}
     if where == "model_cfg":
-        model_cfg |= asks
+        model_cfg |= remote_code
     else:
-        vision = {"kwargs": [{"x": asks}]} if where == "deep" else asks
+        vision = {"kwargs": [{"x": remote_code}]} if where == "deep" else remote_code
         model_cfg["vision_cfg"] = {**MODEL_CFG["vision_cfg"], **vision}
     folder = write_folder(tmp_path / "model", world, {"model_cfg": model_cfg})
     with pytest.raises(CheckpointError, match="refused: its config has trust_remote_code"):
@@ -65,7 +67,9 @@ def test_it_is_found_wherever_it_stands(world: World, tmp_path: Path, where: str
     ("key", "value"),
     [("layers", 10**9), ("context_length", 10**6), ("width", 10**12), ("layers", [1, 10**9])],
 )
-def test_sizes_that_no_model_has(world: World, tmp_path: Path, key: str, value: object) -> None:
+def test_sizes_beyond_any_model_are_refused(
+    world: World, tmp_path: Path, key: str, value: object
+) -> None:
     folder = write_folder(tmp_path / "model", world, with_text(**{key: value}))
     with pytest.raises(CheckpointError, match=rf"its config has {key} \d+; at most [\d,]+ is "):
         resolve_model(ModelConfig(arch=f"local-dir:{folder}"))
@@ -83,7 +87,7 @@ def test_sizes_that_no_model_has(world: World, tmp_path: Path, key: str, value: 
         ("fill_color", "red"),
     ],
 )
-def test_a_preprocessing_that_open_clip_has_not(
+def test_preprocessing_that_open_clip_lacks_is_refused(
     world: World, tmp_path: Path, key: str, value: object
 ) -> None:
     cfg = {"model_cfg": MODEL_CFG, "preprocess_cfg": {key: value}}

@@ -1,4 +1,4 @@
-"""A saved head stands in for the zero-shot one, wherever a head is made."""
+"""A saved head replaces the zero-shot one everywhere."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ WRITERS: dict[str, Callable[[Tensor, Path], None]] = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_every_form_gives_its_weight_turned(tmp_path: Path, writer: str) -> None:
+def test_every_format_gives_the_transposed_weight(tmp_path: Path, writer: str) -> None:
     weight_CD = _random()
     WRITERS[writer](weight_CD, tmp_path / "head.pt")
     head_DC = saved_head(_task(tmp_path / "head.pt"), WHERE, 24)
@@ -66,7 +66,7 @@ def test_half_precision_is_widened(tmp_path: Path) -> None:
     assert torch.equal(head_DC, _random().half().float().t())
 
 
-def test_its_logits_are_those_of_the_released_class(tmp_path: Path) -> None:
+def test_the_logits_equal_those_of_the_released_class(tmp_path: Path) -> None:
     released = ClassificationHead(_random())
     write_release(released, tmp_path / "head.pt", "pickle 4")
     features_BD = torch.randn(5, 24)
@@ -76,8 +76,8 @@ def test_its_logits_are_those_of_the_released_class(tmp_path: Path) -> None:
 
 
 def _require_close(scores: Mapping[str, TaskScore], expected: Mapping[str, TaskScore]) -> None:
-    """Not to the bit: the text tower's products differ in the last place with where its weights lie
-    in memory, on some processors."""
+    """Assert near equality: on some processors, the last place of the text tower's products depends
+    on the alignment of its weights."""
     assert scores.keys() == expected.keys()
     for task, score in scores.items():
         assert score.top1 == expected[task].top1
@@ -127,7 +127,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_fit_is_named(tmp_path: Path, case: str) -> None:
+def test_a_head_that_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
     write, message = WRONG[case]
     path = tmp_path / "head.pt"
     write(path)
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, case: str) -> None:
 
 @pytest.fixture(scope="module")
 def heads(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tasks' own zero-shot heads, as the release would have saved them."""
+    """Save the tasks' own zero-shot heads as the release does."""
     folder = tmp_path_factory.mktemp("heads")
     reference = f"local-dir:{world.root / 'pretrained'}"
     model = open_clip.create_model(reference).eval()
@@ -174,7 +174,7 @@ def _tasks(world: World, heads: dict[str, Path], **changes: Any) -> list[dict[st
 def test_a_merge_with_the_zero_shot_heads_saved_is_the_merge_without(
     world: World, heads: dict[str, Path], tmp_path: Path, method: dict[str, Any]
 ) -> None:
-    templates = ["nothing like {}"]  # the saved heads come from other words
+    templates = ["nothing like {}"]  # other words than those of the saved heads
     without = merge(world.parse(tmp_path / "a", method=method))
     tasks = _tasks(world, heads, templates=templates)
     with_heads = merge(world.parse(tmp_path / "b", method=method, tasks=tasks))
@@ -186,7 +186,7 @@ def test_a_merge_with_the_zero_shot_heads_saved_is_the_merge_without(
     assert other.scores != without.scores
 
 
-def test_eval_uses_them(world: World, heads: dict[str, Path]) -> None:
+def test_eval_uses_saved_heads(world: World, heads: dict[str, Path]) -> None:
     tasks = _tasks(world, heads, templates=["nothing like {}"])
     _require_close(evaluate(world.parse(tasks=tasks)), evaluate(world.parse()))
 
@@ -206,7 +206,7 @@ def test_no_tokenizer_is_made_where_every_task_has_a_head(
         ClipModel(ClipSource(config.model, world.parse().tasks), WorkerSpec(), {})
 
 
-def test_the_plan_checks_them(world: World, heads: dict[str, Path], tmp_path: Path) -> None:
+def test_the_plan_checks_saved_heads(world: World, heads: dict[str, Path], tmp_path: Path) -> None:
     assert not check(world.parse(tasks=_tasks(world, heads)))[1]
     tasks = _tasks(world, heads)
     tasks[1]["head"] = str(heads["colour"])
@@ -232,18 +232,18 @@ def test_a_head_needs_class_names(world: World) -> None:
 
 
 @pytest.mark.parametrize("head", ["", 3, ["a"]])
-def test_a_head_is_a_path(world: World, head: Any) -> None:
+def test_a_head_must_be_a_path(world: World, head: Any) -> None:
     task = {**world.config["tasks"][0], "head": head}
     with pytest.raises(ConfigError, match=r"tasks\[0\]\.head"):
         world.parse(tasks=[task])
 
 
-def test_the_run_s_identity_has_them(world: World, heads: dict[str, Path]) -> None:
+def test_the_fingerprint_includes_saved_heads(world: World, heads: dict[str, Path]) -> None:
     plain, saved = world.parse(), world.parse(tasks=_tasks(world, heads))
     swapped = _tasks(world, heads)
     swapped[0]["head"] = "elsewhere.pt"
-    found = {fingerprint(c) for c in (plain, saved, world.parse(tasks=swapped))}
-    assert len(found) == 3
+    fingerprints = {fingerprint(c) for c in (plain, saved, world.parse(tasks=swapped))}
+    assert len(fingerprints) == 3
 
 
 def test_resume_refuses_other_heads(world: World, heads: dict[str, Path], tmp_path: Path) -> None:
@@ -254,11 +254,15 @@ def test_resume_refuses_other_heads(world: World, heads: dict[str, Path], tmp_pa
         merge(world.parse(tmp_path / "out", tasks=changed), resume=True)
 
 
-def test_finetune_trains_against_them(world: World, heads: dict[str, Path], tmp_path: Path) -> None:
+def test_finetune_uses_saved_heads(world: World, heads: dict[str, Path], tmp_path: Path) -> None:
     recipe = {"targets": "experts", "steps": {"colour": 2}, "batch_size": 4, "warmup_steps": 0}
-    given = {**world.config["tasks"][0], "train": world.config["tasks"][0]["test"], "adapt": None}
-    saved = {**given, "head": str(heads["colour"]), "templates": ["nothing like {}"]}
-    plain = finetune(world.parse(tmp_path / "a", tasks=[given], finetune=recipe))
+    base_task = {
+        **world.config["tasks"][0],
+        "train": world.config["tasks"][0]["test"],
+        "adapt": None,
+    }
+    saved = {**base_task, "head": str(heads["colour"]), "templates": ["nothing like {}"]}
+    plain = finetune(world.parse(tmp_path / "a", tasks=[base_task], finetune=recipe))
     with_head = finetune(world.parse(tmp_path / "b", tasks=[saved], finetune=recipe))
     _require_close(with_head.experts, plain.experts)
     assert with_head.targets[0].fingerprint != plain.targets[0].fingerprint
@@ -272,7 +276,7 @@ def test_finetune_trains_against_them(world: World, heads: dict[str, Path], tmp_
 
 
 def test_a_whole_release_is_merged(world: World, heads: dict[str, Path], tmp_path: Path) -> None:
-    """Pickled experts and heads give what the state dicts give."""
+    """Pickled experts and heads give the same merge as state dicts."""
     folder = f"local-dir:{world.root / 'pretrained'}"
     tasks = _tasks(world, heads)
     for k, task in enumerate(tasks):
@@ -288,25 +292,27 @@ def test_a_whole_release_is_merged(world: World, heads: dict[str, Path], tmp_pat
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-5)
 
 
-def test_the_released_zeroshot_file_is_no_pretrained_model(world: World, tmp_path: Path) -> None:
+def test_the_released_zeroshot_file_is_refused_as_the_pretrained_model(
+    world: World, tmp_path: Path
+) -> None:
     clip = open_clip.create_model(f"local-dir:{world.root / 'pretrained'}")
     write_release(encoder_of(clip), tmp_path / "zeroshot.pt", "pickle 4")
     arch = world.root / "pretrained" / "open_clip_config.json"
-    given = {"arch": str(arch), "pretrained": str(tmp_path / "zeroshot.pt")}
+    model = {"arch": str(arch), "pretrained": str(tmp_path / "zeroshot.pt")}
     with pytest.raises(
         CheckpointError,
         match=r"zeroshot\.pt: is an image encoder without its text tower .*pretrained: openai",
     ):
-        merge(world.parse(tmp_path / "out", model=given))
+        merge(world.parse(tmp_path / "out", model=model))
 
 
 def test_a_whole_pickled_clip_is_a_pretrained_model(world: World, tmp_path: Path) -> None:
     clip = open_clip.create_model(f"local-dir:{world.root / 'pretrained'}")
     torch.save(clip, tmp_path / "clip.pt")
     arch = world.root / "pretrained" / "open_clip_config.json"
-    given = {"arch": str(arch), "pretrained": str(tmp_path / "clip.pt")}
+    model = {"arch": str(arch), "pretrained": str(tmp_path / "clip.pt")}
     plain = merge(world.parse(tmp_path / "a"))
-    pickled = merge(world.parse(tmp_path / "b", model=given))
+    pickled = merge(world.parse(tmp_path / "b", model=model))
     torch.testing.assert_close(plain.lambdas, pickled.lambdas, rtol=0, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The written model: θ₀ + Σ λ V from files, and a folder that open_clip loads as it is."""
+"""The written model is θ₀ + Σ λ V, and open_clip loads its folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def opened(world, resolved):
 
 
 def _flat(checkpoint) -> Tensor:
-    """θ of a checkpoint, with the padding of its layout."""
+    """Return θ of a checkpoint, with the padding of its layout."""
     flat_P = torch.zeros(checkpoint.layout.columns)
     for piece in checkpoint.layout.shard(0, 1).pieces():
         checkpoint.read(piece, flat_P[piece.start : piece.stop])
@@ -60,7 +60,7 @@ def _write(path: Path, opened, lambdas_KL: Tensor, granularity: str = "tensor", 
 
 @pytest.fixture
 def merged(tmp_path):
-    """The merged θ of the written file, and nothing but what was there beside it."""
+    """Return the merged θ of the written file; assert that nothing else has changed."""
 
     def merged(opened, lambdas_KL: Tensor, granularity: str = "tensor", basis=None) -> Tensor:
         path = _write(tmp_path / "merged.safetensors", opened, lambdas_KL, granularity, basis)
@@ -138,9 +138,9 @@ def test_counting_the_signs_while_merging_changes_no_byte(resolved, opened, tmp_
         save_file(state, tmp_path / name)
     pretrained, _ = open_pretrained(replace(resolved, weights=tmp_path / "base"))
     experts = [open_visual(str(tmp_path / name), pretrained.layout) for name in ("one", "two")]
-    files, given = (pretrained, experts), {"density": 1.0, "scope": "visual", "mean": mean}
-    counted = ties_statistics(*files, **given)
-    later = ties_statistics(*files, **given, count_signs=False)
+    files, options = (pretrained, experts), {"density": 1.0, "scope": "visual", "mean": mean}
+    counted = ties_statistics(*files, **options)
+    later = ties_statistics(*files, **options, count_signs=False)
     assert counted.majority == sign
     assert later.majority is None
     half = torch.full((2, 1), 0.5)
@@ -155,7 +155,7 @@ def test_counting_the_signs_while_merging_changes_no_byte(resolved, opened, tmp_
 
 
 def _write_rows(path: Path, opened, rows: int, scaling: float, basis) -> Tensor:
-    """θ of the merge with one constant λ for the ``rows`` that the basis has."""
+    """Return θ of the merge with one constant λ for all ``rows`` of the basis."""
     pretrained, experts = opened
     layers = pretrained.layout.layers("task")
     lambdas_JL = torch.full((rows, 1), scaling, dtype=torch.float64)
@@ -175,7 +175,7 @@ def _write_rows(path: Path, opened, rows: int, scaling: float, basis) -> Tensor:
 def test_a_matrix_basis_is_the_function_of_whole_matrices_and_vectors_are_averaged(
     opened, tmp_path, function: Callable[[Tensor], Tensor], separate: bool
 ):
-    """λ times the sum of the rows; only tensors with two dimensions are matrices."""
+    """The merge adds λ times the sum of the rows; only tensors of two dimensions are matrices."""
     pretrained, experts = opened
     layout, scaling = pretrained.layout, 0.7
     basis = MatrixBasis(function, separate)
@@ -215,7 +215,7 @@ def test_dare_writes_what_its_rows_sum_to_whatever_the_blocks(
 
 
 @pytest.mark.parametrize("scaling", [1.0, 0.25])
-def test_a_given_vector_is_added_and_no_expert_is_read(opened, tmp_path, scaling):
+def test_a_fixed_vector_is_added_without_reading_an_expert(opened, tmp_path, scaling):
     pretrained, _ = opened
     delta_P = torch.zeros(pretrained.layout.columns)
     for view in pretrained.layout.views(delta_P).values():
@@ -298,7 +298,7 @@ def test_open_clip_loads_the_folder_with_the_merged_tower_and_the_old_text(
 
 
 def test_integer_buffers_are_written_as_they_are_so_that_open_clip_loads_strictly(tmp_path):
-    """A ResNet counts its batches."""
+    """A ResNet has integer buffers: it counts its batches."""
     model = write_model(tmp_path / "m", RESNET)
     state = {k: v.clone().contiguous() for k, v in model.state_dict().items()}
     state["visual.bn1.num_batches_tracked"] += 41

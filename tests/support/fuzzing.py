@@ -1,7 +1,7 @@
-"""What all fuzz tests share: mutated files, and the one thing that a reader may do with them.
+"""Shared parts of the fuzz tests: mutated files, and the rule for every reader.
 
-A reader loads a file or refuses it with one line. It runs nothing, writes nothing, takes no memory
-that the file does not stand for, and comes to an end.
+A reader loads a file or refuses it with one line. It runs nothing, writes nothing, requests no more
+memory than the file justifies, and ends in time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from raymerge.models.checkpoints.inspect import inspect_checkpoint
 from raymerge.models.checkpoints.opening import open_checkpoint
 
 COUNTS: dict[str, Counter[str]] = {}
-"""Reader → how many inputs it loaded, and how many it refused."""
+"""The inputs that each reader loaded and refused."""
 SPARE_BYTES = 3 << 30
 LONGEST_S = 30
 
@@ -39,14 +39,14 @@ ODD_NUMBERS = (0, -1, 1, 2**31 - 1, 2**32, 2**63 - 1, 2**64, 10**400, 1e308, -0.
 ODD_TEXTS = ("", ".", "..", "../x", "/etc/passwd", "a\0b", "x" * 5000, "é\ud800", "{}",
              "{0.__class__}", "a\nb", "~", "%00", "file:///etc/passwd", "[" * 50)  # fmt: skip
 DEEP = "<nested without end>"
-"""Stands for 100,000 brackets: no printer of failures would survive the thing itself."""
+"""Represents 100,000 brackets, which would break the report of a failure."""
 ODD = (None, True, False, [], {}, [[]], {"": 0}, [None], DEEP, *ODD_NUMBERS, *ODD_TEXTS)
 
 
 @dataclass(frozen=True)
 class Ground:
-    """Where a reader is let loose. ``inside`` holds its files; all else below ``root`` must stay
-    as it is, but for ``cache``, into which what is at a URL is fetched."""
+    """The folder of a fuzz test. ``inside`` holds the reader's files; all else below ``root`` must
+    stay unchanged, except ``cache``, the target of downloads."""
 
     root: Path
 
@@ -56,7 +56,7 @@ class Ground:
 
     @property
     def canary(self) -> Path:
-        """What hostile files try to make."""
+        """The file that hostile inputs try to create."""
         return self.root / "outside" / "canary"
 
     def clean(self) -> Path:
@@ -64,8 +64,8 @@ class Ground:
         self.inside.mkdir(parents=True)
         return self.inside
 
-    def seen(self) -> dict[str, tuple[int, int]]:
-        """Everything that is not the reader's own."""
+    def snapshot(self) -> dict[str, tuple[int, int]]:
+        """Return size and time of every file that is not the reader's own."""
         own = (self.inside, self.root / "cache")
         places = [place for place in self.root.iterdir() if place not in own]
         files = [file for place in places for file in (place, *place.rglob("*"))]
@@ -73,8 +73,8 @@ class Ground:
         return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
     def examine(self, reader: str, read: Callable[[], object]) -> None:
-        """The oracle. ``read``: of what is inside."""
-        before = self.seen()
+        """Run ``read`` on the files inside, and assert that it follows the rule."""
+        before = self.snapshot()
         own = sorted(path.name for path in self.inside.rglob("*"))
         counts = COUNTS.setdefault(reader, Counter())
         try:
@@ -85,12 +85,12 @@ class Ground:
             message, outcome = str(error), "refused"
         counts[outcome] += 1
         assert len(message.splitlines()) == 1, repr(message)
-        assert self.seen() == before
+        assert self.snapshot() == before
         assert sorted(path.name for path in self.inside.rglob("*")) == own
 
 
 class TooLongError(Exception):
-    """A reader that does not come to an end."""
+    """A reader does not end in time."""
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def _bounded() -> Iterator[None]:
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """A few more GiB of addresses than are in use: who asks for more gets a MemoryError."""
+    """Limit the address space to a few GiB more than is in use."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + SPARE_BYTES, hard))
@@ -135,7 +135,7 @@ def read_checkpoint(path: Path) -> None:
 
 @st.composite
 def mutants(draw: st.DrawFn, originals: Sequence[bytes]) -> bytes:
-    """A file of which some bytes are flipped, cut, moved, repeated or made extreme; or noise."""
+    """Draw a file with some bytes flipped, cut, repeated, replaced by noise or extreme numbers."""
     content = bytearray(draw(st.sampled_from(originals)))
     kinds = ("flip", "cut", "drop", "repeat", "number", "noise", "zero")
     for kind in draw(st.lists(st.sampled_from(kinds), max_size=5)):
@@ -163,7 +163,7 @@ def mutants(draw: st.DrawFn, originals: Sequence[bytes]) -> bytes:
 
 @st.composite
 def changed(draw: st.DrawFn, original: Any, odd: Sequence[Any] = ODD) -> Any:
-    """Plain data of which a few values or keys are others, gone, or moved."""
+    """Draw plain data with a few values or keys replaced, removed or renamed."""
     data = _copied(original)
     for _ in range(draw(st.integers(1, 3))):
         node = data
@@ -192,7 +192,7 @@ def _copied(data: Any) -> Any:
 
 
 def json_bytes(data: Any) -> bytes:
-    """Also of what JSON cannot hold by the book: NaN, lone surrogates, any depth."""
+    """Return JSON, including NaN, lone surrogates and any depth."""
     if isinstance(data, dict):
         items = [json_bytes(str(key)) + b":" + json_bytes(value) for key, value in data.items()]
         return b"{" + b",".join(items) + b"}"
@@ -206,5 +206,5 @@ def json_bytes(data: Any) -> bytes:
 
 
 def json_files(original: Any, odd: Sequence[Any] = ODD) -> st.SearchStrategy[bytes]:
-    """Mostly well-formed JSON that says odd things, sometimes damaged bytes."""
+    """Draw well-formed JSON with odd values, or damaged bytes."""
     return changed(original, odd).map(json_bytes) | mutants([json_bytes(original)])

@@ -1,4 +1,4 @@
-"""Tiny CLIPs of Hugging Face's library, as it writes them."""
+"""Tiny CLIPs, made and written by Hugging Face's library."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def clip_config(
 
 
 def shaken(model: torch.nn.Module, seed: int) -> Any:
-    """No tensor is constant any more, biases and norms included."""
+    """Return the model with noise in every tensor, so that none is constant."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,7 +85,7 @@ def save(model: Any, folder: Path, **kwargs: Any) -> Path:
 
 
 def save_state(state: Mapping[str, torch.Tensor], config: Path, folder: Path) -> Path:
-    """A folder with that state dict and another folder's config."""
+    """Write a folder with a state dict and another folder's config."""
     folder.mkdir(parents=True)
     save_file({k: t.contiguous() for k, t in state.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text((config / "config.json").read_text())
@@ -105,7 +105,7 @@ def edit(path: Path, change: Mapping[str, Any]) -> None:
 
 
 def as_version_4(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A vision model's keys with the prefix, and the buffer that older versions saved."""
+    """Return a vision model's keys with the prefix, and the buffer that older versions save."""
     named = {
         key if key.startswith(("vision_model.", "visual_projection.")) else f"vision_model.{key}": t
         for key, t in state.items()
@@ -114,7 +114,7 @@ def as_version_4(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def as_version_5(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A vision model's keys without it."""
+    """Return a vision model's keys without the prefix."""
     return {key.removeprefix("vision_model."): t for key, t in state.items()}
 
 
@@ -123,7 +123,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def open_clip_state(model: Any) -> dict[str, torch.Tensor]:
-    """By hand, what open_clip calls the tensors of a ``CLIPModel`` or a vision model."""
+    """Return the tensors of a ``CLIPModel`` or a vision model under open_clip's names."""
     state = {key.removeprefix("vision_model."): t for key, t in model.state_dict().items()}
     whole = any(key.startswith("text_model.") for key in state)
     out = {

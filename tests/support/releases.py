@@ -1,4 +1,4 @@
-"""Files as task_vectors and AdaMerging released them, of classes that no module here has.
+"""Files as task_vectors and AdaMerging released them, of classes that are not installed.
 
 The classes are in ``sys.modules`` only while a file is written.
 """
@@ -60,7 +60,7 @@ NEW = {"clip": ("open_clip.model", "CLIP"), "visual": ("open_clip.transformer", 
 
 
 def encoder_of(clip: Any) -> ImageEncoder:
-    """A copy of an open_clip model as the release wraps it."""
+    """Return a copy of an open_clip model, wrapped as in the release."""
     return ImageEncoder(copy.deepcopy(clip))
 
 

@@ -1,4 +1,4 @@
-"""SHA-256 of files: right, computed once per state of a file, remembered between processes."""
+"""SHA-256 of files: correct, computed once per state of a file, remembered between processes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a new process would start."""
+    """Reset the module to the state of a new process."""
     monkeypatch.setattr(digests, "_digests", {})
 
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
-    """The files that are really read."""
+    """Record the files that are read."""
     seen: list[Path] = []
     digest = digests._digest
 
@@ -47,7 +47,7 @@ def _expected(path: Path) -> str:
 
 @pytest.mark.parametrize("size", [0, 1, 2_100_000])
 def test_sha256_is_the_files_digest(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(digests, "_HASH_BYTES", 1 << 20)  # several turns, and a part of one
+    monkeypatch.setattr(digests, "_HASH_BYTES", 1 << 20)  # several reads and a part of one
     path = tmp_path / "x"
     path.write_bytes(b"abc" * (size // 3) + b"d" * (size % 3))
     assert sha256(path) == _expected(path)
@@ -61,7 +61,7 @@ def test_a_file_is_read_once_until_it_changes(tmp_path, hashed):
     path.write_bytes(b"longer")
     assert sha256(path) == _expected(path)
     path.write_bytes(b"LONGER")
-    os.utime(path, ns=(1, 1))  # the same size, another time
+    os.utime(path, ns=(1, 1))  # the same size, but another time
     assert sha256(path) == _expected(path)
     assert len(hashed) == 3
 
@@ -79,7 +79,7 @@ def test_digests_are_remembered_between_processes(tmp_path, monkeypatch, cache, 
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '"x"', "\x00"])
-def test_a_damaged_memory_is_forgotten(tmp_path, monkeypatch, cache, content):
+def test_a_damaged_cache_is_ignored(tmp_path, monkeypatch, cache, content):
     cache.parent.mkdir()
     cache.write_text(content)
     path = tmp_path / "x"
@@ -89,7 +89,7 @@ def test_a_damaged_memory_is_forgotten(tmp_path, monkeypatch, cache, content):
     assert list(json.loads(cache.read_text()).values()) == [_expected(path)]
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_ignored(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RAYMERGE_CACHE", str(tmp_path / "file"))
     sha256(tmp_path / "file")
@@ -97,7 +97,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_only_the_newest_are_remembered(tmp_path, monkeypatch, cache):
+def test_only_the_newest_digests_are_remembered(tmp_path, monkeypatch, cache):
     monkeypatch.setattr(digests, "_MAX_REMEMBERED", 2)
     for name in "abc":
         (tmp_path / name).write_text(name)
@@ -107,7 +107,7 @@ def test_only_the_newest_are_remembered(tmp_path, monkeypatch, cache):
     assert kept == [_expected(tmp_path / name) for name in "bc"]
 
 
-def test_what_is_hashed_ahead_is_hashed_once(tmp_path, hashed):
+def test_a_file_hashed_ahead_is_hashed_once(tmp_path, hashed):
     paths = [tmp_path / name for name in "abc"]
     for path in paths:
         path.write_bytes(path.name.encode())
@@ -116,7 +116,7 @@ def test_what_is_hashed_ahead_is_hashed_once(tmp_path, hashed):
     assert sorted(hashed) == paths
 
 
-def test_a_file_that_cannot_be_read_is_an_error_for_who_waits(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_read_raises_for_the_waiting_caller(tmp_path, monkeypatch):
     path = tmp_path / "x"
     path.write_bytes(b"abc")
 
@@ -126,5 +126,5 @@ def test_a_file_that_cannot_be_read_is_an_error_for_who_waits(tmp_path, monkeypa
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(PermissionError):
         sha256(path)
-    remember()  # and an error is not remembered
+    remember()  # an error is not remembered
     assert not (cache_folder() / "sha256.json").exists()

@@ -63,17 +63,17 @@ def tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {name: read_tensor(checkpoint, name) for name in checkpoint.specs}
 
 
-def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert sorted(found) == sorted(wanted)
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert sorted(actual) == sorted(expected)
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype
+        assert torch.equal(actual[name], tensor), name
 
 
 # --- names and packing ---------------------------------------------------------------------------
 
 
-def test_every_name_leads_to_its_keys_and_back(clip: Path) -> None:
+def test_names_and_keys_are_inverse(clip: Path) -> None:
     names = model_shapes(resolved(clip))[1]
     for prefix in ("vision_model.", ""):
         for name in names:
@@ -111,10 +111,10 @@ def test_any_columns_of_a_packed_or_transposed_tensor(clip: Path) -> None:
                 assert torch.equal(part_n, whole_n[start:stop].to(dtype))
 
 
-def test_half_precision_stays(tmp_path) -> None:
+def test_half_precision_is_preserved(tmp_path) -> None:
     folder = save(clip_model().half(), tmp_path / "half")
-    found = tensors(open_checkpoint(folder))
-    assert_equal(found, {k: t.half() for k, t in open_clip_state(clip_model()).items()})
+    actual = tensors(open_checkpoint(folder))
+    assert_equal(actual, {k: t.half() for k, t in open_clip_state(clip_model()).items()})
 
 
 def test_torch_files_open_too(tmp_path, clip: Path) -> None:
@@ -137,7 +137,7 @@ def test_q_k_and_v_belong_together(tmp_path, clip: Path) -> None:
         open_checkpoint(save_state(state, clip, tmp_path / "y"))
 
 
-def test_what_has_no_name_in_open_clip_is_unexpected(tmp_path, clip: Path) -> None:
+def test_a_tensor_without_a_name_in_open_clip_is_unexpected(tmp_path, clip: Path) -> None:
     state = {**stored(clip), "vision_model.encoder.gate": torch.ones(3)}
     folder = save_state(state, clip, tmp_path / "x")
     layout = pretrained(clip).layout
@@ -157,19 +157,19 @@ def test_a_tower_without_a_projection_takes_the_pretrained_one(tmp_path, clip: P
     with pytest.raises(CheckpointError, match=r"1 missing \(visual\.proj\)"):
         open_visual(str(folder), base.layout)
     opened = open_visual(str(folder), base.layout, base)
-    wanted = {
+    expected = {
         **open_clip_state(expert),
         "visual.proj": open_clip_state(clip_model())["visual.proj"],
     }
     flat = base.layout.views(opened.flat())
-    assert all(torch.equal(flat[name], wanted[f"visual.{name}"]) for name in base.layout.names)
+    assert all(torch.equal(flat[name], expected[f"visual.{name}"]) for name in base.layout.names)
 
 
-def test_an_own_projection_is_kept(tmp_path, clip: Path) -> None:
+def test_the_expert_keeps_its_own_projection(tmp_path, clip: Path) -> None:
     base, expert = pretrained(clip), vision_model(3, projection=True)
     opened = open_visual(str(save(expert, tmp_path / "x")), base.layout, base)
-    wanted = open_clip_state(expert)["visual.proj"]
-    assert torch.equal(base.layout.views(opened.flat())["proj"], wanted)
+    expected = open_clip_state(expert)["visual.proj"]
+    assert torch.equal(base.layout.views(opened.flat())["proj"], expected)
 
 
 # --- shards --------------------------------------------------------------------------------------
@@ -180,9 +180,9 @@ def test_shards_are_one_checkpoint(tmp_path) -> None:
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     assert_equal(tensors(open_checkpoint(folder)), open_clip_state(clip_model()))
     assert pretrained(folder).prefix == "visual."
-    found = inspect_checkpoint(str(folder))
-    assert found["container"] == "sharded safetensors"
-    assert found["bytes"] > 4 * sum(p.numel() for p in clip_model().parameters())
+    inspection = inspect_checkpoint(str(folder))
+    assert inspection["container"] == "sharded safetensors"
+    assert inspection["bytes"] > 4 * sum(p.numel() for p in clip_model().parameters())
 
 
 @pytest.mark.parametrize(
@@ -220,17 +220,17 @@ CONFIGS = {
 def test_logits_are_those_of_transformers(tmp_path, name) -> None:
     theirs = clip_model(5, **CONFIGS[name])
     folder = save(theirs, tmp_path / "clip")
-    found = resolved(folder)
-    ours = build_skeleton(found)
-    ours.load_state_dict(tensors(open_pretrained(found)[0].checkpoint), strict=True)
+    model = resolved(folder)
+    ours = build_skeleton(model)
+    ours.load_state_dict(tensors(open_pretrained(model)[0].checkpoint), strict=True)
     ours.eval()
     texts = open_clip.get_tokenizer("ViT-B-32", context_length=16)(["a dog", "two small cats, a 1"])
     image = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     image_features, text_features, scale = ours(image, texts)
     logits = scale * image_features @ text_features.t()
-    wanted = theirs(input_ids=texts, pixel_values=image).logits_per_image
-    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=0)
-    assert wanted.std() > 0.1
+    expected = theirs(input_ids=texts, pixel_values=image).logits_per_image
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert expected.std() > 0.1
 
 
 def test_images_are_prepared_as_the_folder_says(tmp_path) -> None:
@@ -245,7 +245,7 @@ def test_images_are_prepared_as_the_folder_says(tmp_path) -> None:
     image = Image.fromarray(pixels)
     ours = preprocess.normalise(preprocess.to_pixels(image)[None])
     theirs = CLIPImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
-    assert (ours - theirs).abs().max() < 0.05  # the resizing of two libraries: one level of 255
+    assert (ours - theirs).abs().max() < 0.05  # two libraries resize within one level of 255
     assert preprocess.mean == (0.5, 0.4, 0.3)
 
 
@@ -286,7 +286,9 @@ def test_images_are_prepared_as_the_folder_says(tmp_path) -> None:
         ("preprocessor_config.json", {"do_center_crop": False}, "crop_size"),
     ],
 )
-def test_what_open_clip_cannot_express_is_refused(tmp_path, clip, file, change, message) -> None:
+def test_settings_that_open_clip_cannot_express_are_refused(
+    tmp_path, clip, file, change, message
+) -> None:
     folder = save_state(stored(clip), clip, tmp_path / "clip")
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     resolved(folder)
@@ -297,7 +299,7 @@ def test_what_open_clip_cannot_express_is_refused(tmp_path, clip, file, change, 
     assert str(folder / file) in str(raised.value)
 
 
-def test_the_values_of_old_configs_come_first(tmp_path, clip: Path) -> None:
+def test_old_config_sections_take_precedence(tmp_path, clip: Path) -> None:
     folder = save_state(stored(clip), clip, tmp_path / "clip")
     config = json.loads((folder / "config.json").read_text())
     config["vision_config_dict"] = config.pop("vision_config")
@@ -306,14 +308,14 @@ def test_the_values_of_old_configs_come_first(tmp_path, clip: Path) -> None:
     assert resolved(folder).model_cfg == resolved(clip).model_cfg
 
 
-def test_a_vision_model_is_no_pretrained_model(tmp_path) -> None:
+def test_a_vision_model_is_refused_as_the_pretrained_model(tmp_path) -> None:
     folder = save(vision_model(), tmp_path / "tower")
     with pytest.raises(CheckpointError, match="'clip_vision_model': only a whole CLIPModel"):
         resolved(folder)
 
 
 def test_from_the_hub_without_a_network(tmp_path, monkeypatch, clip: Path) -> None:
-    """What the hub's own client has fetched before is found, of either library."""
+    """Files that the hub's own client has cached are used, of either library."""
     import huggingface_hub.constants
 
     repository = tmp_path / "models--org--clip"
@@ -321,8 +323,8 @@ def test_from_the_hub_without_a_network(tmp_path, monkeypatch, clip: Path) -> No
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    found = resolve_model(ModelConfig(arch="hf-hub:org/clip"))
-    assert found.model_cfg == resolved(clip).model_cfg
+    model = resolve_model(ModelConfig(arch="hf-hub:org/clip"))
+    assert model.model_cfg == resolved(clip).model_cfg
     assert_equal(tensors(open_checkpoint("hf-hub:org/clip")), open_clip_state(clip_model()))
 
 
@@ -330,22 +332,24 @@ def test_from_the_hub_without_a_network(tmp_path, monkeypatch, clip: Path) -> No
 
 
 @pytest.mark.parametrize(("act", "name"), [("quick_gelu", "QuickGELU"), ("gelu", "GELU")])
-def test_inspect_says_layout_and_activation(tmp_path, clip: Path, act, name) -> None:
+def test_inspect_shows_layout_and_activation(tmp_path, clip: Path, act, name) -> None:
     folder = save_state(stored(clip), clip, tmp_path / "x")
     edit(folder / "config.json", {"vision_config.hidden_act": act})
-    found = inspect_checkpoint(str(folder))
-    assert found["format"] == "huggingface"
-    assert found["container"] == "safetensors"
-    assert found["layout"] == "CLIPModel, keys vision_model.*"
-    assert found["activation"] == name
-    assert found["visual"]["layers"] == 2
-    assert found["visual"]["image_size"] == 32
-    assert "vision_model.pre_layrnorm.weight" in found["keys"]
-    assert "huggingface: CLIPModel, keys vision_model.*, in safetensors" in inspection_text(found)
-    json.dumps(found)
+    inspection = inspect_checkpoint(str(folder))
+    assert inspection["format"] == "huggingface"
+    assert inspection["container"] == "safetensors"
+    assert inspection["layout"] == "CLIPModel, keys vision_model.*"
+    assert inspection["activation"] == name
+    assert inspection["visual"]["layers"] == 2
+    assert inspection["visual"]["image_size"] == 32
+    assert "vision_model.pre_layrnorm.weight" in inspection["keys"]
+    assert "huggingface: CLIPModel, keys vision_model.*, in safetensors" in inspection_text(
+        inspection
+    )
+    json.dumps(inspection)
 
 
-def test_inspect_tells_the_layouts_apart(tmp_path) -> None:
+def test_inspect_distinguishes_the_layouts(tmp_path) -> None:
     own = save(vision_model(projection=False), tmp_path / "own")
     four = save_state(as_version_4(stored(own)), own, tmp_path / "four")
     five = save_state(as_version_5(stored(own)), own, tmp_path / "five")
@@ -360,7 +364,7 @@ def test_inspect_tells_the_layouts_apart(tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def two_worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Path]:
-    """A world over the numbers of a Hugging Face model, and a folder of the same as it wrote it."""
+    """Return a world with the weights of a Hugging Face model, and the folder of that model."""
     root = tmp_path_factory.mktemp("two")
     theirs = save(clip_model(9), root / "theirs")
     model_cfg = dict(resolved(theirs).model_cfg)
@@ -377,7 +381,7 @@ def two_worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Path]:
 
 
 @pytest.mark.parametrize("method", ["ties", "adamerging"])
-def test_a_merge_does_not_see_which_library_wrote_its_models(two_worlds, tmp_path, method) -> None:
+def test_a_merge_does_not_depend_on_the_library_of_its_models(two_worlds, tmp_path, method) -> None:
     world, root = two_worlds
     tasks = [dict(task) for task in world.config["tasks"]]
     changes = {"method": {"name": method}, "optimizer": {"steps": 3}}
@@ -387,9 +391,9 @@ def test_a_merge_does_not_see_which_library_wrote_its_models(two_worlds, tmp_pat
     tasks[0]["checkpoint"] = str(root / "expert0")
     theirs = {**changes, "tasks": tasks, "model": f"local-dir:{root / 'theirs'}"}
     merge(world.parse(tmp_path / "all", **theirs))
-    wanted = (tmp_path / "own" / "open_clip_model.safetensors").read_bytes()
+    expected = (tmp_path / "own" / "open_clip_model.safetensors").read_bytes()
     for name in ("one", "all"):
-        assert (tmp_path / name / "open_clip_model.safetensors").read_bytes() == wanted
+        assert (tmp_path / name / "open_clip_model.safetensors").read_bytes() == expected
         for file in ("lambdas.json", "results.json"):
             ours = json.loads((tmp_path / "own" / file).read_text())
             other = json.loads((tmp_path / name / file).read_text())
@@ -408,7 +412,7 @@ def test_statistics_and_scores_of_a_bare_tower(two_worlds, tmp_path, method) -> 
     assert ours.scores == theirs.scores
 
 
-def test_eval_takes_a_bare_tower(two_worlds, tmp_path, capsys) -> None:
+def test_eval_accepts_a_bare_tower(two_worlds, tmp_path, capsys) -> None:
     world, root = two_worlds
     config = world.write(tmp_path / "x.yaml")
     commands = Commands(capsys)
@@ -425,7 +429,7 @@ def test_an_expert_of_another_size_is_one_line(two_worlds, tmp_path, capsys) -> 
     refused(ran, "tasks[0]", "wide", "the pretrained model has")
 
 
-def test_a_folder_of_both_is_open_clips(tmp_path) -> None:
+def test_a_folder_of_both_libraries_is_read_as_open_clips(tmp_path) -> None:
     folder = tmp_path / "both"
     write_model(folder)
     model = clip_model()
@@ -454,10 +458,10 @@ def test_a_folder_of_both_is_open_clips(tmp_path) -> None:
         ),
     ],
 )
-def test_configs_that_say_nonsense(tmp_path, file, change, message) -> None:
+def test_malformed_configs_are_refused(tmp_path, file, change, message) -> None:
     folder = save(clip_model(), tmp_path / "clip")
     (folder / "preprocessor_config.json").write_text("{}")
-    found = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps({**found, **change}))
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **change}))
     with pytest.raises(CheckpointError, match=re.escape(message)):
         read_huggingface(folder)

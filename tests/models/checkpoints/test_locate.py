@@ -1,4 +1,4 @@
-"""Names and JSON that come with a checkpoint lead nowhere, and are read with bounds."""
+"""Names in an index stay in its folder, and JSON files have bounds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_an_index_names_files_beside_it_only(tmp_path: Path, name: object) -> No
     index.write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CheckpointError, match="which is not a weights file beside it"):
         files_of(index)
-    hash_ahead([str(index)])  # leaves what is wrong to those who tell it
+    hash_ahead([str(index)])  # ignores what opening reports
 
 
 @pytest.mark.parametrize("content", ["[]", '{"weight_map": []}', '{"weight_map": 3}', "{}"])
@@ -33,13 +33,13 @@ def test_an_index_without_a_map(tmp_path: Path, content: str) -> None:
         files_of(index)
 
 
-def test_json_that_is_nested_without_end(tmp_path: Path) -> None:
+def test_deeply_nested_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):
         read_json(tmp_path / "x.json")
 
 
-def test_json_is_not_read_where_it_is_too_large(
+def test_large_json_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locate, "_MAX_JSON_BYTES", 1 << 20)

@@ -1,4 +1,4 @@
-"""LoRA adapters over the pretrained model are what PEFT makes of them."""
+"""LoRA adapters over the pretrained model equal PEFT's own merge."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> VisualCheckpoint:
 
 
 def adapt(model: torch.nn.Module, **config: Any) -> Any:
-    """PEFT's model with an adapter that has learned something."""
+    """Return PEFT's model with an adapter whose factors are not zero."""
     adapted = peft.get_peft_model(
         deepcopy(model), peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **config})
     )
@@ -56,13 +56,13 @@ def visual_tensors(opened: VisualCheckpoint) -> dict[str, torch.Tensor]:
 
 
 def assert_merged(base: VisualCheckpoint, folder: Path, adapted: Any) -> None:
-    found = visual_tensors(open_visual(str(folder), base.layout, base))
-    wanted = merged_by_peft(adapted)
+    actual = visual_tensors(open_visual(str(folder), base.layout, base))
+    expected = merged_by_peft(adapted)
     plain = visual_tensors(base)
-    for name in found:
-        torch.testing.assert_close(found[name], wanted[name], atol=1e-7, rtol=1e-6, msg=name)
-        assert torch.equal(wanted[name], plain[name]) == torch.equal(found[name], plain[name])
-    assert any(not torch.equal(found[name], plain[name]) for name in found)
+    for name in actual:
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-7, rtol=1e-6, msg=name)
+        assert torch.equal(expected[name], plain[name]) == torch.equal(actual[name], plain[name])
+    assert any(not torch.equal(actual[name], plain[name]) for name in actual)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -92,7 +92,7 @@ def test_the_merge_is_pefts_own(tmp_path, base, name, safe) -> None:
     assert_merged(base, tmp_path, adapted)
 
 
-def test_of_a_vision_model(tmp_path, base) -> None:
+def test_an_adapter_of_a_vision_model(tmp_path, base) -> None:
     """Its keys have no ``vision_model.`` in transformers 5; its base is the same tower."""
     tower = vision_model()
     state = clip_model().state_dict()
@@ -106,13 +106,13 @@ def test_of_a_vision_model(tmp_path, base) -> None:
     )
     adapted = adapt(tower, target_modules=["q_proj", "v_proj", "fc1"])
     adapted.save_pretrained(tmp_path)
-    found = visual_tensors(open_visual(str(tmp_path), base.layout, base))
-    wanted = {**merged_by_peft(adapted), "visual.proj": visual_tensors(base)["visual.proj"]}
-    for name in found:
-        torch.testing.assert_close(found[name], wanted[name], atol=1e-7, rtol=1e-6)
+    actual = visual_tensors(open_visual(str(tmp_path), base.layout, base))
+    expected = {**merged_by_peft(adapted), "visual.proj": visual_tensors(base)["visual.proj"]}
+    for name in actual:
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-7, rtol=1e-6)
 
 
-def test_of_an_open_clip_model(tmp_path) -> None:
+def test_an_adapter_of_an_open_clip_model(tmp_path) -> None:
     """PEFT trains its linear layers; the packed attention is refused (see below)."""
     world = make_world(tmp_path / "world", tasks=1, adapt=1, test=1)
     import open_clip
@@ -122,11 +122,11 @@ def test_of_an_open_clip_model(tmp_path) -> None:
     adapted.save_pretrained(tmp_path / "adapter")
     base = open_pretrained(resolve_model(ModelConfig(arch=world.config["model"])))[0]
     opened = open_visual(str(tmp_path / "adapter"), base.layout, base)
-    wanted = deepcopy(adapted).merge_and_unload().visual.state_dict()
+    expected = deepcopy(adapted).merge_and_unload().visual.state_dict()
     changed = 0
     for name, view in base.layout.views(opened.flat()).items():
-        torch.testing.assert_close(view, wanted[name], atol=1e-7, rtol=1e-6)
-        changed += not torch.equal(wanted[name], model.visual.state_dict()[name])
+        torch.testing.assert_close(view, expected[name], atol=1e-7, rtol=1e-6)
+        changed += not torch.equal(expected[name], model.visual.state_dict()[name])
     assert changed == 2 * 3
 
 
@@ -159,7 +159,7 @@ def test_fan_in_fan_out_is_the_transpose(tmp_path, base) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------
 
 PATCHES = "base_model.model.vision_model.embeddings.patch_embedding"
 LAYER = "base_model.model.vision_model.encoder.layers.0"
@@ -250,7 +250,7 @@ PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
         ),
     ],
 )
-def test_what_is_no_product_in_the_visual_tower_is_refused(
+def test_other_changes_than_products_in_the_visual_tower_are_refused(
     tmp_path, base, state, config, message
 ) -> None:
     folder = write_adapter(tmp_path / "x", state, {**PLAIN, **config})
@@ -297,26 +297,26 @@ def test_an_adapter_needs_its_config_and_a_model(tmp_path, base) -> None:
         open_visual(str(folder), base.layout, base)
 
 
-def test_inspect_says_what_is_adapted(tmp_path) -> None:
+def test_inspect_shows_the_adapted_modules(tmp_path) -> None:
     folder = write_adapter(tmp_path / "x", {**QUERY, **factors(f"{LAYER}.mlp.fc1", 4, 256)}, PLAIN)
-    found = inspect_checkpoint(str(folder))
-    assert found["format"] == "lora"
-    assert found["layout"] == "PEFT, r 4, alpha 8, 2 × (fc1, q_proj)"
-    assert found["tensors"] == 4
-    assert found["activation"] == "the pretrained model's"
-    assert "lora: PEFT, r 4, alpha 8" in inspection_text(found)
-    json.dumps(found)
+    inspection = inspect_checkpoint(str(folder))
+    assert inspection["format"] == "lora"
+    assert inspection["layout"] == "PEFT, r 4, alpha 8, 2 × (fc1, q_proj)"
+    assert inspection["tensors"] == 4
+    assert inspection["activation"] == "the pretrained model's"
+    assert "lora: PEFT, r 4, alpha 8" in inspection_text(inspection)
+    json.dumps(inspection)
 
 
 # --- end to end ----------------------------------------------------------------------------------
 
 
-def test_a_merge_of_adapters_is_that_of_the_merged_models(tmp_path) -> None:
+def test_a_merge_of_adapters_equals_one_of_the_merged_models(tmp_path) -> None:
     clip = save(clip_model(), tmp_path / "clip")
     reference = f"local-dir:{clip}"
-    found = resolve_model(ModelConfig(arch=reference))
-    world = make_world(tmp_path / "world", 2, 4, 2, model_cfg=dict(found.model_cfg))
-    base = open_pretrained(found)[0]
+    model = resolve_model(ModelConfig(arch=reference))
+    world = make_world(tmp_path / "world", 2, 4, 2, model_cfg=dict(model.model_cfg))
+    base = open_pretrained(model)[0]
     adapters, merged = [], []
     for k, task in enumerate(world.config["tasks"]):
         torch.manual_seed(k)
@@ -327,11 +327,11 @@ def test_a_merge_of_adapters_is_that_of_the_merged_models(tmp_path) -> None:
         adapters.append({**task, "checkpoint": str(folder)})
         merged.append({**task, "checkpoint": str(tmp_path / f"merged{k}.safetensors")})
     for method in ("ties", "adamerging"):
-        given = {"model": reference, "method": {"name": method}, "optimizer": {"steps": 2}}
+        options = {"model": reference, "method": {"name": method}, "optimizer": {"steps": 2}}
         files = []
         for name, tasks in (("a", adapters), ("b", merged)):
             out = tmp_path / f"{method}-{name}"
-            merge(world.parse(out, **given, tasks=tasks))
+            merge(world.parse(out, **options, tasks=tasks))
             files.append((out / "open_clip_model.safetensors").read_bytes())
         assert files[0] == files[1]
 
@@ -365,13 +365,13 @@ def test_a_text_adapter_is_one_line(tmp_path, capsys) -> None:
         ({"alpha_pattern": {"[": 8}}, "alpha_pattern"),
     ],
 )
-def test_a_config_that_is_none(tmp_path, change, message) -> None:
+def test_malformed_configs_are_refused(tmp_path, change, message) -> None:
     folder = write_adapter(tmp_path / "x", QUERY, {**PLAIN, **change})
     with pytest.raises(CheckpointError, match=re.escape(message)):
         inspect_checkpoint(str(folder))
 
 
-def test_patterns_as_they_are_written_still_match(tmp_path) -> None:
+def test_common_patterns_are_accepted(tmp_path) -> None:
     plain = ("q_proj", r".*\.q_proj", r"vision_model\..*(q|k)_proj", r"encoder\.layers\.\d+\..*")
     for pattern in plain:
         change = {"alpha_pattern": {pattern: 2}}

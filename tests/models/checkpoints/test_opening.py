@@ -1,4 +1,4 @@
-"""Checkpoints open by content, lazily and safely; whatever is wrong is a CheckpointError."""
+"""Checkpoints open by content, lazily and safely; every failure is a CheckpointError."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_format_reads_back_bit_for_bit(tmp_path, writer, name):
         assert not read.requires_grad
 
 
-def test_a_safetensors_suffix_is_taken_at_its_word(tmp_path):
+def test_a_safetensors_suffix_decides_the_format(tmp_path):
     torch.save(_state(), tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"x\.safetensors: damaged safetensors file"):
         open_checkpoint(tmp_path / "x.safetensors")
@@ -88,7 +88,7 @@ def test_fill_writes_any_columns_of_the_flattened_tensor_in_any_float_dtype(tmp_
             assert torch.equal(strided_n, flat[start:stop].to(out))
 
 
-def test_a_tensor_is_read_in_the_dtype_asked_for(tmp_path):
+def test_a_tensor_is_read_in_the_requested_dtype(tmp_path):
     save_file(_state(), tmp_path / "x.safetensors")
     checkpoint = open_checkpoint(tmp_path / "x.safetensors")
     read = read_tensor(checkpoint, "visual.gain", torch.float32)
@@ -141,7 +141,7 @@ def test_flipped_bytes_never_escape_as_another_exception(tmp_path, writer):
         path = tmp_path / "flipped.pt"
         path.unlink(missing_ok=True)
         path.write_bytes(bytes(damaged))
-        with contextlib.suppress(CheckpointError):  # a flip inside a number cannot be noticed
+        with contextlib.suppress(CheckpointError):  # a flip inside a number cannot be detected
             _read_everything(path)
 
 
@@ -156,7 +156,7 @@ def test_flipped_bytes_never_escape_as_another_exception(tmp_path, writer):
         b"{}" * 9,
     ],
 )
-def test_files_that_are_no_checkpoint(tmp_path, content):
+def test_files_that_are_not_checkpoints_are_refused(tmp_path, content):
     path = tmp_path / "x.pt"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"x\.pt") as raised:
@@ -195,7 +195,7 @@ def _read_everything(path: Path) -> None:
 
 
 class _Bomb:
-    """Unpickling this runs a command, as a hostile checkpoint would."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self._marker = marker
@@ -224,7 +224,7 @@ def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(tmp_pa
     assert "bomb.pt: refused: the pickle wants" in message
     assert f"{os.system.__module__}.system" in message  # posix.system
     assert "\n" not in message
-    # The bomb is real: an unsafe reader would have run it.
+    # An unsafe reader runs the command.
     if writer == "plain pickle":
         pickle.loads(path.read_bytes())
     else:
@@ -241,7 +241,7 @@ def test_a_pickle_of_a_protocol_that_torch_never_writes_is_refused_and_does_not_
 
 
 class _Encoder(torch.nn.Linear):
-    """Of a module that no release has."""
+    """A module of a package that no release uses."""
 
 
 def test_a_pickled_module_of_an_unknown_package_is_refused_by_name(tmp_path):
@@ -260,7 +260,7 @@ def test_an_open_clip_folder_stands_for_its_weights(tmp_path, reference):
     assert checkpoint.path == tmp_path / "open_clip_model.safetensors"
 
 
-def test_safetensors_win_over_the_pickle_beside_them(tmp_path):
+def test_safetensors_are_preferred_to_the_pickle_beside_them(tmp_path):
     torch.save({"old": torch.zeros(1)}, tmp_path / "open_clip_pytorch_model.bin")
     assert set(open_checkpoint(tmp_path).specs) == {"old"}
     save_file({"new": torch.zeros(1)}, tmp_path / "open_clip_model.safetensors")
@@ -276,15 +276,15 @@ def test_safetensors_win_over_the_pickle_beside_them(tmp_path):
         (torch.zeros(3, device="meta"), "sparse, quantized or without numbers"),
     ],
 )
-def test_a_tensor_that_the_file_does_not_hold(tmp_path, tensor, message):
-    """torch repeats a number as often as the file says; a copy of that would fill the memory."""
+def test_a_tensor_larger_than_its_file_is_refused(tmp_path, tensor, message):
+    """torch repeats a number as often as the strides say; a copy would fill the memory."""
     torch.save({"a": tensor}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("header", [b'{"a":', b'{"a":' + b"[" * 50_000, b'{"a":{"dtype":3}}'])
-def test_safetensors_headers_that_are_nonsense(tmp_path, header):
+def test_malformed_safetensors_headers_are_refused(tmp_path, header):
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(CheckpointError, match="damaged safetensors file"):
         open_checkpoint(tmp_path / "x.safetensors")

@@ -1,4 +1,4 @@
-"""Pickled modules open without their code, equal to what was pickled; hostile ones are refused."""
+"""Pickled modules open without their code and equal the original; hostile ones are refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_keys_are_those_of_the_state_dict(clip: Any, tmp_path: Path, contain
     write_release(encoder, path, container)
     read = read_all(open_checkpoint(path))
     expected = encoder.state_dict()
-    assert read.keys() == expected.keys()  # the mask, a buffer that is not saved, is not in it
+    assert read.keys() == expected.keys()  # the mask, a buffer that is not saved, is absent
     assert {"model.positional_embedding", "model.logit_scale", "model.ln_final.weight"} <= set(read)
     for key, tensor in expected.items():
         assert read[key].dtype == tensor.dtype
@@ -85,7 +85,7 @@ def test_the_keys_are_those_of_the_state_dict(clip: Any, tmp_path: Path, contain
 
 
 class Odd(nn.Module):
-    """Every way to store a tensor that a file may have."""
+    """A module with every way to store a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def test_a_state_dict_beside_other_objects_opens(tmp_path: Path, container: str)
     assert torch.equal(read_all(checkpoint)["a"], torch.arange(3.0))
 
 
-def test_plain_state_dicts_still_go_through_torch(tmp_path: Path) -> None:
+def test_plain_state_dicts_go_through_torch(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "x.pt")
     assert not isinstance(open_checkpoint(tmp_path / "x.pt"), PickledCheckpoint)
 
@@ -151,17 +151,17 @@ def test_a_whole_pickled_clip_opens_under_its_own_names(clip: Any, tmp_path: Pat
     assert read.keys() == clip.state_dict().keys()
 
 
-def test_inspect_says_what_it_is(clip: Any, tmp_path: Path) -> None:
+def test_inspect_shows_the_format(clip: Any, tmp_path: Path) -> None:
     write_release(encoder_of(clip), tmp_path / "x.pt")
-    found = inspect_checkpoint(str(tmp_path / "x.pt"))
-    assert found["format"] == "pickled module"
-    assert found["visual"]["prefix"] == "model.visual."
-    assert found["visual"]["layers"] == 2
+    inspection = inspect_checkpoint(str(tmp_path / "x.pt"))
+    assert inspection["format"] == "pickled module"
+    assert inspection["visual"]["prefix"] == "model.visual."
+    assert inspection["visual"]["layers"] == 2
 
 
 @pytest.mark.parametrize("container", ["zip", "stream", "pickle 4"])
 def test_opening_reads_headers_only(tmp_path: Path, container: str) -> None:
-    """60 MB of numbers: neither time nor memory goes with them."""
+    """A head of 60 MB opens with little time and memory."""
     head = ClassificationHead(torch.zeros(15_000, 1000))
     write_release(head, tmp_path / "x.pt", container)
     open_checkpoint(tmp_path / "x.pt")
@@ -187,7 +187,7 @@ def test_a_file_cut_after_it_was_opened(tmp_path: Path) -> None:
 
 
 class Reduce:
-    """Pickles as a call."""
+    """An object that pickles as a call."""
 
     def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
         self._made = (function, arguments) if state is None else (function, arguments, state)
@@ -275,16 +275,16 @@ def storage(key: str = "0", count: bytes = b"K\x06", kind: str = "torch.FloatSto
     return b"(" + text("storage") + glob(kind) + text(key) + text("cpu") + count + b"tQ"
 
 
-def tensor(offset: bytes, shape: list[bytes], strides: list[bytes], held: bytes = b"") -> bytes:
+def tensor(offset: bytes, shape: list[bytes], strides: list[bytes], source: bytes = b"") -> bytes:
     return (
-        glob("torch._utils._rebuild_tensor_v2") + b"(" + (held or storage()) + offset
+        glob("torch._utils._rebuild_tensor_v2") + b"(" + (source or storage()) + offset
         + b"(" + b"".join(shape) + b"t(" + b"".join(strides) + b"t"
         + b"\x89" + glob("collections.OrderedDict") + b")RtR"
     )  # fmt: skip
 
 
 def archive(path: Path, program: bytes, data: bytes = bytes(24)) -> Path:
-    """A torch zip of ``{"w": …}`` as hand-written instructions, with one storage of 6 floats."""
+    """Write a torch zip of ``{"w": …}`` as plain instructions, with one storage of 6 floats."""
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", b"\x80\x02}" + text("w") + program + b"s.")
         file.writestr("archive/byteorder", b"little")
@@ -296,7 +296,7 @@ GOOD = tensor(b"K\x00", [b"K\x02", b"K\x03"], [b"K\x03", b"K\x01"])
 BIG = number(1 << 80)
 
 
-def test_the_hand_written_archive_is_sound(tmp_path: Path) -> None:
+def test_the_hand_written_archive_opens(tmp_path: Path) -> None:
     assert PickledCheckpoint(archive(tmp_path / "x.pt", GOOD)).specs["w"].shape == (2, 3)
 
 
@@ -326,7 +326,7 @@ REACH: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("case", REACH)
-def test_tensors_that_reach_out_of_their_storage(tmp_path: Path, case: str) -> None:
+def test_tensors_beyond_their_storage_are_refused(tmp_path: Path, case: str) -> None:
     path = archive(tmp_path / "x.pt", REACH[case])
     with pytest.raises(CheckpointError, match="damaged or not a torch file"):
         PickledCheckpoint(path)
@@ -390,7 +390,7 @@ STRANGE: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", STRANGE)
-def test_what_no_writer_writes(tmp_path: Path, case: str) -> None:
+def test_malformed_programs_are_refused(tmp_path: Path, case: str) -> None:
     program, mention = STRANGE[case]
     path = archive(tmp_path / "x.pt", program)
     refused(path, mention)
@@ -400,7 +400,7 @@ def test_what_no_writer_writes(tmp_path: Path, case: str) -> None:
 
 
 def module(parameters: bytes, more: bytes = b"") -> bytes:
-    """A pickled module with this as ``_parameters``."""
+    """Return a pickled module with these ``_parameters``."""
     return (
         b"\x80\x02" + glob("src.modeling.X") + b")\x81}(" + text("_parameters") + parameters
         + more + b"ub."
@@ -429,7 +429,7 @@ ODD_STATES: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("case", ODD_STATES)
-def test_odd_states_of_an_allowed_class(tmp_path: Path, case: str) -> None:
+def test_malformed_states_of_an_allowed_class(tmp_path: Path, case: str) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(ODD_STATES[case])
     refused(path)
@@ -440,7 +440,7 @@ def _deep(opening: bytes, closing: bytes, depth: int = 200_000) -> bytes:
 
 
 def _branching() -> bytes:
-    """Modules that each hold the one before twice: 2^60 paths."""
+    """Return modules that each hold the previous one twice: 2^60 paths."""
     program = b"\x80\x02" + glob("src.X") + b")\x81}" + text("_parameters") + b"}sb" + b"q\x00"
     for level in range(60):
         program += (
@@ -451,7 +451,7 @@ def _branching() -> bytes:
     return program + b"."
 
 
-def _encoded_again_and_again() -> bytes:
+def _repeated_encoding() -> bytes:
     text_of_a_megabyte = text("x" * 1_000_000) + b"q\x00"
     call = glob("_codecs.encode") + b"h\x00" + text("latin1") + b"\x86R"
     return b"\x80\x02](" + text_of_a_megabyte + call * 2000 + b"e."
@@ -465,7 +465,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "many steps": lambda: b"\x80\x02" + b"}0" * 1_000_000 + b".",
     "marks": lambda: b"\x80\x02" + b"(" * 2_000_000 + b".",
     "branching modules": _branching,
-    "encoded": _encoded_again_and_again,
+    "encoded": _repeated_encoding,
     "memo": lambda: b"\x80\x02Nr\xff\xff\xff\x7f.",
     "equal hashes": lambda: (
         b"\x80\x02}(" + b"".join(number(k * (2**61 - 1)) + b"N" for k in range(5000)) + b"u."
@@ -474,10 +474,10 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("case", BOMBS)
-def test_bombs_end_soon_in_little_memory(tmp_path: Path, case: str) -> None:
+def test_bombs_end_within_seconds(tmp_path: Path, case: str) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(BOMBS[case]())
-    began = time.process_time()  # of this process alone, however busy the machine is
+    began = time.process_time()  # a busy machine does not count
     with pytest.raises(CheckpointError) as raised:
         PickledCheckpoint(path)
     assert "\n" not in str(raised.value)
@@ -489,7 +489,7 @@ def test_bombs_end_soon_in_little_memory(tmp_path: Path, case: str) -> None:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """A small module in every container, with a call in it that must never run."""
+    """Return a small module in every container."""
     folder = tmp_path_factory.mktemp("sound")
     for container in CONTAINERS:
         head = ClassificationHead(torch.arange(6.0).reshape(2, 3))
@@ -509,7 +509,9 @@ def test_truncated_anywhere_is_a_checkpoint_error(
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_flipped_bits_are_harmless(tmp_path: Path, sound: dict[str, bytes], container: str) -> None:
+def test_flipped_bits_raise_only_checkpoint_errors(
+    tmp_path: Path, sound: dict[str, bytes], container: str
+) -> None:
     rng = random.Random(container)
     content = sound[container]
     for trial in range(300):
@@ -523,7 +525,7 @@ def test_flipped_bits_are_harmless(tmp_path: Path, sound: dict[str, bytes], cont
 
 
 def _problem(opened: Callable[[Path], Checkpoint], path: Path) -> str:
-    """What is said of a file; nothing if it opens."""
+    """Return the error of opening a file; empty if it opens."""
     try:
         read_all(opened(path))
     except CheckpointError as error:
@@ -545,7 +547,7 @@ def test_flipped_bits_never_let_code_run(tmp_path: Path, container: str) -> None
         other = tmp_path / f"{trial}.pt"
         other.write_bytes(damaged)
         for opened in (open_checkpoint, PickledCheckpoint):
-            _problem(opened, other)  # a flip may make a plain text of the call
+            _problem(opened, other)  # a flip may turn the call into plain text
     assert not canary.exists()
 
 

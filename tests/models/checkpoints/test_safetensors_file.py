@@ -1,4 +1,4 @@
-"""The streamed safetensors writer, read back by safetensors' own library."""
+"""Files of the streamed safetensors writer, read back by safetensors' own library."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _specs(state: dict[str, Tensor]) -> dict[str, TensorSpec]:
 
 
 def _write(path: Path, state: dict[str, Tensor], part: int = 10**9, seed: int = 0) -> Path:
-    """Every tensor in parts of ``part`` columns, all parts in a random order."""
+    """Write every tensor in parts of ``part`` columns, all parts in random order."""
     parts = [
         (name, start, values_n)
         for name, tensor in state.items()
@@ -69,7 +69,7 @@ def test_the_library_reads_what_was_written_in_parts_in_any_order(tmp_path, part
     assert _same(load_file(path), _state())
 
 
-def test_our_own_reader_agrees(tmp_path):
+def test_the_own_reader_agrees(tmp_path):
     checkpoint = open_checkpoint(_write(tmp_path / "x.safetensors", _state()))
     assert _same({key: read_tensor(checkpoint, key) for key in checkpoint.specs}, _state())
 
@@ -82,7 +82,7 @@ def test_neither_the_order_of_the_parts_nor_of_the_names_changes_a_byte(tmp_path
 
 
 def test_the_file_is_the_librarys_own(tmp_path):
-    """Byte for byte, for the dtypes of a model (and names in ASCII): so alignment and order are."""
+    """Files equal the library's byte for byte, for the dtypes of a model and names in ASCII."""
     dtypes = (torch.int64, torch.float32, torch.float16)
     state = {n: t for n, t in _state().items() if t.dtype in dtypes and n.isascii()}
     save_file(state, tmp_path / "library", metadata={"format": "pt"})
@@ -106,11 +106,11 @@ def test_strided_views_are_written_by_value(tmp_path):
     assert torch.equal(load_file(tmp_path / "x")["t"], matrix.t())
 
 
-def test_no_tensor_at_all(tmp_path):
+def test_a_file_without_tensors(tmp_path):
     assert load_file(_write(tmp_path / "x", {})) == {}
 
 
-def test_a_full_disk_is_known_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_detected_before_writing(tmp_path, monkeypatch):
     def full(handle: int, start: int, size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

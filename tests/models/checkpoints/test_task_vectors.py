@@ -28,7 +28,7 @@ SCALES = torch.cat([torch.full((math.prod(s),), 2.0**-i) for i, s in enumerate(S
 
 @pytest.fixture(scope="module", name="vectors_KP")
 def _vectors() -> Tensor:
-    """Multiples of 2⁻¹⁰, so that θ₀ + T and T are exact and columns cancel to exactly zero."""
+    """Return multiples of 2⁻¹⁰, so that θ₀ + T and T are exact and columns cancel to zero."""
     generator = torch.Generator().manual_seed(0)
     return (4 * torch.randn(3, P, generator=generator)).round() / 2**10 * SCALES
 
@@ -53,7 +53,7 @@ def _write(path: Path, flat_P: Tensor) -> VisualCheckpoint:
 
 
 def _unpadded(flat: Tensor) -> Tensor:
-    """Columns of the flat vector → the P parameters; what lies between them must be zero."""
+    """Return the P parameters of a flat vector; assert that the padding is zero."""
     spans = list(zip(LAYOUT.offsets, LAYOUT.sizes, strict=False))
     kept = torch.cat([flat[..., start : start + size] for start, size in spans], -1)
     assert flat.count_nonzero() == kept.count_nonzero()
@@ -61,7 +61,7 @@ def _unpadded(flat: Tensor) -> Tensor:
 
 
 def _read_shards(files, shards: int = 1, basis=None, dtype="float32") -> tuple[Tensor, Tensor]:
-    """θ₀ (P,) and V (K, P), put together from all shards."""
+    """Return θ₀ (P,) and V (K, P), assembled from all shards."""
     pretrained, experts = files
     storage, layers = VectorStorage(dtype), LAYOUT.layers("tensor")
     no_lambdas_KL = torch.zeros(len(experts), len(layers.names))
@@ -81,18 +81,18 @@ def _set_block(monkeypatch, cells: int) -> None:
 
 
 def _positions(piece: Piece) -> slice:
-    """Where the piece's columns are among the P parameters."""
+    """Return the piece's columns among the P parameters."""
     start = sum(LAYOUT.sizes[: piece.tensor]) + piece.start - LAYOUT.offsets[piece.tensor]
     return slice(start, start + piece.stop - piece.start)
 
 
 @pytest.mark.parametrize("block_cells", [1, 2, 1000])
-def test_the_stream_is_of_the_differences_to_the_pretrained_model_in_order(
+def test_the_stream_yields_the_task_vectors_in_order(
     monkeypatch, files, vectors_KP, base_P, block_cells
 ):
     _set_block(monkeypatch, block_cells)
     pieces = LAYOUT.shard(0, 1).pieces()
-    streamed = stream(lambda *given: given, *files, pieces)
+    streamed = stream(lambda *arguments: arguments, *files, pieces)
     seen = []
     for piece, base_n, vectors_Kn in streamed:
         seen.append(piece)
@@ -150,7 +150,7 @@ def test_nan_in_one_model_is_refused_when_its_columns_are_read(tmp_path, files, 
 
 
 def _whole_ties(vectors_KP: Tensor, density: float, zeros: int = 0) -> Tensor:
-    """TIES as the official code writes it: cat, kthvalue, one mask, sign of sums, resolve zeros."""
+    """Return TIES as in the official code: cat, kthvalue, one mask, sign of sums, resolve zeros."""
     padded = torch.cat([vectors_KP, torch.zeros(len(vectors_KP), zeros)], 1)
     d = padded.shape[1]
     kth = padded.abs().kthvalue(d - int(d * density), dim=1, keepdim=True).values
@@ -195,7 +195,7 @@ def test_neither_the_sample_nor_the_blocks_change_ties(
 
 
 def test_scope_full_keeps_a_larger_part_of_the_visual_vector(files, vectors_KP):
-    """With the official leftovers its 20 % is 25.8 % of the B/16 visual vector."""
+    """With the official leftovers, 20 % is 25.8 % of the B/16 visual vector."""
     zeros = P
     (full, _), (visual, _) = _streamed(files, 0.2, "full", zeros), _streamed(files, 0.2, "visual")
     for k, row in enumerate(vectors_KP):
@@ -222,7 +222,7 @@ def test_scope_tensor_trims_each_tensor_by_itself(files, vectors_KP):
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_scope_tensor_is_ties_with_one_vector_per_tensor(files, vectors_KP, shards):
-    """Only the zero-sum columns of a tensor look beyond it, at the majority of the whole."""
+    """Only zero-sum columns depend on other tensors: they follow the majority of the whole."""
     statistics, phi_KP = _streamed(files, 0.2, "tensor", shards=shards)
     parts = zip(*(x.split(list(LAYOUT.sizes), 1) for x in (vectors_KP, phi_KP)), strict=True)
     for t, (part, phi) in enumerate(parts):
@@ -254,7 +254,7 @@ def test_the_majority_is_the_sign_of_the_sum_of_the_elected_signs(tmp_path, file
 
 
 def test_task_order_does_not_matter(files, vectors_KP):
-    """Φ's rows permute with the tasks."""
+    """The rows of Φ permute with the tasks."""
     pretrained, experts = files
     _, phi_KP = _streamed(files, 0.2, "visual")
     order = [2, 0, 1]

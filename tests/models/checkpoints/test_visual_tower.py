@@ -65,7 +65,7 @@ def _read_all(opened: VisualCheckpoint, shards: int = 1) -> Tensor:
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_prefixes_of_the_field(tmp_path, prefix):
+def test_common_prefixes(tmp_path, prefix):
     state = _state(prefix)
     opened = _open(tmp_path, state)
     assert opened.prefix == prefix
@@ -73,7 +73,7 @@ def test_prefixes_of_the_field(tmp_path, prefix):
 
 
 @pytest.mark.parametrize("prefix", ["visual.", "module.visual.", "model.visual."])
-def test_tensors_beside_the_visual_tower_are_left_alone(tmp_path, prefix):
+def test_tensors_outside_the_visual_tower_are_ignored(tmp_path, prefix):
     beside = prefix.removesuffix("visual.")
     text = {f"{beside}text_projection": torch.ones(2, 2), f"{beside}logit_scale": torch.ones(())}
     assert _open(tmp_path, {**_state(prefix), **text}).prefix == prefix
@@ -120,7 +120,7 @@ def test_unexpected_tensors_are_named_sorted_with_their_number(tmp_path):
     assert "missing" not in message
 
 
-def test_missing_and_unexpected_stand_together(tmp_path):
+def test_missing_and_unexpected_tensors_are_listed_together(tmp_path):
     state = _state()
     state["visual.projection"] = state.pop("visual.proj")
     message = _message(tmp_path, state)
@@ -152,7 +152,7 @@ def test_an_integer_tensor_is_named_with_its_dtype(tmp_path, dtype):
     assert f"visual.proj is {dtype}, not floating point" in _message(tmp_path, state)
 
 
-def test_a_checkpoint_of_something_else_says_what_its_keys_are(tmp_path):
+def test_a_checkpoint_of_another_model_lists_its_keys(tmp_path):
     state = {"bert.embeddings": torch.zeros(1), "bert.pooler": torch.zeros(1)}
     message = _message(tmp_path, state)
     assert "none of the model's 4 visual tensors" in message
@@ -164,17 +164,17 @@ def test_a_checkpoint_of_something_else_says_what_its_keys_are(tmp_path):
 def test_nan_and_inf_are_refused_with_the_tensors_name_and_number(tmp_path, value, count):
     state = _state()
     state["visual.big"].view(-1)[CELL : CELL + count] = value
-    opened = _open(tmp_path, state)  # headers are sound; the values are seen when read
+    opened = _open(tmp_path, state)  # headers are valid; values are checked when read
     pattern = rf"visual\.big holds {count} NaN or Inf value"
     with pytest.raises(CheckpointError, match=pattern):
         _read(opened, 1)
     out_n = torch.empty(LAYOUT.sizes[1])
     piece = Piece(1, LAYOUT.offsets[1], LAYOUT.offsets[1] + len(out_n))
-    opened.fill(piece, out_n)  # which does not look
+    opened.fill(piece, out_n)  # does not check values
     with pytest.raises(CheckpointError, match=pattern):
         opened.require_finite(piece, out_n)
     before = Piece(1, LAYOUT.offsets[1], LAYOUT.offsets[1] + CELL)
-    opened.read(before, out_n[:CELL])  # other columns of the same tensor are sound
+    opened.read(before, out_n[:CELL])  # other columns of the same tensor are valid
 
 
 def test_inf_and_minus_inf_do_not_hide_each_other(tmp_path):
@@ -185,14 +185,14 @@ def test_inf_and_minus_inf_do_not_hide_each_other(tmp_path):
 
 
 def test_large_finite_values_are_not_refused(tmp_path):
-    """Their sum overflows, they do not."""
+    """Only their sum overflows."""
     state = _state()
     state["visual.proj"].fill_(3e38)
     assert torch.equal(_read(_open(tmp_path, state), 3), torch.full((24,), 3e38))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_all_finite_is_its_definition(dtype):
+def test_all_finite_equals_its_definition(dtype):
     largest = torch.finfo(dtype).max
     for values in ([], [0.0], [largest] * 3, [-largest, -largest], [largest, -largest]):
         assert all_finite(torch.tensor(values, dtype=dtype))
