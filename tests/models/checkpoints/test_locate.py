@@ -12,13 +12,29 @@ from raymerge.models.checkpoints import locate
 from raymerge.models.checkpoints.digests import hash_ahead
 from raymerge.models.checkpoints.locate import files_of, read_json
 
+INDEX = "model.safetensors.index.json"
+
 
 @pytest.mark.parametrize(
     "name",
-    ["../x", "/etc/passwd", "..", ".", "", "a\\b", "C:a", "a\0b", "a\nb", "x" * 256, 3, None],
+    [
+        "../x",
+        "/etc/passwd",
+        "..",
+        ".",
+        "",
+        "a\\b",
+        "C:a",
+        "a\0b",
+        "a\nb",
+        "x" * 256,
+        3,
+        None,
+        INDEX,
+    ],
 )
 def test_an_index_names_files_beside_it_only(tmp_path: Path, name: object) -> None:
-    index = tmp_path / "model.safetensors.index.json"
+    index = tmp_path / INDEX
     index.write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CheckpointError, match="which is not a weights file beside it"):
         files_of(index)
@@ -27,7 +43,7 @@ def test_an_index_names_files_beside_it_only(tmp_path: Path, name: object) -> No
 
 @pytest.mark.parametrize("content", ["[]", '{"weight_map": []}', '{"weight_map": 3}', "{}"])
 def test_an_index_without_a_map(tmp_path: Path, content: str) -> None:
-    index = tmp_path / "model.safetensors.index.json"
+    index = tmp_path / INDEX
     index.write_text(content)
     with pytest.raises(CheckpointError, match="has no weight_map"):
         files_of(index)
