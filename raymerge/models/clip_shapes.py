@@ -25,6 +25,7 @@ def clip_vit_shapes(model_cfg: Mapping[str, Any]) -> dict[str, Shape] | None:
     vision, text = model_cfg.get("vision_cfg"), model_cfg.get("text_cfg")
     if not (isinstance(vision, dict) and isinstance(text, dict)):
         return None
+    # An unknown setting could add or change a tensor.
     if not (
         set(model_cfg) <= _MODEL_KEYS
         and _all_counts(vision, _VISION_KEYS, optional={"head_width"})

@@ -140,6 +140,7 @@ def ties_statistics(
     layout, pieces = pretrained.layout, pretrained.layout.shard(0, 1).pieces()
     zeros = extra_zeros if scope == "full" else 0
 
+    # Thresholds first: the experts are independent of each other.
     def thresholds_of(expert: VisualCheckpoint) -> tuple[float, ...]:
         if scope == "tensor":
             return tuple(_threshold(pretrained, expert, [p], density, 0) for p in pieces)
@@ -151,6 +152,7 @@ def ties_statistics(
     if not count_signs:
         return statistics
 
+    # Then the majority: the signs of all trimmed columns are summed.
     def balance(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> float:
         trimmed_Kn = trim(vectors_Kn, statistics.column(piece.tensor, vectors_Kn))
         return float(elect_sign(trimmed_Kn, 0.0).sum())
