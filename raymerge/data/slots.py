@@ -24,9 +24,9 @@ class SlotRange:
     stop: int
 
 
-def slot_counts(populations: Sequence[int], images_per_step: int) -> list[int]:
-    """Slots per task: ``images_per_step``, or all of a smaller task."""
-    return [min(images_per_step, population) for population in populations]
+def slot_counts(populations: Sequence[int], slots_per_step: int) -> list[int]:
+    """Slots per task: ``slots_per_step``, or all of a smaller task."""
+    return [min(slots_per_step, population) for population in populations]
 
 
 def step_images(seed: int, task: str, step: int, count: int, population: int) -> NDArray[np.int64]:

@@ -62,7 +62,7 @@ class LoadRequest:
     models: tuple[str, ...]
     granularity: Granularity
     objective: Objective
-    images_per_step: int
+    slots_per_step: int
     batches: int
     steps: int
     seed: int

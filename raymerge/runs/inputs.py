@@ -115,7 +115,7 @@ class MergeInputs:
             models=merged_checkpoints(self.config),
             granularity=self.granularity,
             objective=objective,
-            images_per_step=schedule.images,
+            slots_per_step=schedule.images,
             batches=schedule.batches,
             steps=schedule.steps,
             seed=self.config.seed,

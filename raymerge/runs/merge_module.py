@@ -36,7 +36,7 @@ from raymerge.engine.worker.module_model import (
     Value,
     flat_copy,
 )
-from raymerge.engine.worker.vectors import StreamedVectors
+from raymerge.engine.worker.vectors import StreamedTaskVectorStore
 from raymerge.errors import UserError
 from raymerge.files.progress import progress_bar
 from raymerge.merging.basis import Basis, BasisInputs, Given
@@ -260,7 +260,7 @@ def _learning(
             models=names,
             granularity=row.granularity(options),
             objective=objective,
-            images_per_step=schedule.images,
+            slots_per_step=schedule.images,
             batches=schedule.batches,
             steps=schedule.steps,
             seed=seed,
@@ -315,7 +315,7 @@ def _merged_state(
     """The model's state dict with θ in it, in the model's own dtypes; tied tensors stay tied."""
     module, theta_P, _ = flat_copy(parts.module, files.layout)
     shard = files.layout.shard(0, 1)
-    vectors = StreamedVectors(files.pretrained, experts, basis, shard, layers)
+    vectors = StreamedTaskVectorStore(files.pretrained, experts, basis, shard, layers)
     vectors.merge(lambdas_JL, theta_P)
     original = parts.module.state_dict()
     return {

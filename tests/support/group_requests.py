@@ -21,7 +21,7 @@ def load_request(world: World, **changes: object) -> LoadRequest:
         "models": tuple(task.checkpoint for task in world.parse().tasks),
         "granularity": "tensor",
         "objective": Objective(),
-        "images_per_step": 4,
+        "slots_per_step": 4,
         "batches": 1,
         "steps": 5,
         "seed": 1,

@@ -23,7 +23,7 @@ from raymerge.data.slots import SlotRange, slot_counts, split_slots, step_images
 from raymerge.engine.memory import pass_images
 from raymerge.engine.messages import FloatArray, LoadRequest, StepRequest, WorkerSpec
 from raymerge.engine.worker.served import ServedModel
-from raymerge.engine.worker.vectors import Vectors, read_vectors
+from raymerge.engine.worker.vectors import TaskVectorStore, open_task_vector_store
 from raymerge.merging.layout import CELL, Piece
 from raymerge.merging.merge import cell_products, sum_cells
 from raymerge.merging.objectives import entropy, image_losses, probability_sum
@@ -75,7 +75,7 @@ class WorkerShard:
         request: LoadRequest,
         model: ServedModel,
         progress: Callable[[int], None] | None = None,
-        vectors: Vectors | None = None,
+        store: TaskVectorStore | None = None,
     ) -> None:
         self.request, self._model, self._task_names = request, model, task_names
         self._columns = model.layout.shard(spec.shard, spec.shards)
@@ -84,13 +84,15 @@ class WorkerShard:
         self.device = model.theta_P.device
         self._experts = [model.open_expert(reference) for reference in request.models]
         self._populations = model.populations()
-        self._counts = slot_counts(self._populations, request.images_per_step)
+        self._counts = slot_counts(self._populations, request.slots_per_step)
         self.slots = split_slots(self._counts, spec.workers)[spec.rank]
-        self.vectors = self._read(vectors, progress)
+        self.store = self._open_store(store, progress)
         self._targets = self._read_targets()
         self._model_square_KL: FloatArray | None = None
 
-    def _read(self, vectors: Vectors | None, progress: Callable[[int], None] | None) -> Vectors:
+    def _open_store(
+        self, store: TaskVectorStore | None, progress: Callable[[int], None] | None
+    ) -> TaskVectorStore:
         """Read V, if not held, while the examples load. A bad checkpoint stops the loading."""
         stopped = Event()
 
@@ -104,7 +106,7 @@ class WorkerShard:
         with ThreadPoolExecutor(1) as aside:
             pinned = aside.submit(self._model.pin, needed, advance, torch.get_num_threads())
             try:
-                vectors = vectors or read_vectors(
+                store = store or open_task_vector_store(
                     self.request.storage,
                     self._model.pretrained,
                     self._experts,
@@ -117,7 +119,7 @@ class WorkerShard:
                 stopped.set()
                 raise
             pinned.result()
-        return vectors
+        return store
 
     def _read_targets(self) -> Mapping[int, Target]:
         """The experts' logits or the labels, by task, where the objective compares with them."""
@@ -146,7 +148,7 @@ class WorkerShard:
 
     def merge(self, lambdas_KL: FloatArray, theta_N: Tensor) -> None:
         """θ = θ₀ + Σ λ V on this worker's own columns, ``theta_N`` (padding at the end is left)."""
-        self.vectors.merge(torch.from_numpy(lambdas_KL), theta_N)
+        self.store.merge(torch.from_numpy(lambdas_KL), theta_N)
 
     def backward(self, request: StepRequest) -> Sums:
         """Set the model's flat gradient to ∂ℒ/∂θ of this worker's slots.
@@ -164,14 +166,14 @@ class WorkerShard:
 
     def inner_products(self, gradient_N: Tensor, rows: Sequence[int] | None = None) -> FloatArray:
         """⟨∂ℒ/∂θ, V_k⟩ per layer over this worker's columns: (K, L) float64."""
-        return self._per_layer(self.vectors.inner_products(gradient_N, rows))
+        return self._per_layer(self.store.inner_products(gradient_N, rows))
 
     def details(self, gradient_N: Tensor, theta_N: Tensor) -> dict[str, FloatArray]:
         """See ``StepResult.details``; for task vectors as they are."""
         if self._model_square_KL is None:
             self._model_square_KL = self._squares()
         return {
-            "gradient_base": self._per_layer(self.vectors.base_products(gradient_N))[0],
+            "gradient_base": self._per_layer(self.store.base_products(gradient_N))[0],
             "gradient_square": self._per_layer(cell_products(gradient_N, gradient_N))[0],
             "theta_square": self._per_layer(cell_products(theta_N, theta_N))[0],
             "model_square": self._model_square_KL,

@@ -28,7 +28,7 @@ from raymerge.models.checkpoints.visual_tower import VisualCheckpoint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Vectors(Protocol):
+class TaskVectorStore(Protocol):
     """θ = θ₀ + Σ λ V and ⟨∂ℒ/∂θ, V⟩ on one shard; construction reads what is to be pinned."""
 
     nbytes: int
@@ -47,7 +47,7 @@ class Vectors(Protocol):
         ...
 
 
-def read_vectors(
+def open_task_vector_store(
     storage: VectorStorage,
     base: VisualCheckpoint,
     experts: Sequence[VisualCheckpoint],
@@ -55,13 +55,13 @@ def read_vectors(
     shard: Shard,
     layers: LayerMap,
     device: torch.device,
-) -> Vectors:
+) -> TaskVectorStore:
     if storage.location == "files":
-        return StreamedVectors(base, experts, basis, shard, layers)
-    return PinnedVectors(storage, base, experts, basis, shard, layers, device)
+        return StreamedTaskVectorStore(base, experts, basis, shard, layers)
+    return PinnedTaskVectorStore(storage, base, experts, basis, shard, layers, device)
 
 
-class PinnedVectors:
+class PinnedTaskVectorStore:
     """Read once; a step reads them twice, at the speed of the memory they are in."""
 
     def __init__(
@@ -99,7 +99,7 @@ class PinnedVectors:
         return cell_products(self._base_N, other_N)
 
 
-class StreamedVectors:
+class StreamedTaskVectorStore:
     """Nothing is pinned: a step reads the checkpoints twice, so memory does not grow with K.
 
     The merge reads only those with a coefficient.

@@ -94,18 +94,18 @@ class MergeWorker:
 
     def _load(self, request: LoadRequest, progress: Progress | None) -> LoadReport:
         started = time.perf_counter()
-        vectors = None
+        store = None
         if self._shard is not None and request.same_vectors(self._shard.request):
-            vectors = self._shard.vectors
+            store = self._shard.store
         self._shard = None  # free the old vectors before the new ones are read
         self._shard = WorkerShard(
-            self.spec, self.source.task_names, request, self._ready(), progress, vectors
+            self.spec, self.source.task_names, request, self._ready(), progress, store
         )
         return LoadReport(
             rank=self.spec.rank,
             device=str(self._shard.device),
             tasks=tuple(self.source.task_names[part.task] for part in self._shard.slots),
-            vector_bytes=self._shard.vectors.nbytes,
+            vector_bytes=self._shard.store.nbytes,
             images=sum(map(len, self._pinned.values())),
             image_bytes=self._ready().pinned_bytes(),
             seconds=time.perf_counter() - started,

@@ -192,7 +192,7 @@ def test_another_step_sees_other_images(lone, literal):
 
 def test_a_task_with_fewer_images_than_a_batch_uses_all_of_them(lone, literal):
     losses_K, gradient_KL = _autograd(literal, "task", count=50)
-    result = _step(lone, _request("task", images_per_step=50))
+    result = _step(lone, _request("task", slots_per_step=50))
     _assert_close(result.gradient, gradient_KL)
     np.testing.assert_allclose(result.loss, losses_K, rtol=1e-4)
 
@@ -200,7 +200,7 @@ def test_a_task_with_fewer_images_than_a_batch_uses_all_of_them(lone, literal):
 def test_two_batches_sum_their_means_as_the_official_loop_does(lone, literal):
     """2 × 4 images: twice the mean over 8, in loss and gradient; the entropy stays a mean."""
     losses_K, gradient_KL = _autograd(literal, "tensor", count=8)
-    result = _step(lone, _request(images_per_step=8, batches=2))
+    result = _step(lone, _request(slots_per_step=8, batches=2))
     _assert_close(result.gradient, 2 * gradient_KL)
     np.testing.assert_allclose(result.loss, 2 * losses_K, rtol=1e-4)
     np.testing.assert_allclose(result.entropy, losses_K, rtol=1e-4)
@@ -283,7 +283,7 @@ def _assert_flat_gradient(
     step = StepRequest(1, _lambdas(), **changes)
     theta = literal.theta(torch.from_numpy(step.lambdas))
     theta = {name: tensor.detach().requires_grad_(True) for name, tensor in theta.items()}
-    logits = [literal.logits(theta, task, step.step, request.images_per_step) for task in range(K)]
+    logits = [literal.logits(theta, task, step.step, request.slots_per_step) for task in range(K)]
     losses_K = torch.stack([definition(task, z_BC).mean() for task, z_BC in enumerate(logits)])
     weights_K = torch.ones(K) if step.weights is None else torch.from_numpy(step.weights)
     (weights_K * losses_K).sum().backward()
@@ -343,7 +343,7 @@ def test_kl_is_the_divergence_from_each_tasks_own_expert(lone, literal, teachers
 
 def test_kls_teachers_are_the_experts_on_all_images_that_will_be_shown(lone, literal, teachers):
     """Once for all steps; and whatever the coefficients then are, an expert teaches itself 0."""
-    _load(lone["worker"], _request("task", objective=Objective("kl"), images_per_step=50))
+    _load(lone["worker"], _request("task", objective=Objective("kl"), slots_per_step=50))
     targets = lone["worker"]._shard._targets
     for task in range(K):
         assert targets[task].examples.tolist() == list(range(12))
@@ -410,7 +410,7 @@ def test_filtered_only_sure_images_count_the_surer_the_more(lone, literal):
         kept.extend((weights_B > 0).tolist())
         return weights_B * entropy_B
 
-    request = _request(objective=Objective(filter=FILTER), images_per_step=12)
+    request = _request(objective=Objective(filter=FILTER), slots_per_step=12)
     _assert_flat_gradient(lone["worker"], literal, request, definition)
     assert 0 < sum(kept) < len(kept)
 
@@ -461,7 +461,7 @@ def test_an_image_outside_the_class_folders_has_no_label(labelled, tmp_path):
 @pytest.mark.parametrize("objective", ["kl", "infomax", "cross_entropy"])
 def test_the_shares_of_other_objectives_sum_to_one_workers_step(labelled, objective):
     request = _request(
-        objective=Objective(objective, normalise=True, filter=FILTER), images_per_step=6
+        objective=Objective(objective, normalise=True, filter=FILTER), slots_per_step=6
     )
     step = StepRequest(2, _lambdas(), marginals=_marginals(), weights=np.array([1, 0, 3.0, 0.5]))
     whole = _worker(labelled, request).step(step)
@@ -635,7 +635,7 @@ def test_shards_give_the_gradient_of_the_whole(lone, config, shards):
     width = models[0].theta_P.numel() // shards
     columns = [slice(rank * width, (rank + 1) * width) for rank in range(shards)]
 
-    held = sum(share.vectors.nbytes for share in shares)
+    held = sum(share.store.nbytes for share in shares)
     assert held == 4 * K * models[0].layout.shard(0, shards).padded_columns
     for share, model, here in zip(shares, models, columns, strict=True):
         share.merge(_lambdas(), model.theta_P[here])
@@ -653,7 +653,7 @@ def test_shards_give_the_gradient_of_the_whole(lone, config, shards):
 
 
 def test_slots_are_counted_by_the_population(lone, config):
-    _load(lone["worker"], _request(images_per_step=50))
+    _load(lone["worker"], _request(slots_per_step=50))
     counts = slot_counts([12] * K, 50)
     slots = lone["worker"]._shard.slots
     assert [(s.task, s.start, s.stop) for s in slots] == [(k, 0, counts[k]) for k in range(K)]

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from raymerge.engine.messages import VectorStorage
 from raymerge.engine.worker.vectors import (
-    PinnedVectors,
-    StreamedVectors,
-    Vectors,
+    PinnedTaskVectorStore,
+    StreamedTaskVectorStore,
+    TaskVectorStore,
     allocate,
-    read_vectors,
+    open_task_vector_store,
 )
 from raymerge.errors import CheckpointError, RunError
 from raymerge.merging.basis import Basis, MatrixBasis
@@ -132,10 +132,10 @@ def files(tmp_path_factory, models) -> list[VisualCheckpoint]:
     return [_save(root / f"{i}.safetensors", state) for i, state in enumerate(models)]
 
 
-def _hold(location: str, files, basis, rank: int = 0, shards: int = 1) -> Vectors:
+def _hold(location: str, files, basis, rank: int = 0, shards: int = 1) -> TaskVectorStore:
     shard = LAYOUT.shard(rank, shards)
     storage = VectorStorage(location=location)
-    return read_vectors(storage, files[0], files[1:], basis, shard, LAYERS, CPU)
+    return open_task_vector_store(storage, files[0], files[1:], basis, shard, LAYERS, CPU)
 
 
 def _merged(location: str, files, basis, shards: int, lambdas_KL: Tensor = LAMBDAS) -> Tensor:
@@ -203,7 +203,7 @@ def test_shards_pin_the_same_columns_bit_for_bit(files, basis, shards):
 
 def _pinned(files, basis, shards: int) -> list[Tensor]:
     vectors = [_hold("device", files, basis, rank, shards) for rank in range(shards)]
-    assert all(isinstance(held, PinnedVectors) for held in vectors)
+    assert all(isinstance(held, PinnedTaskVectorStore) for held in vectors)
     return [held.vectors_CKn for held in vectors]  # type: ignore[attr-defined]
 
 
@@ -228,7 +228,7 @@ def test_the_products_of_the_pretrained_model_are_the_same_as_well(files, models
 
 
 def test_streamed_vectors_hold_nothing(files):
-    assert isinstance(_hold("files", files, None), StreamedVectors)
+    assert isinstance(_hold("files", files, None), StreamedTaskVectorStore)
     assert _hold("files", files, None).nbytes == 0
     pinned_bytes = _hold("device", files, None).nbytes
     assert pinned_bytes == 4 * K * LAYOUT.columns

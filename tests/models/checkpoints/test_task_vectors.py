@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raymerge.engine.messages import VectorStorage
-from raymerge.engine.worker.vectors import PinnedVectors
+from raymerge.engine.worker.vectors import PinnedTaskVectorStore
 from raymerge.errors import CheckpointError
 from raymerge.merging.layout import CELL, ParameterLayout, Piece
 from raymerge.models.checkpoints import task_vectors
@@ -68,7 +68,7 @@ def _read_shards(files, shards: int = 1, basis=None, dtype="float32") -> tuple[T
     base, vectors = [], []
     for rank in range(shards):
         shard = LAYOUT.shard(rank, shards)
-        pinned = PinnedVectors(storage, pretrained, experts, basis, shard, layers, CPU)
+        pinned = PinnedTaskVectorStore(storage, pretrained, experts, basis, shard, layers, CPU)
         base.append(torch.zeros(shard.columns))
         pinned.merge(no_lambdas_KL, base[-1])
         vectors.append(pinned.vectors_CKn.transpose(0, 1).flatten(1))
