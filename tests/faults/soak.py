@@ -142,7 +142,7 @@ def campaign(
         ended, error = "failed", str(failure)
     if trajectory is not None:
         pairs = [
-            (getattr(trajectory.state, n), getattr(reference.state, n))
+            (getattr(trajectory.state.adam, n), getattr(reference.state.adam, n))
             for n in ("lambdas", "mean", "square")
         ]
         same = trajectory.losses == reference.losses and all(torch.equal(*pair) for pair in pairs)
