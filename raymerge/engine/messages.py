@@ -12,11 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from raymerge.config import (
-    Granularity,
-    VectorDtype,
-    VectorLocation,
-)
+from raymerge.config import VectorDtype, VectorLocation
+from raymerge.config.methods import Granularity
 from raymerge.merging.basis import Basis
 from raymerge.merging.method import Objective
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raymerge.config import (
+from raymerge.config import Config, OptimizerConfig
+from raymerge.config.methods import (
     AdaMerging,
-    Config,
     Dare,
     Fisher,
     FwHard,
     FwSoft,
-    OptimizerConfig,
     RegMean,
     RegMeanPP,
     TaskArithmetic,

@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from raymerge.config import Granularity
+from raymerge.config.methods import Granularity
 
 CELL = 2048
 """Columns in one cell of the grid over the flat vector. Every tensor starts a cell, so that a cell

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from raymerge.config import Clamp, Config, Granularity, ObjectiveName, OptimizerConfig
-from raymerge.config.methods import MethodOptions
+from raymerge.config import Config, OptimizerConfig
+from raymerge.config.methods import Clamp, Granularity, MethodOptions, ObjectiveName
 from raymerge.merging.describe import constant_account
 
 if TYPE_CHECKING:  # a row must not cost an import of torch

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raymerge.config import Clamp
+from raymerge.config.methods import Clamp
 
 
 @dataclass(frozen=True)

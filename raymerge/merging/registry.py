@@ -14,10 +14,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from raymerge.config import (
+from raymerge.config import Config, MethodConfig, OptimizerConfig
+from raymerge.config.methods import (
     AdaMerging,
     Average,
-    Config,
     Dare,
     Fisher,
     FwHard,
@@ -26,8 +26,6 @@ from raymerge.config import (
     IsoC,
     IsoCts,
     Joint,
-    MethodConfig,
-    OptimizerConfig,
     RegMean,
     RegMeanPP,
     TaskArithmetic,

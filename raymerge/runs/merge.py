@@ -16,12 +16,8 @@ from time import perf_counter
 
 from torch import Tensor
 
-from raymerge.config import (
-    Config,
-    Individual,
-    TrackingConfig,
-    ZeroShot,
-)
+from raymerge.config import Config, TrackingConfig
+from raymerge.config.methods import Individual, ZeroShot
 from raymerge.engine.driver.groups import WorkerGroup
 from raymerge.engine.driver.loops import learn_lambdas
 from raymerge.engine.driver.state import LearningState

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raymerge.config import AdaMerging
+from raymerge.config.methods import AdaMerging
 from raymerge.merging import objectives
 from raymerge.merging.objectives import (
     cross_entropy,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from raymerge.config import (
-    METHOD_NAMES,
+from raymerge.config import METHOD_NAMES
+from raymerge.config.methods import (
     AdaMerging,
     Average,
     Dare,

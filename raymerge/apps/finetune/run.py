@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from raymerge.apps.finetune.targets import Target, make_targets, training_images
 from raymerge.apps.finetune.trainer import TrainingJob, train_target
-from raymerge.config import Config, ZeroShot, dump_config
+from raymerge.config import Config, dump_config
+from raymerge.config.methods import ZeroShot
 from raymerge.data.decoding import check_image
 from raymerge.data.images import ImageList, Item
 from raymerge.distributed.placement import Placement, choose_placement

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raymerge.config import FwHard, FwSoft
+from raymerge.config.methods import FwHard, FwSoft
 from raymerge.engine.driver.groups import WorkerGroup
 from raymerge.engine.driver.loop import (
     Learning,

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raymerge.config import Fisher, RegMean, RegMeanPP
+from raymerge.config.methods import Fisher, RegMean, RegMeanPP
 from raymerge.engine.driver.groups import WorkerGroup
 from raymerge.engine.messages import StatisticsRequest, StatisticsResult
 from raymerge.files.progress import Progress, progress_bar

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from raymerge.config import TrimScope
+from raymerge.config.methods import TrimScope
 from raymerge.files.threads import parallel_map
 from raymerge.merging.basis import Basis
 from raymerge.merging.layout import CELL, Piece, Shard

@@ -14,7 +14,8 @@ from foreign import merged, random_models, save, three, write
 
 from raymerge.apps.peers import open_foreign
 from raymerge.apps.peers.job import Job
-from raymerge.config import AdaMerging, Config
+from raymerge.config import Config
+from raymerge.config.methods import AdaMerging
 
 POOL = {"_pretrained_": "base.safetensors", "one": "one.safetensors", "two": "two.safetensors"}
 
