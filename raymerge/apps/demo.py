@@ -44,6 +44,7 @@ def run_demo(
 
     output = output.absolute()
     require_output(output, ("comparison.json", "runs"), writer="`raymerge demo`")
+    # One Ray for the training of the world and for all merges.
     began = perf_counter()
     workers = _workers()
     with connect(None, local_resources().cpus):
@@ -54,6 +55,7 @@ def run_demo(
         bench = Bench(base, output)
         with bench.workers() as group:
             comparison = _compare(bench, group, _methods(base, steps))
+    # The table, as data and as pages.
     comparison["timings"] = {"seconds": {"zoo": built - began, "merges": perf_counter() - built}}
     write_json(output / "comparison.json", comparison)
     write_plots(output)

@@ -65,6 +65,7 @@ def prepare(
             f"config {path}: is another tool's file, and submit takes raymerge's own; use `ray job "
             "submit --working-dir DIR -- python -m raymerge merge` instead"
         )
+    # Errors of the config and its paths are raised here, not by the job.
     load_config(path, overrides)  # for its errors, which name the file as the user did
     data = _on_the_cluster(path, overrides, root)
     if output is not None:
@@ -72,6 +73,7 @@ def prepare(
         data["output"] = output if PurePosixPath(output).is_absolute() else joined
     _require_output(data.get("output"))
     _require_no_secret(data, path)
+    # The text that is sent is read back, so that it is known to be a valid config.
     data["cluster"].pop("address", None)  # the job runs on the cluster that it was sent to
     config = parse_config(data, root=Path("/"), source=f"config {path}")
     text = dump_config(config)

@@ -326,6 +326,7 @@ def _ridges(
     def at(down: int, right: int) -> NDArray[np.int32]:
         return padded[1 + down : 1 + down + height, 1 + right : 1 + right + width]
 
+    # The direction of the gradient decides which two neighbours count.
     m, tangent = magnitude_HW, math.sqrt(2) - 1  # of 22.5°
     flat = np.abs(dy_HW) < tangent * np.abs(dx_HW)
     steep = np.abs(dy_HW) > (2 + tangent) * np.abs(dx_HW)

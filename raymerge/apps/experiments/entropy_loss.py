@@ -34,11 +34,13 @@ def run(bench: Bench, options: EntropyLoss) -> Findings:
     tasks = [task.name for task in bench.base.tasks if task.test is not None]
     if not tasks:
         raise UserError("experiment: entropy_loss needs test images; name tasks[].test in the base")
+    # The workers that merged also score every test image on the merged model.
     by_method: dict[str, dict[str, Relation]] = {}
     with bench.workers() as group:
         for name, changes in methods.items():
             result = bench.merge(name, changes, group)
             by_method[name] = relations(sample_values(result, group), name)
+    # One curve per method over all images, and one per task for each method.
     return Findings(
         "Entropy against loss",
         tables=[_correlations(by_method, tasks), _bins(by_method)],

@@ -237,6 +237,7 @@ def _notes(
         "cross_entropy": "labelled cross-entropy",
     }
     added = (f"{len(p.candidates)} {p.kind} beside {len(p.own)}" for p in pools)
+    # The settings that all pools share.
     notes = [
         f"base: {bench.base.model.reference}; candidates added: {', '.join(added)}.",
         f"FW-Merging minimises the {objectives[objective]} of all tested tasks, whether a model of "
@@ -246,6 +247,7 @@ def _notes(
         "step has at most as many images in all as with one model for each tested task. "
         "Every λ starts at 0.3 however many models there are, as in the paper.",
     ]
+    # What differs by pool: the start of hard Frank-Wolfe, and the kind of candidates.
     for pool, start in zip(pools, starts, strict=True):
         if start is not None and start.top1 is not None:
             notes.append(

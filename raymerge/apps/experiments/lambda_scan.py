@@ -33,6 +33,7 @@ def run(bench: Bench, options: LambdaScan) -> Findings:
     methods = bench.methods or METHODS
     configs = {name: bench.config(changes, name) for name, changes in methods.items()}
     _check(configs, options)
+    # One set of workers scores the models of every method and λ.
     scans: dict[str, Scan] = {}
     with bench.workers() as group:
         for name, config in configs.items():

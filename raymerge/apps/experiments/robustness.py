@@ -28,6 +28,7 @@ def run(bench: Bench, options: Robustness) -> Findings:
     methods = bench.methods or METHODS
     tasks = bench.tasks(options.tasks)
     _check(tasks, options)
+    # Every condition has images, and so workers, of its own.
     scores: dict[str, Mapping[str, Mapping[str, TaskScore]]] = {}
     collapses: dict[str, list[str]] = {}
     for condition in (CLEAN, *(options.corruptions or CORRUPTIONS)):

@@ -45,10 +45,12 @@ def run_experiment(config: ExperimentConfig, *, overwrite: bool = False) -> str:
     bench = Bench(reseed(config.seed), output, config.methods, reseed)
     for name, changes in (config.methods or {}).items():
         bench.config(changes, name)  # a wrong method is refused before the first one runs
+    # Only the module of this experiment is imported.
     run: Callable[[Bench, Any], Findings] = import_module(
         f"raymerge.apps.experiments.{config.experiment.name}"
     ).run
     findings = run(bench, config.experiment)
+    # The record holds everything that the report draws.
     record = {
         "experiment": config.experiment.name,
         **findings.to_json(),

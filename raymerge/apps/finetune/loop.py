@@ -56,6 +56,7 @@ def train(
         for step in range(start, schedule.steps):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule.factor(step)
+            # The gradient, with its norm clipped.
             optimizer.zero_grad(set_to_none=False)  # gradients may be views into a flat vector
             result = backward(step)
             norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
@@ -63,6 +64,7 @@ def train(
                 raise RunError(
                     f"step {step + 1}: the gradient is NaN or infinite; lower the learning rate"
                 )
+            # Only a finite gradient changes the weights.
             optimizer.step()
             observe(step, result)
     finally:

@@ -63,6 +63,7 @@ def finetune(config: Config, *, resume: bool = False) -> FinetuneResult:
         raise UserError("output: missing; name a folder in the config or with --output")
     output = Path(config.output).absolute()
     require_output(output, [_CONFIG], writer="`raymerge finetune`", flags={"resume": resume})
+    # Checks, which read every image once.
     listed = training_images(config)
     targets = make_targets(config, listed, output)
     unfinished = [target for target in targets if not _is_finished(target)]
@@ -71,6 +72,7 @@ def finetune(config: Config, *, resume: bool = False) -> FinetuneResult:
     for target in targets:
         if target not in unfinished:
             _report(f"{target.place}: finished, skipped")
+    # Training, tests, results.
     began = perf_counter()
     if unfinished:
         _train(config, unfinished, output, placement)
@@ -178,6 +180,7 @@ def _train_all(
     if declared is not None and declared.workers == 0:
         yield from _train_here(config, targets, output, advance)
         return
+    # On Ray; the cluster may turn out to be this machine without GPUs.
     from raymerge.distributed.cluster import connect
     from raymerge.distributed.tasks import run_tasks
 
@@ -190,6 +193,7 @@ def _train_all(
         if placement.workers == 0:
             yield from _train_here(config, targets, output, advance)
             return
+        # One task per target, so many at a time as the placement has workers.
         attempt = _prepare(config, output)
         cpus, gpus = placement.cpus_per_worker, placement.gpus_per_worker
         jobs = [TrainingJob(config, each, attempt, cpus, gpus > 0) for each in targets]

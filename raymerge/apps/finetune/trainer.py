@@ -147,6 +147,7 @@ class Trainer:
 
         def observe(step: int, score: BatchScore) -> None:
             nonlocal began
+            # The line comes first: a resumed run drops lines after its state, never lacks one.
             now = time.perf_counter()
             rate = recipe.lr * schedule.factor(step)
             metrics.write(json.dumps(self._line(step, score, rate, now - began)) + "\n")
@@ -157,6 +158,7 @@ class Trainer:
                 states.save((done, self.tensors()))
             progress(1)
 
+        # The next batch is decoded while the current one is used.
         self._target.metrics.parent.mkdir(parents=True, exist_ok=True)
         with (
             self._target.metrics.open("a", encoding="utf-8") as metrics,

@@ -252,6 +252,7 @@ def _static(
     def number(key: str) -> float:
         return _number(options[key], f"{source}: method.{key}")
 
+    # Weighted sums of the models.
     if name == "simple_average":
         mean = Coefficients((1.0,) * count, normalize=True)
         return Linear(same_everywhere(names, mean)), f"weight 1/{count} each"
@@ -267,6 +268,7 @@ def _static(
             raise ConfigError(f"{source}: method.weights: sum to 0; set normalize: false")
         text = f"weights {', '.join(f'{w:g}' for w in weights)}, normalize {str(normalize).lower()}"
         return Linear(same_everywhere(names, Coefficients(weights, normalize=normalize))), text
+    # Sums of task vectors.
     scaling = number("scaling_factor")
     if name == "task_arithmetic":
         own = Coefficients((1.0,) * count, scaling=scaling)
@@ -316,6 +318,7 @@ def _adamerging(
         raise ConfigError(
             f"{source}: method.{key}: {excerpt(options[key])} cannot be expressed here; remove it"
         )
+    # raymerge's own keys, completed from the pool and the method's options.
     own = {key: value for key, value in data.items() if key in _CONFIG_KEYS and key != "method"}
     own["tasks"] = _tasks(own.get("tasks"), pool, root, source)
     own["model"] = _model(own.get("model"), pool, root, source)

@@ -177,6 +177,7 @@ class _Config:
                 f"{self.source}: parameters.{key}: missing for {whose} (tensor {tensor})"
             )
 
+        # linear has weights only; the others also densities and options of the whole merge.
         weights = tuple(float(value("weight", model)) for model in self.weighted)
         if not self.kind.needs_base:
             if value("normalize") and not sum(weights):

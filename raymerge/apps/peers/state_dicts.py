@@ -133,9 +133,11 @@ class Inputs:
     ) -> None:
         self.models, self.base = tuple(models), base
         self.rows = (*self.models, *([] if base is None else [base]))
+        # Names and shapes are compared before anything is read.
         naming = self.rows if base_named else self.models
         names = sorted({key for row in naming for key in row.specs if key.startswith(only)})
         self._require_same(names)
+        # Integer tensors must be equal and are copied; the others are merged.
         self.buffers = [name for name in names if not self._floating(name)]
         self._require_equal_buffers()
         self.entries = [

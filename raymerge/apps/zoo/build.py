@@ -99,6 +99,7 @@ def build_zoo(
     recipe = recipe or ZooRecipe()
     paths = ZooPaths(Path(root).absolute())
     fingerprint = recipe.fingerprint(seed)
+    # The marker is written last: without it, missing parts are made.
     if _read(paths.root / _MARKER) != fingerprint:
         _prepare(paths, fingerprint)
         _build(paths, recipe, seed, run_tasks or in_processes(workers), progress)

@@ -100,6 +100,7 @@ def _draw_shape(
     up = turn - math.pi / 2
     x, y = c
     box = (x - r, y - r, x + r, y + r)
+    # In the order of the class names of ``shapes``.
     if label == 0:
         draw.ellipse(box, fill=fill)
     elif label == 1:
