@@ -1,4 +1,4 @@
-"""What no line of the package may do: run what a file says, or hand on what is secret."""
+"""No line of the package runs code from files or passes secrets on."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _wrong_call(node: ast.Call, imported: dict[str, str]) -> Iterator[str]:
 
 
 def _wrong_value(key: str, value: ast.AST, imported: dict[str, str]) -> Iterator[str]:
-    """Of a named argument or an entry of a mapping."""
+    """Check a named argument or an entry of a mapping."""
     if key in ("shell", "allow_pickle", "trust_remote_code") and not _is_constant(value, False):
         yield f"{key} that may be true"
     if key == "env_vars":

@@ -1,1 +1,1 @@
-"""Images: where they are, which ones a step uses, and the uint8 cache that pins them."""
+"""Images: their sources, the ones that a step uses, and their decoded copies in memory."""

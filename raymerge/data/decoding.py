@@ -29,7 +29,7 @@ _JPEG_END = b"\xff\xd9"
 
 
 def decode(item: Item, preprocess: Preprocess) -> Tensor:
-    """(3, H, W) uint8. Raises :class:`DataError` naming the image."""
+    """Return (3, H, W) uint8; raises :class:`DataError` naming the image."""
     try:
         with open_image(item) as image:
             return preprocess.to_pixels(image)
@@ -38,7 +38,7 @@ def decode(item: Item, preprocess: Preprocess) -> Tensor:
 
 
 def check_image(item: Item) -> DataError | None:
-    """What is wrong with this image, if anything, without decoding a sound one.
+    """Return the error of a damaged image, or None, without decoding an intact one.
 
     A PNG has checksums and a JPEG an end marker; anything else is decoded to be sure.
     """
@@ -87,7 +87,7 @@ def decode_all(
     progress: Callable[[int], None] | None = None,
     threads: int | None = None,
 ) -> Tensor:
-    """(N, 3, H, W) uint8, in the order of ``items``; ``threads``: default one per core."""
+    """Return (N, 3, H, W) uint8 in the order of ``items``; ``threads``: default one per core."""
     height, width = preprocess.size
     out_N3HW = torch.empty(len(items), 3, height, width, dtype=torch.uint8)
 
@@ -104,7 +104,7 @@ def decode_all(
 def decode_batches(
     items: Sequence[Item], preprocess: Preprocess, batch: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """(first index, uint8 images) per batch; the next batch decodes while one is used."""
+    """Yield (first index, uint8 images) of each batch; the next one is decoded meanwhile."""
     with ThreadPoolExecutor(1) as ahead:
         job = ahead.submit(decode_all, items[:batch], preprocess)
         for start in range(0, len(items), batch):
@@ -116,7 +116,7 @@ def decode_batches(
 
 
 class PinnedImages:
-    """The images of one task that a worker's slots will ever need, decoded once, kept in memory."""
+    """The images of one task that a worker's slots need, decoded once and kept in memory."""
 
     def __init__(
         self,
@@ -131,11 +131,11 @@ class PinnedImages:
         self._pixels_N3HW = decode_all(items, preprocess, progress, threads)
 
     def holds(self, indices: NDArray[np.int64]) -> bool:
-        """Whether every one of these images is pinned."""
+        """Return whether all of these images are pinned."""
         return bool(np.isin(indices, self._needed).all())
 
     def take(self, indices: NDArray[np.int64]) -> Tensor:
-        """(len(indices), 3, H, W) uint8, by index in the task's image list."""
+        """Return (len(indices), 3, H, W) uint8, by index in the task's image list."""
         return self._pixels_N3HW[torch.from_numpy(np.searchsorted(self._needed, indices))]
 
     def __len__(self) -> int:

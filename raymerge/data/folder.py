@@ -15,7 +15,7 @@ SUFFIXES = frozenset(
 
 
 def unlabeled_images(folder: str, where: str) -> ImageList:
-    """Every image below ``folder`` in sorted order; labels, if any, are not looked at."""
+    """Return every image below ``folder`` in sorted order, without labels."""
     root = _existing(folder, where)
     paths = sorted(p for p in root.rglob("*") if is_image(p))
     if not paths:
@@ -27,7 +27,7 @@ def unlabeled_images(folder: str, where: str) -> ImageList:
 
 
 def labelled_images(folder: str, classnames: Sequence[str], where: str) -> ImageList:
-    """Images by class folder; the folders must be exactly the classes, in any order."""
+    """Return images by class folder; the folders must be exactly the classes, in any order."""
     root = _existing(folder, where)
     folders = {p.name: p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")}
     by_class = _match_folders(folders, classnames, where, root)
@@ -45,7 +45,7 @@ def labelled_images(folder: str, classnames: Sequence[str], where: str) -> Image
 def _match_folders(
     folders: dict[str, Path], classnames: Sequence[str], where: str, root: Path
 ) -> dict[str, Path]:
-    """Class → folder, by the exact name, else by its letters and digits (a_b is "A b")."""
+    """Return the folder of each class, by exact name or by letters and digits (a_b is "A b")."""
     if len(set(classnames)) != len(classnames):
         twice = sorted({name for name in classnames if classnames.count(name) > 1})
         raise DataError(f"{where}: class {twice[0]!r} is listed twice, so its folder is ambiguous")

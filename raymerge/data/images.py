@@ -1,4 +1,4 @@
-"""A task's images, wherever they are: files, or places in a stored data set."""
+"""A task's images: files, or rows of a stored data set, behind one interface."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-"""What Pillow raises for damaged images."""
+"""The errors that Pillow raises for damaged images."""
 
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow knows more, and goes by the content: an EPS named .jpg would be run by Ghostscript."""
+"""The formats that are opened: by its content, an EPS named .jpg would run in Ghostscript."""
 
 
 @dataclass(frozen=True)
@@ -28,29 +28,30 @@ class Labels:
 
 
 class Source(Protocol):
-    """A stored data set of N images. Hashable, and small to pickle: what it keeps of the data is
-    left behind, so another process opens the data for itself. Methods may be called by several
-    threads at once. All raise :class:`~raymerge.errors.DataError`.
+    """A stored data set of N images: hashable, and small to pickle.
+
+    Another process opens the data for itself. Several threads may call the methods at once. All
+    raise :class:`~raymerge.errors.DataError`.
     """
 
     def __len__(self) -> int:
-        """N."""
+        """Return N."""
         ...
 
     def key(self, row: int) -> str:
-        """What tells an image from the others, wherever the data set lies."""
+        """Return a text that identifies an image independently of the data set's folder."""
         ...
 
     def name(self, row: int) -> str:
-        """For errors."""
+        """Return the name of an image for error messages."""
         ...
 
     def encoded(self, row: int) -> bytes | None:
-        """An image's file; None if only its pixels are stored."""
+        """Return an image's file; None if only its pixels are stored."""
         ...
 
     def image(self, row: int) -> Image.Image:
-        """An image, not yet decoded if it is encoded."""
+        """Return an image; an encoded one is not decoded yet."""
         ...
 
     def labels(self) -> Labels: ...
@@ -81,7 +82,7 @@ Item: TypeAlias = Path | StoredImage
 
 
 class StoredImages(Sequence[Item]):
-    """Some rows of a data set, in this order. Only their numbers are held."""
+    """Rows of a data set in a given order; only their numbers are kept in memory."""
 
     def __init__(self, source: Source, rows: NDArray[np.int64]) -> None:
         self.source, self._rows = source, rows
@@ -110,7 +111,7 @@ class ImageList:
         return len(self.items)
 
     def keys(self, folder: str) -> list[str]:
-        """What tells the images apart, wherever they lie; ``folder``: of image files."""
+        """Return texts that identify the images independently of their ``folder``."""
         return [
             str(item.relative_to(folder)) if isinstance(item, Path) else f"{item.key} {label}"
             for item, label in zip(self.items, self.labels, strict=True)
@@ -118,10 +119,10 @@ class ImageList:
 
 
 def open_image(item: Item) -> Image.Image:
-    """Not yet decoded. Raises one of ``DECODE_ERRORS``, or :class:`DataError`."""
+    """Open an image, not yet decoded; raises one of ``DECODE_ERRORS`` or :class:`DataError`."""
     return Image.open(item, formats=FORMATS) if isinstance(item, Path) else item.open()
 
 
 def open_encoded(content: bytes) -> Image.Image:
-    """An image whose file is in memory."""
+    """Open an image whose file is in memory."""
     return Image.open(io.BytesIO(content), formats=FORMATS)

@@ -1,7 +1,7 @@
-"""``raymerge data prepare``: a suite's data sets on this disk, checked, one Parquet file a split.
+"""Fetch and check a suite's data sets (``raymerge data prepare``): one Parquet file per split.
 
-The files are written anew so that every data set is laid out alike: an encoded image a row, and the
-class's place in the card's class names, whatever order the published copy counts in.
+All files have the same layout: an encoded image per row, and the index of its class in the class
+names of the data set spec, whatever order the published copy uses.
 
 Legend: C classes.
 """
@@ -21,15 +21,15 @@ from raymerge.config.suites.specs import DataSet, HuggingFace, Split
 from raymerge.errors import DataError, one_line
 
 FetchSplit = Callable[[HuggingFace, str], Sequence[Path]]
-"""(where, split) → that split's Parquet files, in order; raises :class:`DataError`."""
+"""Returns a split's Parquet files in order; raises :class:`DataError`."""
 
 _ROWS = 200
-"""In a row group, which is read as a whole."""
+"""Rows per row group, which is read as a whole."""
 
 
 @dataclass(frozen=True)
 class SplitResult:
-    """What became of one split. ``images``: in its file; ``problem``: one line, empty if none."""
+    """The result for one split. ``images``: in its file; ``problem``: one line, empty if none."""
 
     data_set: str
     split: Split
@@ -51,9 +51,9 @@ def prepare(
     fetch: FetchSplit,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[SplitResult]:
-    """Write ``root/<data set>/<split>.parquet`` of every data set; what is there is checked alone.
+    """Write ``root/<data set>/<split>.parquet`` of every data set; existing files are only checked.
 
-    One that cannot be had does not stop the others.
+    A data set that cannot be fetched does not stop the others.
     """
     done = []
     for data_set in data_sets:
@@ -75,7 +75,7 @@ def _prepare(data_set: DataSet, split: Split, root: Path, fetch: FetchSplit) -> 
     except DataError as error:
         remedy = f"remove {path} to fetch it again"
         if not counts:
-            remedy = data_set.status or "run this again to go on with what is missing"
+            remedy = data_set.status or "run this again to fetch what is missing"
         seen = sum(count > 0 for count in counts)
         return SplitResult(
             data_set.name, split, sum(counts), expected, seen, new, str(error), remedy
@@ -98,14 +98,14 @@ def _require_whole(counts: Sequence[int], data_set: DataSet, split: Split) -> No
 
 
 def from_hub(where: HuggingFace, split: str) -> Sequence[Path]:
-    """The hub's files, from its own cache if they are there."""
+    """Return the hub's files of a split, from its cache if possible."""
     from raymerge.data.sources.hub import hub_files
 
     return hub_files(f"hf:{where.id}:{split}", where.id, None, split, where.config)
 
 
 def _write(data_set: DataSet, split: Split, path: Path, fetch: FetchSplit) -> None:
-    """Under a temporary name first: what has its name is whole."""
+    """Write a split under a temporary name first, so that a file with its name is complete."""
     where = data_set.huggingface
     if where is None:
         raise DataError("no published copy is known")
@@ -168,7 +168,7 @@ def _image(stored: Any) -> Mapping[str, Any]:
 
 
 def _stored_names(metadata: Mapping[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
-    """The class names that the published copy itself gives, if it does."""
+    """Return the class names in the metadata of the published copy, or None."""
     try:
         names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
     except (KeyError, ValueError, TypeError):
@@ -177,9 +177,9 @@ def _stored_names(metadata: Mapping[bytes, bytes] | None, label: str) -> tuple[s
 
 
 def _places(stored: Sequence[str] | None, data_set: DataSet) -> list[int]:
-    """Number in the published copy → place in the card's class names.
+    """Return the index in the spec's class names for each number of the published copy.
 
-    Its own names decide; if it has none, or none that the card knows, the order on the card.
+    The copy's own names decide; without names that the spec knows, the order in the spec does.
     """
     assert data_set.huggingface is not None
     order = data_set.huggingface.order or data_set.classnames
@@ -196,7 +196,7 @@ def _places(stored: Sequence[str] | None, data_set: DataSet) -> list[int]:
     if unknown or len(set(found)) != len(found) or len(found) != data_set.classes:
         what = f"such as {unknown[0]!r}" if unknown else "some twice"
         raise DataError(
-            f"the published copy has {len(stored)} classes for {data_set.classes} on the card, "
+            f"the published copy has {len(stored)} classes for {data_set.classes} in its spec, "
             f"{len(unknown)} that it does not know, {what}"
         )
     return found
@@ -212,7 +212,7 @@ def _features(data_set: DataSet) -> Mapping[str, Any]:
 
 
 def _class_counts(path: Path, classes: int) -> list[int]:
-    """Images of each class. Raises :class:`DataError`."""
+    """Return the number of images of each class; raises :class:`DataError`."""
     import pyarrow.parquet as pq
 
     try:
@@ -229,7 +229,8 @@ def _class_counts(path: Path, classes: int) -> list[int]:
 
 
 def results_text(done: Sequence[SplitResult], suite: str, root: Path) -> str:
-    """A table of all splits, and what to write into a config."""
+    """Return a table of all splits, and the lines for a config."""
+    # The table: one row per split, with its problem and the remedy.
     rows = [("data set", "split", "images", "classes", "")]
     for each in done:
         state = "fetched" if each.new else "there"
@@ -246,6 +247,8 @@ def results_text(done: Sequence[SplitResult], suite: str, root: Path) -> str:
     lines += ["", f"{ready} of {len(done)} splits are ready."]
     if not ready:
         return "\n".join(lines)
+
+    # The section that a config needs to read these files.
     lines += [
         "In a config:",
         "",

@@ -31,8 +31,10 @@ class Preprocess:
     transform: Compose
 
     def to_pixels(self, image: Image.Image) -> Tensor:
-        """(3, H, W) uint8 at the model's resolution. Raises :class:`ValueError` for an image so
-        long that the scaled one, before it is cropped, would be enormous."""
+        """Return (3, H, W) uint8 at the model's resolution.
+
+        Raises :class:`ValueError` for an image so long that its scaled copy would be enormous.
+        """
         ratio = max(image.size) / max(1, min(image.size))
         if ratio * max(self.size) ** 2 > _MOST_SCALED_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels: too long for its width")
@@ -43,7 +45,7 @@ class Preprocess:
         return torch.from_numpy(_pixels(image)).permute(2, 0, 1)
 
     def normalise(self, pixels_B3HW: Tensor) -> Tensor:
-        """uint8 → normalised float32, as torchvision's ToTensor and Normalize do it."""
+        """Return normalised float32, as torchvision's ToTensor and Normalize compute it."""
         mean = pixels_B3HW.new_tensor(self.mean, dtype=torch.float32)[:, None, None]
         std = pixels_B3HW.new_tensor(self.std, dtype=torch.float32)[:, None, None]
         return pixels_B3HW.float().div_(255).sub_(mean).div_(std)
@@ -56,7 +58,7 @@ def _pixels(image: Image.Image) -> Any:
 
 
 def make_preprocess(visual: Any) -> Preprocess:
-    """From an open_clip visual tower (a skeleton on ``meta`` will do)."""
+    """Return the transform of an open_clip visual tower, which may be on ``meta``."""
     cfg = PreprocessCfg(**visual.preprocess_cfg)
     size = cfg.size if isinstance(cfg.size, tuple) else (cfg.size, cfg.size)
     transform = image_transform_v2(cfg, is_train=False)

@@ -1,4 +1,4 @@
-"""Which image a step uses, and which worker computes it.
+"""The images that a step uses, and the worker that computes each.
 
 A *slot* is one place in a step's batch: task k has ``slot_counts[k]`` of them. The image in a slot
 is a pure function of (seed, task, step, slot), so nothing random has to be saved or restored, and
@@ -25,12 +25,12 @@ class SlotRange:
 
 
 def slot_counts(populations: Sequence[int], slots_per_step: int) -> list[int]:
-    """Slots per task: ``slots_per_step``, or all of a smaller task."""
+    """Return the slots of each task: ``slots_per_step``, or all images of a smaller task."""
     return [min(slots_per_step, population) for population in populations]
 
 
 def step_images(seed: int, task: str, step: int, count: int, population: int) -> NDArray[np.int64]:
-    """Image index of each of the task's ``count`` slots: distinct, reshuffled each step.
+    """Return the image index of each of a task's slots: distinct, drawn anew in each step.
 
     All images, in order, when the task has no more than ``count``. Keyed by the task's name, so
     the order of tasks does not matter.
@@ -43,7 +43,7 @@ def step_images(seed: int, task: str, step: int, count: int, population: int) ->
 
 
 def split_slots(counts: Sequence[int], workers: int) -> list[list[SlotRange]]:
-    """All slots, contiguous by task, split evenly over the workers (which may outnumber tasks)."""
+    """Split all slots, contiguous by task, evenly over the workers, which may outnumber tasks."""
     total = sum(counts)
     bounds = [total * worker // workers for worker in range(workers + 1)]
     return [_ranges(counts, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]

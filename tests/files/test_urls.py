@@ -1,4 +1,4 @@
-"""What of a URL may be shown."""
+"""URLs are shown without credentials."""
 
 from __future__ import annotations
 

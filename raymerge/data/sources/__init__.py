@@ -1,6 +1,6 @@
-"""Where a task's images are: an image folder, or a data set as others store it.
+"""Open a task's images from a reference: an image folder, or a stored data set.
 
-This is the one place that decides which; see ``docs/data.md`` for what a reference may say.
+Only this module decides which format a reference means; docs/data.md describes the references.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOST_IMAGES = 1 << 27
 
 
 def unlabeled_images(reference: str, where: str) -> ImageList:
-    """Every image, in sorted order (a folder) or as stored; labels are not looked at.
+    """Return every image, in sorted order (a folder) or as stored, without labels.
 
     Raises :class:`DataError`, as does ``labelled_images``.
     """
@@ -39,7 +39,7 @@ def unlabeled_images(reference: str, where: str) -> ImageList:
 
 
 def labelled_images(reference: str, classnames: Sequence[str], where: str) -> ImageList:
-    """Images with their places in ``classnames``: by class (a folder), or as stored."""
+    """Return images with indices into ``classnames``: by class (a folder), or as stored."""
     with _told(where):
         reference = local_reference(reference)
     found = _find(reference, where)
@@ -55,7 +55,7 @@ def labelled_images(reference: str, classnames: Sequence[str], where: str) -> Im
 
 
 def labels_in_order(reference: str, classnames: Sequence[str], where: str) -> tuple[int, ...]:
-    """Of ``unlabeled_images``, in its order. Raises :class:`DataError` where one has none."""
+    """Return the labels of ``unlabeled_images`` in its order; raises :class:`DataError`."""
     images = unlabeled_images(reference, where)
     labelled = labelled_images(reference, classnames, where)
     if isinstance(images.items, StoredImages):
@@ -67,12 +67,12 @@ def labels_in_order(reference: str, classnames: Sequence[str], where: str) -> tu
 
 
 def is_folder(reference: str) -> bool:
-    """Whether these are image files in a folder. Raises :class:`DataError`."""
+    """Return whether a reference is a folder of image files; raises :class:`DataError`."""
     return _open(parse_reference(local_reference(reference))) is None
 
 
 def _find(reference: str, where: str) -> tuple[Source, NDArray[np.int64]] | None:
-    """The data set and its rows that are wanted; None: an image folder."""
+    """Return the data set and the selected rows; None for an image folder."""
     with _told(where):
         parsed = parse_reference(reference)
         source = _open(parsed)
@@ -89,7 +89,7 @@ def _find(reference: str, where: str) -> tuple[Source, NDArray[np.int64]] | None
 
 @contextmanager
 def _told(where: str) -> Iterator[None]:
-    """What is wrong with a data set, with the key that names it."""
+    """Prefix the errors of a data set with the config key that names it."""
     try:
         yield
     except DataError as error:
@@ -102,6 +102,7 @@ def _told(where: str) -> Iterator[None]:
 
 
 def _open(reference: DataReference) -> Source | None:
+    # Schemes: other libraries find the files.
     if reference.scheme == "hf":
         from raymerge.data.sources.hub import open_hub
 
@@ -110,6 +111,8 @@ def _open(reference: DataReference) -> Source | None:
         from raymerge.data.sources.torchvision_sets import open_vision
 
         return open_vision(reference)
+
+    # Paths: the suffix decides; shards may be a pattern that is no file itself.
     path = Path(reference.place)
     suffix = path.suffix.lower()
     if path.is_dir():
@@ -136,7 +139,7 @@ def _open(reference: DataReference) -> Source | None:
 
 
 def _open_folder(reference: DataReference, root: Path) -> Source | None:
-    """An image folder, unless it holds Parquet or tar files and not one image."""
+    """Open a folder of Parquet or tar files; None for a folder that holds any image."""
     stored = _stored_files(root)
     if not stored or any(folder.is_image(path) for path in root.rglob("*")):
         _refuse_options(reference)
@@ -154,9 +157,10 @@ def _open_folder(reference: DataReference, root: Path) -> Source | None:
 
 
 def _stored_files(root: Path) -> list[Path]:
-    """Parquet or tar files: directly in the folder, or Parquet at most two folders deeper.
+    """Return the tar files of a folder, or its Parquet files at most two folders deeper.
 
-    Looks no further than the first image."""
+    The search ends at the first image.
+    """
     found: list[Path] = []
     for path in _near(root, 3):
         if folder.is_image(path):
@@ -170,7 +174,7 @@ def _stored_files(root: Path) -> list[Path]:
 
 
 def _near(root: Path, depth: int) -> Iterator[Path]:
-    """Files, those of a folder before those of its own folders; nothing hidden."""
+    """Yield files that are not hidden, those of a folder before those of its subfolders."""
     folders = []
     with os.scandir(root) as entries:
         for entry in entries:

@@ -45,7 +45,7 @@ _LOCAL_HEADER = 30  # bytes before the name and the extra field of a zip's membe
 
 @dataclass(frozen=True)
 class _Member:
-    """``offset``: of the numbers in the file; None where they are not there as they are."""
+    """``offset``: of the values in the file; None if they are compressed or transposed."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -120,7 +120,7 @@ class NpzArrays:
 
 
 class _Held:
-    """All images of a compressed file, once one of them is wanted."""
+    """All images of a compressed file, read when the first one is needed."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -137,7 +137,8 @@ class _Held:
 
 
 def _member(path: Path, name: str) -> _Member:
-    """Of ``name``.npy, from its header. Raises :class:`DataError`."""
+    """Describe ``name``.npy from its header; raises :class:`DataError`."""
+    # Read the header alone.
     try:
         with zipfile.ZipFile(path) as archive:
             if f"{name}.npy" not in archive.namelist():
@@ -152,6 +153,8 @@ def _member(path: Path, name: str) -> _Member:
                 header_bytes = file.tell()
     except _ERRORS as error:
         raise _unreadable(path, error) from error
+
+    # Refuse what cannot be read safely, or does not fit into memory unpacked.
     if dtype.hasobject:
         raise DataError(
             f"{path}: {name} holds Python objects, which only pickle reads and raymerge does not; "
@@ -187,7 +190,7 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a stored member's bytes start, which must all be there."""
+    """Return the offset of a stored member's bytes, and check that the file has them all."""
     header = read_at(path, info.header_offset, _LOCAL_HEADER)
     name, extra = struct.unpack("<HH", header[26:30])
     start = info.header_offset + _LOCAL_HEADER + int(name) + int(extra)
@@ -197,7 +200,7 @@ def _offset(path: Path, info: zipfile.ZipInfo) -> int:
 
 
 def _read(path: Path, name: str) -> NDArray[Any]:
-    """The whole array. Its checksum is verified."""
+    """Return a whole array after verifying its checksum."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
             values: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)

@@ -1,4 +1,4 @@
-"""What the formats share: files as they were when they were opened, and reads from the middle."""
+"""Helpers of all formats: stamps of files, reads from the middle, limits."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from raymerge.data.folder import quote_names
 from raymerge.errors import DataError
 
 MOST_ENCODED_BYTES = 1 << 28
-"""Of one image's file: a larger one is a mistake, or meant to fill the memory."""
+"""Largest file of one image: a larger one is a mistake, or an attack on the memory."""
 
 
 @dataclass(frozen=True)
 class FileStamp:
-    """A file, and by what it is seen to have changed."""
+    """A file with the size and time by which a change is noticed."""
 
     path: Path
     size: int
@@ -23,7 +23,7 @@ class FileStamp:
 
 
 def stamps_of(paths: Sequence[Path]) -> tuple[FileStamp, ...]:
-    """Raises :class:`DataError` naming the files that are missing."""
+    """Return the stamps of files; raises :class:`DataError` naming the missing ones."""
     stamps, missing = [], []
     for path in paths:
         try:
@@ -46,7 +46,7 @@ def stamps_of(paths: Sequence[Path]) -> tuple[FileStamp, ...]:
 
 
 def read_at(path: Path, offset: int, size: int) -> bytes:
-    """Fewer bytes where the file has been cut off since. Raises :class:`DataError`."""
+    """Read bytes, fewer if the file has been truncated; raises :class:`DataError`."""
     try:
         with path.open("rb") as file:
             file.seek(offset)
@@ -64,6 +64,6 @@ def require_small(size: int, what: str) -> None:
 
 
 def printable_name(name: str, limit: int = 80) -> str:
-    """A name from inside a file, fit for one line."""
+    """Return a name from inside a file as part of one line."""
     text = name if name.isprintable() else ascii(name)[1:-1]
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -15,7 +15,7 @@ _FORM = re.compile(
 
 
 def open_hub(reference: DataReference) -> ParquetRows:
-    """Fetches the split's files, unless they are in the hub's own cache."""
+    """Open a split of a hub data set; its files are fetched unless the hub's cache has them."""
     reference.require_options("config", "image", "label")
     found = _FORM.fullmatch(reference.place)
     if found is None:
@@ -30,7 +30,7 @@ def open_hub(reference: DataReference) -> ParquetRows:
 def hub_files(
     text: str, name: str, revision: str | None, split: str, config: str | None
 ) -> list[Path]:
-    """A split's Parquet files, in order; ``text``: what errors call the data set."""
+    """Return a split's Parquet files in order; ``text``: the data set's name in errors."""
     root = _fetch(text, name, revision, split, config)
     return split_files(sorted(root.rglob("*.parquet")), root, split, config, text)
 

@@ -1,4 +1,4 @@
-"""From the numbers of a stored data set to the places of its classes in ``classnames``.
+"""Map the labels of a stored data set to indices into ``classnames``.
 
 Legend: N images, C classes.
 """
@@ -18,7 +18,7 @@ _INDEX = "?match=index takes the numbers as places in classnames"
 
 
 def class_indices(labels: Labels, classnames: Sequence[str], where: str) -> NDArray[np.int64]:
-    """(N,) in [0, C). Names match like class folders; without them numbers are places.
+    """Return (N,) in [0, C). Names match like class folders; numbers without names are indices.
 
     Raises :class:`DataError`.
     """
@@ -31,7 +31,7 @@ def class_indices(labels: Labels, classnames: Sequence[str], where: str) -> NDAr
 
 
 def text_labels(texts: Sequence[str]) -> Labels:
-    """Of class names, one an image."""
+    """Return the labels of one class name per image."""
     names, numbers = np.unique(np.array(texts, dtype=object), return_inverse=True)
     return Labels(numbers.astype(np.int64).reshape(-1), tuple(map(str, names)))
 
@@ -55,14 +55,17 @@ def _require_range(numbers: NDArray[np.int64], count: int, where: str, *, named:
 def _match(
     labels: Labels, names: tuple[str, ...], classnames: Sequence[str], where: str
 ) -> NDArray[np.int64]:
-    """Number → place: by the exact name, else by its letters and digits.
+    """Return the index of each number's class, by exact name or by letters and digits.
 
-    A name that no class has matters only if an image has it.
+    A name that is no class matters only if an image has it.
     """
+    # Names that occur twice cannot be matched.
     for listed, title in ((names, "of the data set"), (classnames, "in classnames")):
         twice = sorted({name for name in listed if listed.count(name) > 1})
         if twice:
             raise DataError(f"{where}: class {twice[0]!r} {title} is there twice; {_INDEX}")
+
+    # Exact names come first, so that "a b" and "a_b" can be different classes.
     place_of = {name: classnames.index(name) for name in names if name in classnames}
     left = {plain_name(c): i for i, c in enumerate(classnames) if i not in place_of.values()}
     for name in names:

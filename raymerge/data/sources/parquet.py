@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _CACHE_BYTES = 1 << 27
-"""Of row groups that are kept for the next image, in a process."""
+"""Bytes of row groups that a process keeps for the next images."""
 _MOST_GROUP_BYTES = 1 << 31
 _MOST_LABEL_BYTES = 1 << 29
 _ROWS_AT_ONCE, _LABELS_AT_ONCE = 16, 1024
@@ -49,10 +49,11 @@ _IMAGES, _LABELS = ("image", "img", "jpg", "png", "webp"), ("label", "labels", "
 def split_files(
     files: Sequence[Path], root: Path, split: str | None, config: str | None, text: str
 ) -> list[Path]:
-    """One split of the Parquet files below ``root``, in the order of their names.
+    """Return the Parquet files of one split below ``root``, in the order of their names.
 
-    Raises :class:`DataError` where they are of several, or one of them is missing.
+    Raises :class:`DataError` if several splits are possible, or a file is missing.
     """
+    # Select by split, then by configuration; either must be named if there are several.
     places = {path: _place(path.relative_to(root)) for path in sorted(files)}
     if split is not None:
         places = {path: place for path, place in places.items() if place[1] == split}
@@ -77,7 +78,7 @@ def split_files(
 
 
 def _place(path: Path) -> tuple[str, str]:
-    """(configuration, split): ``config/test-00000-of-00001``, ``config/test/0000``, ``test``."""
+    """Return (configuration, split) of ``config/test-00000-of-00001`` or ``config/test/0000``."""
     folders = [name for name in path.parts[:-1] if name != "data"]
     if found := _SHARD.fullmatch(path.stem):
         split = found.group("split")
@@ -106,7 +107,7 @@ def _require_all(files: Sequence[Path], text: str) -> None:
 def open_parquet(
     reference: DataReference, paths: Sequence[Path], place: str | None = None
 ) -> ParquetRows:
-    """``place``: what errors call the data set, if not by its files' folder."""
+    """Open Parquet files; ``place``: the data set's name in errors, default: the files' folder."""
     stamps = stamps_of(paths)
     for stamp in stamps:
         with _reading(stamp):
@@ -187,7 +188,7 @@ class ParquetRows:
 
 
 def _value(chunks: Sequence[Any], place: int) -> Any:
-    """A buffer; None for null."""
+    """Return the buffer of a value; None for null."""
     for chunk in chunks:
         if place < len(chunk):
             return chunk[place].as_buffer() if chunk[place].is_valid else None
@@ -245,7 +246,7 @@ def _no_column(
 
 
 def _class_names(feature: Any) -> tuple[str, ...] | None:
-    """Of a ClassLabel."""
+    """Return the names of a ClassLabel feature, or None."""
     names = feature.get("names") if isinstance(feature, dict) else None
     if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
         return tuple(names)
@@ -276,7 +277,7 @@ def _opened(file: FileStamp) -> Any:
 
 @lru_cache(maxsize=4096)
 def _groups(file: FileStamp) -> NDArray[np.int64]:
-    """First row of each row group, and the number of rows."""
+    """Return the first row of each row group, and at the end the number of rows."""
     with _reading(file), _LOCK:
         metadata = _opened(file).metadata
         counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
@@ -288,7 +289,7 @@ def _groups(file: FileStamp) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=4096)
 def _schema(file: FileStamp) -> dict[str, str]:
-    """Column → image, binary, integer, text, or another type's name."""
+    """Return each column's kind: image, binary, integer, text, or another type's name."""
     with _reading(file), _LOCK:
         return {field.name: _kind(field.type) for field in _opened(file).schema_arrow}
 
@@ -310,7 +311,7 @@ def _kind(kind: Any) -> str:
 
 @lru_cache(maxsize=4096)
 def _features(file: FileStamp) -> dict[str, Any]:
-    """What `datasets` says of the columns."""
+    """Return the description of the columns that `datasets` stores."""
     with _reading(file), _LOCK:
         metadata = _opened(file).schema_arrow.metadata or {}
     try:
@@ -325,6 +326,7 @@ def _read_labels(file: FileStamp, column: str) -> NDArray[np.int64] | list[str]:
     if kind not in ("integer", "text"):
         raise DataError(f"{file.path}: has no column {column!r} of numbers or names")
     with _reading(file), _LOCK:
+        # A few values in the file may unpack to any size, so it is checked batch by batch.
         values: list[Any] = []
         size = 0
         for batch in _opened(file).iter_batches(_LABELS_AT_ONCE, columns=[column]):
@@ -349,13 +351,13 @@ def _read_labels(file: FileStamp, column: str) -> NDArray[np.int64] | list[str]:
 
 
 class _RowGroups:
-    """The image columns of the row groups that were read last."""
+    """The image columns of the row groups that were used last."""
 
     def __init__(self) -> None:
         self._held: OrderedDict[tuple[FileStamp, str, int], list[Any]] = OrderedDict()
 
     def column(self, file: FileStamp, column: str, group: int) -> list[Any]:
-        """Binary arrays, one after the other."""
+        """Return the column's binary arrays in order."""
         key = (file, column, group)
         with _LOCK:
             if key not in self._held:
@@ -375,8 +377,10 @@ _CACHE = _RowGroups()
 
 
 def _read_group(file: FileStamp, column: str, group: int) -> list[Any]:
-    """Batch by batch, since a stored value may stand for any number of rows. What the header says
-    of the column's size is not asked for: pyarrow aborts the process where it is damaged."""
+    """Read a row group batch by batch, since a stored value may stand for any number of rows.
+
+    The column's size in the header is not used: pyarrow aborts the process if it is damaged.
+    """
     held, chunks = 0, []
     with _reading(file):
         parquet = _opened(file)
@@ -396,7 +400,7 @@ def _read_group(file: FileStamp, column: str, group: int) -> list[Any]:
 
 
 def _require_rows(file: FileStamp, held: int, told: int, where: str) -> None:
-    """The header counts the rows, and the columns may hold others."""
+    """Refuse a file whose header counts other rows than its columns hold."""
     if held != told:
         raise DataError(
             f"{file.path}: {where} has {told} rows and holds {held}; fetch or write it again"

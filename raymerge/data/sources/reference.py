@@ -1,4 +1,4 @@
-"""What ``adapt``, ``test`` and ``train`` may say: ``PLACE?option=value&option=value``.
+"""References to data in ``adapt``, ``test``, ``train``: ``PLACE?option=value&option=value``.
 
 images/                                      a folder of images
 train.parquet, sun397/?split=test            Parquet: a file, or a folder of them
@@ -20,12 +20,12 @@ from raymerge.errors import DataError, unknown_name
 from raymerge.files.atomic import exists
 
 COMMON = ("limit", "match")
-"""Options that every data set has: how many images, and how labels are matched."""
+"""Options of every data set: the number of images, and the matching of labels."""
 
 
 @dataclass(frozen=True)
 class DataReference:
-    """``text`` without the options is ``place``."""
+    """A parsed reference; ``place`` is ``text`` without the options."""
 
     text: str
     place: str
@@ -34,11 +34,11 @@ class DataReference:
     @property
     def scheme(self) -> str:
         """``hf`` or ``torchvision``; empty for a path."""
-        found = re.match(r"(hf|torchvision):(?!//)", self.place)
-        return found.group(1) if found else ""
+        match = re.match(r"(hf|torchvision):(?!//)", self.place)
+        return match.group(1) if match else ""
 
     def number(self, option: str) -> int | None:
-        """A whole number of at least 1."""
+        """Return an option as an integer ≥ 1, or None; raises :class:`DataError`."""
         given = self.options.get(option)
         if given is None:
             return None
@@ -62,12 +62,12 @@ class DataReference:
 
 
 def parse_reference(text: str) -> DataReference:
-    """A path that is there is taken as it is, whatever its name holds. Raises DataError."""
+    """Parse a reference; an existing path is taken as it is. Raises :class:`DataError`."""
     place, mark, query = text.partition("?")
     if not mark or exists(Path(text)):
         return DataReference(text, text)
     try:
-        plus = query.replace("+", "%2B")  # paths have it, and mean no space
+        plus = query.replace("+", "%2B")  # in a path it is no space
         pairs = parse_qsl(plus, keep_blank_values=True, strict_parsing=True, max_num_fields=20)
     except ValueError as error:
         raise DataError(

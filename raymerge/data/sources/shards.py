@@ -1,6 +1,6 @@
-"""WebDataset tar shards: indexed once, read in place; nothing is unpacked, no name is a path.
+"""WebDataset tar shards: indexed once and read in place; nothing is unpacked to disk.
 
-A sample is what has one name up to the first dot of its last part: ``0017.jpg`` and ``0017.cls``.
+A sample is the members with one name up to the first dot, such as ``0017.jpg`` and ``0017.cls``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
 
 def expand(pattern: str) -> list[Path]:
-    """``a-{00..02}.tar`` → a-00.tar, a-01.tar, a-02.tar. Raises :class:`DataError`."""
+    """Return the paths of a pattern such as ``a-{00..02}.tar``; raises :class:`DataError`."""
     found = _BRACES.search(pattern)
     if found is None:
         return [Path(pattern)]
@@ -62,13 +62,13 @@ def open_shards(reference: DataReference, paths: Sequence[Path]) -> TarShards:
 
 @dataclass(frozen=True)
 class _Index:
-    """(N,) of one shard: where its images and their labels are, in the order of the images."""
+    """The positions of a shard's N images and their labels, in the order of the images."""
 
     keys: tuple[str, ...]
     images_N2: NDArray[np.int64]
     """Offset and size."""
     labels_N2: NDArray[np.int64]
-    """Of the label's member; size −1: none."""
+    """Offset and size of the label; size −1: none."""
     kinds: tuple[str, ...]
     """The label's suffix."""
 
@@ -174,7 +174,7 @@ class _Sample:
 
 @lru_cache(maxsize=4096)
 def _indexed(file: FileStamp) -> _Index:
-    """The samples of a shard that have an image. Raises :class:`DataError`."""
+    """Return the samples of a shard that have an image; raises :class:`DataError`."""
     samples: dict[str, _Sample] = {}
     for member in _members(file):
         key, suffix = _split(member.name)
@@ -218,14 +218,14 @@ def _add(sample: _Sample, member: tarfile.TarInfo, suffix: str, file: FileStamp)
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The key and what follows its dot; hidden files are no samples."""
+    """Return a member's key and suffix; the suffix of hidden files is empty."""
     folder, slash, last = name.rpartition("/")
     stem, _, suffix = last.partition(".")
     return f"{folder}{slash}{stem}", suffix.lower() if stem else ""
 
 
 def _members(file: FileStamp) -> Iterator[tarfile.TarInfo]:
-    """Everything but folders, in order, none of it held."""
+    """Yield all members but folders in order, without keeping them in memory."""
     try:
         with tarfile.open(file.path, "r:") as shard:
             before = -1

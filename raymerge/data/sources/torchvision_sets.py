@@ -1,7 +1,7 @@
-"""``torchvision:NAME[:SPLIT][?root=DIR&download=1]``: what torchvision has on this machine.
+"""torchvision's data sets on this machine: ``torchvision:NAME[:SPLIT][?root=DIR&download=1]``.
 
-torchvision itself reads the files, also those that are pickles (CIFAR's), after it has compared
-their MD5 with the published files'.
+torchvision reads the files itself, also pickles (CIFAR's), after comparing their MD5 with that of
+the published files.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def open_vision(reference: DataReference) -> VisionImages:
 def _split(
     reference: DataReference, parameter: str, split: str
 ) -> tuple[tuple[str, bool | str], ...]:
-    """What the constructor is given for ``split``."""
+    """Return the constructor's argument for ``split``."""
     if parameter == "train":
         if split not in ("train", "test"):
             raise DataError(f"{reference.text}: write its split, train or test: {_with(reference)}")

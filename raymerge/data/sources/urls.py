@@ -1,4 +1,4 @@
-"""Data at URLs: brought into the cache, then read as any local folder or file."""
+"""Data at URLs: fetched into the cache, then read as local folders or files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from raymerge.files.urls import is_remote
 
 
 def local_reference(reference: str) -> str:
-    """The same reference with the local copy in place of a URL; others as they are.
+    """Return a reference with the local copy in place of a URL.
 
-    ``?`` begins the options, as for paths, but for http(s), whose query is part of the URL.
+    ``?`` begins the options, as for paths, except for http(s), whose query is part of the URL.
     Raises :class:`DataError`.
     """
     if not is_remote(reference):

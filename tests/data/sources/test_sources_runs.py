@@ -133,7 +133,7 @@ def test_processes_copy_what_one_copies(stored, tmp_path, monkeypatch):
     copies = {}
     for workers in (1, 2):
         monkeypatch.setenv("RAYMERGE_CACHE", str(tmp_path / str(workers)))
-        monkeypatch.setattr("raymerge.apps.experiments.corrupted_tasks._ALONE", 0)
+        monkeypatch.setattr("raymerge.apps.experiments.corrupted_tasks._FEW", 0)
         corrupted_tasks(_tasks(stored)[:1], noise, workers=workers)
         copies[workers] = {
             path.relative_to(tmp_path / str(workers)): path.read_bytes()
