@@ -85,7 +85,7 @@ def _raymerge(args: argparse.Namespace) -> None:
             if record.step < args.steps:
                 _wait(args)
 
-        start = LearningState.at(inputs.initial_lambdas())
+        start = LearningState.initial(inputs.initial_lambdas())
         learning = inputs.learning(group)
         state = learn(group, learning.optimizer, start, args.steps, learning.monitor, observe)
     if args.out:

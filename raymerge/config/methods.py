@@ -1,6 +1,7 @@
-"""Every method's options, one class each; ``merging.registry`` says what they are.
+"""Every method's options, one class each, validated at construction.
 
-A class's ``name`` is the one written in YAML.
+A class's ``name`` is the one written in YAML. What a method does is left to its row in
+``merging.registry``.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ Granularity = Literal["task", "block", "tensor"]
 TrimScope = Literal["visual", "full", "tensor"]
 ObjectiveName = Literal["entropy", "kl", "infomax", "cross_entropy"]
 Reference = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
-"""A path or what stands for one; no path is empty or holds a zero byte."""
+"""A path, a URL or a model's name; none is empty or holds a zero byte."""
 
 
-def _decaying(betas: tuple[float, float]) -> tuple[float, float]:
+def _check_betas(betas: tuple[float, float]) -> tuple[float, float]:
     if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas {betas} must each lie in [0, 1)")
+        raise ValueError(f"betas must each lie in [0, 1), got {betas}")
     return betas
 
 
-Betas = Annotated[tuple[float, float], AfterValidator(_decaying)]
-"""Adam's."""
+Betas = Annotated[tuple[float, float], AfterValidator(_check_betas)]
+"""Adam's decay rates of the two moments."""
 
 
 class Frozen(BaseModel):
@@ -35,9 +36,9 @@ class MethodOptions(Frozen):
     """The options of one method; ``name`` is its row in ``merging.registry``."""
 
     adapts_models_only: ClassVar[bool] = True
-    """Whether a task's images serve its own checkpoint; images without one are then a mistake."""
+    """True if a task's images serve only its own checkpoint; images without one are an error."""
     may_skip_steps: ClassVar[bool] = True
-    """Whether a step that is not finite may be left out."""
+    """True if a step that is not finite may be skipped."""
     name: str
 
 
@@ -76,10 +77,10 @@ class Ties(MethodOptions):
 class Dare(MethodOptions):
     name: Literal["dare"]
     density: float = Field(default=0.2, gt=0, le=1)
-    """Share of the entries that are kept, at random; they are divided by it."""
+    """The fraction of the entries that are kept, at random; they are divided by it."""
     scaling: float = 0.3
     elect_sign: bool = False
-    """Keep only what agrees with its column's sum, as TIES does after trimming."""
+    """Keep only entries with the sign of their column's sum, as TIES does after trimming."""
 
 
 class Tsv(MethodOptions):
@@ -90,14 +91,14 @@ class Tsv(MethodOptions):
 class IsoC(MethodOptions):
     name: Literal["iso_c"]
     scaling: float = 1.3
-    """The paper's for ViT-B/32 and 8 tasks; 1.4 for B/16, 1.5 for L/14."""
+    """The default is the paper's for ViT-B/32 and 8 tasks; it has 1.4 for B/16, 1.5 for L/14."""
 
 
 class IsoCts(MethodOptions):
     name: Literal["iso_cts"]
     scaling: float = 1.5
     common_fraction: float = Field(default=0.8, gt=0, le=1)
-    """Share of the singular directions that is common to all tasks."""
+    """The fraction of the singular directions that is common to all tasks."""
 
 
 class Wudi(MethodOptions):
@@ -110,7 +111,7 @@ class Wudi(MethodOptions):
 class Fisher(MethodOptions):
     name: Literal["fisher"]
     images: int = Field(default=256, ge=1)
-    """Of each task, unlabeled."""
+    """The number of unlabeled images of each task."""
     samples: Literal["exact"] | Annotated[int, Field(ge=1)] = 1
     """Labels drawn from the model's own prediction per image; ``exact``: all classes, weighted."""
 
@@ -119,7 +120,7 @@ class RegMean(MethodOptions):
     name: Literal["regmean"]
     images: int = Field(default=256, ge=1)
     alpha: float = Field(default=0.95, ge=0, le=1)
-    """What is left of the Gram matrices off their diagonal."""
+    """The factor of the Gram matrices' entries off the diagonal."""
 
 
 class RegMeanPP(MethodOptions):
@@ -129,7 +130,7 @@ class RegMeanPP(MethodOptions):
 
 
 class Joint(MethodOptions):
-    """The reference that was trained on all tasks at once, to be compared with."""
+    """A reference to compare with, that was trained on all tasks at once."""
 
     name: Literal["joint"]
     checkpoint: Reference
@@ -143,22 +144,22 @@ class AdaMerging(MethodOptions):
     and ``iso``: bases whose sum is TSV-M and Iso-CTS."""
     objective: ObjectiveName = "entropy"
     temperature: float = Field(default=2.0, gt=0)
-    """Of ``kl``."""
+    """The temperature of ``kl``."""
     normalise: bool = False
     """Divide each task's loss by ln C, so that tasks with many classes do not dominate."""
     filter: float | None = Field(default=None, gt=0)
-    """Only images whose entropy is below this share of ln C count, the surer the more (EATA)."""
+    """Count only images whose entropy is below this fraction of ln C, the lower the more (EATA)."""
     init: float | None = None
-    """Default: 0.3, or 1.0 for ``tsv`` and ``iso``, where that is the method itself."""
+    """Default: 0.3; 1.0 for ``tsv`` and ``iso``, where λ = 1 is the method itself."""
     clamp: Clamp = "projected"
     collapse: Literal["ignore", "warn", "stop", "restore"] = "warn"
-    """What to do when a task's predictions collapse to few classes: ``restore`` sets its λ back to
+    """The reaction when a task's predictions collapse to few classes; ``restore`` resets its λ to
     the first ones and no longer counts its images."""
     density: float = Field(default=0.2, gt=0, le=1)
-    """Of ``ties`` and ``dare``."""
+    """The density of ``ties`` and ``dare``."""
     trim_scope: TrimScope = "visual"
     common_fraction: float = Field(default=0.8, gt=0, le=1)
-    """Of ``iso``."""
+    """The common fraction of ``iso``."""
 
     @property
     def effective_init(self) -> float:
@@ -168,7 +169,7 @@ class AdaMerging(MethodOptions):
 
 
 class _FrankWolfe(MethodOptions):
-    adapts_models_only: ClassVar[bool] = False  # the images are the objective's
+    adapts_models_only: ClassVar[bool] = False  # the images belong to the objective
     may_skip_steps: ClassVar[bool] = False  # every iteration counts in the next step's size
     granularity: Literal["task", "tensor"] = "tensor"
     """Choose one model for all tensors, or one for each."""
@@ -176,7 +177,7 @@ class _FrankWolfe(MethodOptions):
     """``inner``: the linear minimisation oracle ⟨∂ℒ/∂θ, θ_k⟩; ``cosine``: the released code's."""
     objective: Literal["cross_entropy", "entropy"] = "cross_entropy"
     images: int = Field(default=100, ge=1)
-    """Of each task for one gradient; labelled for ``cross_entropy``."""
+    """The images of each task for one gradient; labelled for ``cross_entropy``."""
     start: Reference | None = None
     """An output folder (or its ``lambdas.json``) of the same tasks; default: the pretrained model.
     """
@@ -196,9 +197,9 @@ class FwSoft(_FrankWolfe):
     granularity: Literal["task", "tensor"] = "task"
     iterations: int = Field(default=15, ge=1)
     init: float = 0.3
-    """First coefficients of the first iteration's merge."""
+    """The first coefficients in the first iteration's merge."""
     later_init: float = 0.01
-    """And of the later ones."""
+    """The first coefficients in every later iteration's merge."""
 
 
 MethodConfig = Annotated[

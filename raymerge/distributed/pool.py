@@ -105,7 +105,7 @@ class WorkerPool:
             config.start_timeout_s, config.hang_timeout_s, "cluster.start_timeout_s"
         )
         self._worker_class = worker_class
-        self._source = source.stored(lambda value: StoredValue(ray.put(value)))
+        self._source = source.store_parts(lambda value: StoredValue(ray.put(value)))
         self._preemption = PreemptionMonitor()
 
     @property

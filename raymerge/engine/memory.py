@@ -1,6 +1,8 @@
-"""What a worker holds, and what fits where: pure decisions, tested without big memory.
+"""The memory of a worker: what it needs, and where its task vectors fit.
 
-Estimates are compared with measured peaks by ``benchmarks/memory.py``.
+The functions are pure decisions over numbers of bytes, so they are tested without much memory;
+``benchmarks/memory.py`` compares the estimates with measured peaks. Measuring a model is left to
+``runs.plan``.
 """
 
 from __future__ import annotations
@@ -15,15 +17,15 @@ from raymerge.config import VectorDtype, VectorLocation, VectorsConfig
 from raymerge.engine.messages import VectorStorage
 
 _ACTIVATION_BYTES = 1 << 29
-"""Of one pass on a CPU: passes of half a gigabyte run as fast as larger ones, and leave the memory
-to the task vectors."""
+"""The activations of one pass on a CPU: passes of half a gigabyte run as fast as larger ones, and
+leave the memory to the task vectors."""
 _USABLE = 0.92
-"""Of a machine's memory: the rest is the system's."""
+"""The fraction of a machine's memory that workers may use; the rest is the system's."""
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def machine_bytes() -> int:
-    """This machine's memory, or this container's limit if that is less."""
+    """Return this machine's memory, or this container's limit if that is less."""
     total = int(psutil.virtual_memory().total)
     for name in _CGROUP_LIMITS:
         try:
@@ -36,47 +38,50 @@ def machine_bytes() -> int:
 
 
 def micro_batch(
-    wanted: int | Literal["auto", "all"], bytes_per_image: int, gpu: bool
+    setting: int | Literal["auto", "all"], bytes_per_image: int, gpu: bool
 ) -> int | None:
-    """Most images in one pass; None: all of them."""
-    if wanted == "all" or (wanted == "auto" and gpu):
+    """Return the largest number of images in one pass; None for all of them."""
+    if setting == "all" or (setting == "auto" and gpu):
         return None
-    if wanted == "auto":
+    if setting == "auto":
         return max(1, _ACTIVATION_BYTES // max(1, bytes_per_image))
-    return wanted
+    return setting
 
 
-def pass_images(images: int, most: int | None) -> int:
-    """Images of one pass when ``images`` are split evenly into as few as hold ``most`` at most."""
-    if most is None or images <= most:
+def pass_images(images: int, limit: int | None) -> int:
+    """Return the images of one pass when ``images`` are split evenly into as few passes as fit.
+
+    ``limit``: the most images that one pass may hold; None for any number.
+    """
+    if limit is None or images <= limit:
         return images
-    return -(-images // -(-images // most))
+    return -(-images // -(-images // limit))
 
 
 def choose_storage(
-    wanted: VectorsConfig, float32_bytes: int, device_room: int | None, host_room: int | None
+    config: VectorsConfig, float32_bytes: int, device_room: int | None, host_room: int | None
 ) -> VectorStorage:
-    """The first of device, host and disk with room for a worker's vectors, in float32 if it has.
+    """Return the first of device, host and disk with room for the vectors, in float32 if it has.
 
-    ``float32_bytes``: one worker's vectors. ``device_room``, ``host_room``: bytes that are left
-    for them; None where that is not known, and then there is room.
+    ``float32_bytes``: the size of one worker's vectors. ``device_room``, ``host_room``: the bytes
+    left for them; None where that is not known, and then there is room.
     """
     dtypes: list[VectorDtype] = (
-        ["float32", "bfloat16"] if wanted.dtype == "auto" else [wanted.dtype]
+        ["float32", "bfloat16"] if config.dtype == "auto" else [config.dtype]
     )
     locations: list[VectorLocation] = (
-        ["device", "host", "disk"] if wanted.location == "auto" else [wanted.location]
+        ["device", "host", "disk"] if config.location == "auto" else [config.location]
     )
     room = {"device": device_room, "host": host_room, "disk": None, "files": None}
     for location in locations:
         for dtype in dtypes:
             if _fits(vector_bytes(dtype, float32_bytes), room[location]):
-                return VectorStorage(dtype, location, wanted.folder)
-    return VectorStorage(dtypes[-1], locations[-1], wanted.folder)
+                return VectorStorage(dtype, location, config.folder)
+    return VectorStorage(dtypes[-1], locations[-1], config.folder)
 
 
 def vector_bytes(dtype: VectorDtype, float32_bytes: int) -> int:
-    """What vectors take that would take ``float32_bytes`` in float32."""
+    """Return the bytes in ``dtype`` of vectors that take ``float32_bytes`` in float32."""
     return float32_bytes if dtype == "float32" else float32_bytes // 2
 
 
@@ -86,20 +91,20 @@ def _fits(need: int, room: int | None) -> bool:
 
 @dataclass(frozen=True)
 class WorkerNeeds:
-    """Bytes of one worker of a learned merge, but for its task vectors."""
+    """The bytes that one worker of a learned merge needs besides its task vectors."""
 
     process: int
     """Python with its libraries, before any model."""
     weights: int
     """θ and ∂ℒ/∂θ, flat, of the whole tower."""
     pretrained: int
-    """θ₀ of its shard."""
+    """θ₀ of the worker's shard."""
     images: int
     """Pinned, uint8."""
     coefficients: int
     """λ and ∂ℒ/∂λ of every cell, as the merge and the inner products spread them."""
     activations: int
-    """Of one pass; or what writing the merged model takes afterwards, if that is more."""
+    """The activations of one pass, or the memory to write the merged model if that is more."""
 
     @property
     def on_device(self) -> int:
@@ -107,22 +112,22 @@ class WorkerNeeds:
 
 
 def storage_for(
-    wanted: VectorsConfig,
+    config: VectorsConfig,
     needs: WorkerNeeds,
     float32_bytes: int,
     workers_here: int,
     memory_bytes: int | None,
     gpu_bytes: int | None,
 ) -> VectorStorage:
-    """Where a worker's vectors go when ``workers_here`` workers share this machine's memory."""
+    """Return where a worker's vectors go when ``workers_here`` workers share this machine."""
     on_host = needs.process + needs.images + (0 if gpu_bytes else needs.on_device)
     host = None if memory_bytes is None else int(_USABLE * memory_bytes) // workers_here - on_host
     device = host if gpu_bytes is None else int(_USABLE * gpu_bytes) - needs.on_device
-    return choose_storage(wanted, float32_bytes, device, host)
+    return choose_storage(config, float32_bytes, device, host)
 
 
 def worker_bytes(needs: WorkerNeeds, storage: VectorStorage, float32_bytes: int) -> dict[str, int]:
-    """What a worker holds, by name; a mapped file is not held."""
+    """Return the bytes that a worker holds, by name; a mapped file counts 0."""
     vectors = vector_bytes(storage.dtype, float32_bytes)
     return {
         "process": needs.process,

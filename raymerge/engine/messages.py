@@ -1,4 +1,6 @@
-"""What travels between the driver and the workers: small, picklable, no tensors of the model.
+"""The messages between the driver and the workers: small, picklable, without the model's tensors.
+
+Sending them is left to the groups (``engine.driver.groups``, ``distributed``).
 
 Legend: K models, M tasks, L layers, C classes of the task with the most.
 """
@@ -42,7 +44,7 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class VectorStorage:
-    """Where and in which precision a worker pins its task vectors. ``folder``: for ``disk``."""
+    """The place and precision of a worker's task vectors. ``folder``: for ``disk``."""
 
     dtype: VectorDtype = "float32"
     location: VectorLocation = "device"
@@ -51,9 +53,9 @@ class VectorStorage:
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """Get ready to learn λ: which vectors to pin, and which images the steps will use.
+    """A request to load what learning λ needs: the task vectors, and the examples of all steps.
 
-    ``models``: the K checkpoints.
+    ``models``: the K checkpoints. ``slots_per_step``: the examples of each task in one step.
     """
 
     models: tuple[str, ...]
@@ -68,17 +70,18 @@ class LoadRequest:
     storage: VectorStorage = VectorStorage()
 
     def same_vectors(self, other: LoadRequest) -> bool:
-        """Whether what is pinned for the other serves this one."""
-        mine = (self.models, self.granularity, self.storage)
-        plain = self.basis is None and other.basis is None
-        return plain and mine == (other.models, other.granularity, other.storage)
+        """Return True if the vectors loaded for ``other`` serve this request."""
+        if self.basis is not None or other.basis is not None:
+            return False
+        key = (self.models, self.granularity, self.storage)
+        return key == (other.models, other.granularity, other.storage)
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the workers of one group meet: rank 0's store, and the name of this attempt.
+    """The meeting point of one group's workers: rank 0's store, and the name of this attempt.
 
-    ``join_timeout_s``: for all to come; ``timeout_s``: for every collective thereafter.
+    ``join_timeout_s``: the wait for all to join; ``timeout_s``: that of every later collective.
     """
 
     host: str
@@ -91,7 +94,7 @@ class Rendezvous:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A worker's answer to a ping: what it is at, and for how long."""
+    """A worker's answer to a ping: its current phase, and the seconds since it began."""
 
     phase: str
     seconds: float
@@ -103,7 +106,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a worker holds once it is ready to step."""
+    """The examples and bytes that a worker has loaded once it is ready to step."""
 
     rank: int
     device: str
@@ -116,11 +119,12 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class StepRequest:
-    """Compute the local gradient of step ``step`` at the effective coefficients (K, L).
+    """A request for the local gradient of step ``step`` at the effective coefficients (K, L).
 
-    ``weights`` (M,): of the tasks' losses, None for 1. ``marginals`` (M, C): the running mean of
-    the predictions, for infomax. ``rows``: the models whose gradient is wanted, if not all (the
-    others' may be 0). ``details``: also what scores candidates (``StepResult.details``).
+    ``weights`` (M,): the weights of the tasks' losses, None for 1. ``marginals`` (M, C): the mean
+    predictions so far, for infomax. ``rows``: the models whose gradient is needed, if not all
+    (the others' may be 0). ``details``: True to compute ``StepResult.details`` too.
+
     Steps are idempotent: the same request gives the same result however often it is sent. A result
     carries its ``generation`` back, so that one of an abandoned group is recognised.
     """
@@ -136,9 +140,9 @@ class StepRequest:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One worker's share of a step: its gradient (K, L), and its parts of the tasks' means.
+    """One worker's part of a step: its gradient (K, L), and its parts of the tasks' means.
 
-    ``loss``, ``entropy`` (M,); ``probabilities`` (M, C): of the mean prediction. ``details``, per
+    ``loss``, ``entropy`` (M,); ``probabilities`` (M, C): the mean predictions. ``details``, per
     layer of its columns: ``gradient_base`` ⟨∂ℒ/∂θ, θ₀⟩, ``gradient_square``, ``theta_square`` (L,)
     and ``model_square`` ‖θ_k‖² (K, L).
     """
@@ -155,15 +159,16 @@ class StepResult:
 
 
 IncidentKind = Literal["worker", "start", "preemption", "interruption"]
-"""Whose fault a failure was; an interruption is nobody's: a message or a peer was lost."""
+"""The cause of a failure; an interruption is no worker's fault: a message or a peer was lost."""
 
 
 @dataclass(frozen=True)
 class Incident:
-    """One failure that a run survived. ``ranks``: who was lost, by their numbers at the time.
+    """One failure that a run recovered from. ``ranks``: the lost ranks, as numbered at the time.
 
-    ``kind``: the worst of what befell them. ``detect_s``: from the call that failed until it was
-    known; ``recover_s``: from then until all were ready again. ``workers``: how many go on.
+    ``kind``: the worst cause among them. ``detect_s``: from the failing call until the failure was
+    known; ``recover_s``: from then until all workers were ready again. ``workers``: the number of
+    workers that go on.
     """
 
     what: str
@@ -177,11 +182,11 @@ class Incident:
 
 @dataclass(frozen=True)
 class StatisticsRequest:
-    """What one expert makes of its own task's images; see ``statistics.ExpertStatistics``.
+    """A request for one expert's statistics on its own examples; see ``clip_statistics``.
 
-    ``images``: how many, drawn with ``seed``. ``samples``: of Fisher, None for exact. ``block``,
-    ``merged``: of RegMean++, which block, and the tensors that are merged by now and new to the
-    worker.
+    ``images``: their number, drawn with ``seed``. ``samples``: for Fisher, the classes drawn per
+    image, None for exact. ``block``, ``merged``: for RegMean++, the block, and the merged tensors
+    that the worker does not have yet.
     """
 
     kind: Literal["fisher", "grams", "block_grams"]
@@ -195,7 +200,7 @@ class StatisticsRequest:
 
 @dataclass(frozen=True)
 class StatisticsResult:
-    """Of one task: arrays by tensor name, or the flat Fisher diagonal as ``fisher``."""
+    """One task's arrays by tensor name, or its flat Fisher diagonal as ``fisher``."""
 
     task: int
     values: Mapping[str, NDArray[np.float32]]
@@ -203,9 +208,9 @@ class StatisticsResult:
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """Score the test images of the tasks named in ``checkpoints``, each on its checkpoint.
+    """A request to score the test images of the tasks in ``checkpoints``, each on its checkpoint.
 
-    ``per_sample``: also every image's own loss and entropy.
+    ``per_sample``: True to return every image's own loss and entropy too.
     """
 
     checkpoints: Mapping[str, str]
@@ -217,7 +222,7 @@ class EvaluateRequest:
 class ChunkScore:
     """Sums over one fixed chunk of a task's test images, in nats.
 
-    ``losses``, ``entropies`` (examples,): their terms in the order of the images, if asked for.
+    ``losses``, ``entropies`` (examples,): their terms in the order of the images, if requested.
     """
 
     task: int

@@ -1,18 +1,17 @@
-"""Scores of a model on labelled images: sums per chunk in, accuracy and losses per task out."""
+"""Scores of a model on labelled images: from sums per chunk to accuracy and losses per task.
+
+Computing the sums is left to ``engine.worker.evaluation``.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from raymerge.engine.messages import ChunkScore, FloatArray
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -34,25 +33,25 @@ class Samples:
 
 
 def summarise(scores: Iterable[ChunkScore], names: Sequence[str]) -> dict[str, TaskScore]:
-    """Chunk sums → one row per task, in task order, whoever computed them in whatever order."""
+    """Return one row for each task, in task order, whatever order the chunk sums come in."""
     ordered = sorted(scores, key=lambda s: (s.task, s.chunk))
     rows = {}
     for task in sorted({s.task for s in ordered}):
-        mine = [s for s in ordered if s.task == task]
-        n = sum(s.examples for s in mine)
+        chunks = [s for s in ordered if s.task == task]
+        n = sum(s.examples for s in chunks)
         rows[names[task]] = TaskScore(
-            top1=sum(s.correct for s in mine) / n,
-            loss=sum(s.loss for s in mine) / n,
-            entropy=sum(s.entropy for s in mine) / n,
+            top1=sum(s.correct for s in chunks) / n,
+            loss=sum(s.loss for s in chunks) / n,
+            entropy=sum(s.entropy for s in chunks) / n,
             examples=n,
         )
     return rows
 
 
 def samples(scores: Iterable[ChunkScore], names: Sequence[str]) -> dict[str, Samples]:
-    """Every test image's values by task, in task and image order, whoever computed them.
+    """Return every test image's values by task, in task and image order.
 
-    The scores must answer a request with ``per_sample``.
+    The scores must be those of a request with ``per_sample``.
     """
     ordered = sorted(scores, key=lambda s: (s.task, s.chunk))
     parts: dict[str, list[tuple[FloatArray, FloatArray]]] = {}
@@ -67,7 +66,7 @@ def samples(scores: Iterable[ChunkScore], names: Sequence[str]) -> dict[str, Sam
 
 
 def results_json(method: str, rows: Mapping[str, TaskScore]) -> dict[str, object]:
-    """The contract's ``results.json``: unweighted means over the tasks that have test images.
+    """Return the content of ``results.json``: the tasks' rows and their unweighted means.
 
     A loss that is not finite (a model merged with too large a λ) is null: JSON has no NaN.
     """

@@ -1,1 +1,1 @@
-"""Pure tensor maths of merging: no Ray, no files, no models."""
+"""The maths of merging over tensors, and the registry of methods: no Ray, no files, no models."""

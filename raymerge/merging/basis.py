@@ -1,7 +1,8 @@
-"""What λ multiplies: the rows V that a method makes of the task vectors.
+"""Bases: the rows V that a method makes of the task vectors, and that λ multiplies.
 
-Every method that needs the checkpoints alone is θ₀ + Σ_j λ_j V_j for some rows V: the task vectors
-themselves, K transformed ones, or one row that has merged them already.
+Every method that needs only the checkpoints is θ₀ + Σ_j λ_j V_j for some rows V: the task vectors
+themselves, K transformed ones, or one row that has merged them already. Reading the task vectors is
+left to ``models.checkpoints``.
 
 Legend: K tasks, J rows, n columns of one piece, M × N one matrix.
 """
@@ -20,10 +21,10 @@ from raymerge.merging.ties import TiesStatistics
 
 @dataclass(frozen=True)
 class BasisInputs:
-    """What a basis may depend on besides its options.
+    """The inputs of a basis besides its options.
 
-    ``names``: the models', in the order of the rows. ``ties``: computes the statistics of TIES over
-    the checkpoints (``models.checkpoints.task_vectors.ties_statistics``, bound to the files).
+    ``names``: the models' names in the order of the rows. ``ties``: computes the statistics of TIES
+    over the checkpoints (``models.checkpoints.task_vectors.ties_statistics``, bound to the files).
     """
 
     names: tuple[str, ...]
@@ -32,22 +33,25 @@ class BasisInputs:
 
 
 class Basis(Protocol):
-    """``rows`` of the columns of one piece; equal however the vector is cut into pieces.
+    """Makes the rows of one piece's columns, equal however the vector is cut into pieces.
 
-    ``whole_tensors``: a piece must be a whole tensor.
+    ``whole_tensors``: True if a piece must be a whole tensor.
     """
 
     @property
     def whole_tensors(self) -> bool: ...
 
     def rows(self, vectors_Kn: Tensor, piece: Piece, shape: tuple[int, ...]) -> Tensor:
-        """V (J, n) of the raw task vectors (K, n), which it may change; ``shape``: the tensor's."""
+        """Return V (J, n) of the task vectors (K, n), which may be overwritten.
+
+        ``shape``: the shape of the whole tensor.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class MatrixBasis:
-    """A function of each matrix; tensors of other shapes are averaged.
+    """Applies a function to each matrix and averages tensors of other shapes.
 
     ``function``: (K, M, N) → (K, M, N) if its rows stay apart, (M, N) if it merges them. It must be
     picklable.
@@ -55,7 +59,7 @@ class MatrixBasis:
 
     function: Callable[[Tensor], Tensor]
     separate: bool = True
-    """Whether the tasks keep a row each."""
+    """True if each task keeps a row of its own."""
     whole_tensors: bool = True
 
     def rows(self, vectors_Kn: Tensor, piece: Piece, shape: tuple[int, ...]) -> Tensor:
@@ -68,8 +72,8 @@ class MatrixBasis:
 
 
 @dataclass(frozen=True)
-class Given:
-    """One row, ``delta_P`` on the flat grid, that is there already whatever is merged."""
+class ConstantRow:
+    """One row that is known already: ``delta_P`` on the flat grid, whatever is merged."""
 
     delta_P: Tensor
     whole_tensors: bool = False

@@ -1,8 +1,8 @@
 """DARE (Yu et al., ICML 2024): drop entries of the task vectors at random, rescale the rest.
 
 The random number of an entry is a function of the seed, the task's name and the entry's position
-in the flat vector: Philox counts positions. Whoever holds a slice draws exactly its numbers, so
-the masks do not depend on how the vector is cut.
+in the flat vector: Philox counts positions. Any slice of the vector draws exactly its own numbers,
+so the masks do not depend on how the vector is cut.
 
 Legend: K tasks, N columns (any slice of the flat vector that starts a cell).
 """
@@ -21,17 +21,17 @@ from raymerge.merging.layout import CELL, Piece
 from raymerge.merging.ties import disjoint, elect_sign
 
 _PER_COUNT = 8
-"""32-bit numbers, one a column, that Philox makes of one value of its counter."""
+"""32-bit numbers, one for each column, that Philox makes of one value of its counter."""
 
 _BLOCK = 64 * CELL
-"""Columns at a time: their numbers and their entries stay in the processor's cache."""
+"""Columns in one block: their numbers and their entries stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
 class Dare:
     """DARE of K tasks, ``names`` in their order, each entry kept with probability ``density``.
 
-    ``elect_sign``: keep only what agrees with the sign of the column's sum, which is TIES after
+    ``elect_sign``: keep only entries that have the sign of the column's sum, which is TIES after
     DARE without trimming by magnitude (mergekit's ``dare_ties``). A column that sums to zero keeps
     nothing; mergekit keeps its positive entries.
     """
@@ -43,9 +43,11 @@ class Dare:
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
-            raise ValueError(f"density is {self.density}: it must be above 0 and at most 1")
+            raise ValueError(f"density must be above 0 and at most 1, got {self.density}")
         if len(set(self.names)) < len(self.names):
-            raise ValueError(f"tasks of one name would share a mask: {', '.join(self.names)}")
+            raise ValueError(
+                f"task names must differ to give different masks, got {', '.join(self.names)}"
+            )
 
     @property
     def whole_tensors(self) -> bool:
@@ -55,7 +57,7 @@ class Dare:
         return self.phi(vectors_Kn, piece.start)
 
     def phi(self, vectors_KN: Tensor, start: int) -> Tensor:
-        """The K separate vectors, (K, N), of the columns from ``start``."""
+        """Return the K separate vectors, (K, N), of the columns from ``start``."""
         kept_KN = drop_and_rescale(vectors_KN, self.names, self.seed, start, self.density)
         return disjoint(kept_KN, elect_sign(kept_KN, 0.0)) if self.elect_sign else kept_KN
 
@@ -63,7 +65,7 @@ class Dare:
 def drop_and_rescale(
     vectors_KN: Tensor, names: Sequence[str], seed: int, start: int, density: float
 ) -> Tensor:
-    """Every entry x becomes x / ``density`` with that probability, else 0 (§3.1): (K, N).
+    """Return x / ``density`` of each entry x with that probability, else 0 (§3.1): (K, N).
 
     ``start``: flat position of the first column, a multiple of ``CELL``.
     """
@@ -79,19 +81,19 @@ def drop_and_rescale(
 
 
 def dropped(seed: int, name: str, start: int, columns: int, density: float) -> Tensor:
-    """(n,) bool: which entries of the vector ``name`` lose their value, from a cell's ``start``."""
+    """Return which entries of the vector ``name`` are dropped, (n,) bool, from a cell's start."""
     if start % CELL:
         raise ValueError(f"columns from {start} do not start a cell of {CELL}")
     return _dropped(_generator(seed, name, start), columns, density)
 
 
 def _generator(seed: int, name: str, start: int) -> np.random.Philox:
-    """Random bits of one task from flat position ``start`` on."""
+    """Return the random bits of one task from flat position ``start`` on."""
     digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest()
     return np.random.Philox(key=int.from_bytes(digest, "little"), counter=start // _PER_COUNT)
 
 
 def _dropped(random: np.random.Philox, columns: int, density: float) -> Tensor:
-    """(n,) bool: which of the next columns are dropped, 32 bits a column."""
+    """Return which of the next columns are dropped, (n,) bool, from 32 bits for each."""
     bits_n = random.random_raw(-(-columns // 2)).view(np.uint32)[:columns]
     return torch.from_numpy(bits_n >= round(density * 2**32))

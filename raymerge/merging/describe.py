@@ -1,7 +1,7 @@
-"""Words for people: what follows a method's title, and the model card's account of a merge.
+"""Texts for readers: the options behind a method's title, and the model card's account of a merge.
 
 Each account is a full sentence on how the coefficients or the merged weights were found, and from
-which images.
+which images. The registry assigns the texts to the methods.
 """
 
 from __future__ import annotations

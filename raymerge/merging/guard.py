@@ -1,4 +1,7 @@
-"""Notice a task that entropy minimisation makes confidently wrong. Pure: a state in, a state out.
+"""The criterion of collapse: entropy minimisation makes a task confidently wrong.
+
+The guard is pure: a state in, a new state out. Reacting to a collapse is left to
+``engine.driver.monitor``.
 
 Legend: K tasks.
 """
@@ -13,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GuardState:
-    """Per task (K,) float64 in nats, after ``steps`` steps: smoothed values, and those at start."""
+    """Smoothed values after ``steps`` steps, and those at the start: (K,) float64 each, in nats."""
 
     entropy: Tensor
     marginal: Tensor
@@ -23,24 +26,24 @@ class GuardState:
 
     @classmethod
     def start(cls, tasks: int) -> GuardState:
-        """Before the first step. The zeros do not enter any average."""
+        """Return the state before the first step; its zeros do not enter any average."""
         zero_K = torch.zeros(tasks, dtype=torch.float64)
         return cls(zero_K, zero_K, zero_K, zero_K)
 
 
 @dataclass(frozen=True)
 class CollapseGuard:
-    """Watches the mean entropy E H(p) and the marginal entropy H(E p) of every task, no labels.
+    """Compares each task's mean entropy E H(p) and marginal entropy H(E p) with those at its start.
 
     Minimising E H(p) alone has a trivial solution: the same confident answer to every image. (On
     EuroSAT under impulse noise task arithmetic has 49.1 % and AdaMerging 30.8 %.) On the way the
-    answers crowd into few classes, so H(E p) falls together with E H(p); in healthy adaptation
+    answers concentrate on few classes, so H(E p) falls together with E H(p); in healthy adaptation
     E H(p) falls alone. A task is collapsing while both are below their start, H(E p) by
     ``collapse_fraction``. The ratio needs no ln C, so one setting serves 10 and 397 classes.
 
-    What it cannot see: confident errors that stay spread over the classes (H(E p) is unchanged);
-    a task that had collapsed before the start. And it warns in vain if few of the classes occur
-    among the images but the start spread its answers over all of them.
+    It misses confident errors that stay spread over the classes (H(E p) is unchanged), and a task
+    that had collapsed before the start. It gives a false alarm if few of the classes occur among
+    the images but the model's first answers were spread over all of them.
 
     The marginal must be of E p averaged over many batches: one batch of B ≪ C images has
     H(mean p) ≤ mean H + ln B, which falls in healthy adaptation too.
@@ -49,14 +52,14 @@ class CollapseGuard:
     collapse_fraction: float = 0.5
     """Collapsing is H(E p) below this fraction of its start: of 10 classes, about 3 left in use."""
     momentum: float = 0.1
-    """The weight of a step in the smoothed values: no one small batch trips the guard."""
+    """The weight of a step in the smoothed values, so small that no single batch is a collapse."""
     warmup_steps: int = 10
-    """The mean of these first steps is the start; they are not judged."""
+    """The mean of these first steps is the start; no collapse is reported in them."""
 
     def observe(
         self, state: GuardState, entropy_K: Tensor, marginal_K: Tensor
     ) -> tuple[GuardState, list[int]]:
-        """Add one step's E H(p) and H(E p), (K,) in nats; the tasks that are collapsing now."""
+        """Add one step's E H(p) and H(E p), (K,) in nats; return the tasks collapsing now."""
         steps = state.steps + 1
         weight = 1 / steps if steps <= self.warmup_steps else self.momentum
         entropy_K = state.entropy + weight * (entropy_K.double() - state.entropy)

@@ -1,4 +1,6 @@
-"""The flat parameter vector: which tensor lies where, what one λ covers, who holds which columns.
+"""The flat parameter vector: the place of each tensor, the layer of each λ, the columns of a shard.
+
+Everything follows from the tensors' names and shapes; the values are left to others.
 
 Legend: K tasks, T tensors, L layers (coefficient groups), P columns of the flat vector (the
 parameters, each tensor padded to whole cells), C cells of one shard, N = C·CELL columns of it.
@@ -42,13 +44,13 @@ class ParameterLayout:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> ParameterLayout:
-        """The floating-point tensors of a state dict, in its order; no integer buffers."""
-        kept = {name: t for name, t in tensors.items() if t.is_floating_point()}
-        return cls(tuple(kept), tuple(tuple(t.shape) for t in kept.values()))
+        """Return the layout of a state dict's floating-point tensors, in its order."""
+        floats = {name: t for name, t in tensors.items() if t.is_floating_point()}
+        return cls(tuple(floats), tuple(tuple(t.shape) for t in floats.values()))
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Parameters of each tensor."""
+        """The number of parameters of each tensor."""
         return tuple(math.prod(shape) for shape in self.shapes)
 
     @cached_property
@@ -58,7 +60,7 @@ class ParameterLayout:
 
     @property
     def parameters(self) -> int:
-        """The parameters themselves, without padding."""
+        """The number of parameters, without padding."""
         return sum(self.sizes)
 
     @property
@@ -67,7 +69,7 @@ class ParameterLayout:
         return self.offsets[-1]
 
     def views(self, flat_P: Tensor) -> dict[str, Tensor]:
-        """Every tensor as a view into ``flat_P`` (P or more elements), by name."""
+        """Return every tensor by name, as a view into ``flat_P`` (P or more elements)."""
         return {
             name: flat_P[start : start + size].view(shape)
             for name, shape, start, size in zip(
@@ -76,7 +78,7 @@ class ParameterLayout:
         }
 
     def layers(self, granularity: Granularity) -> LayerMap:
-        """What one coefficient covers: everything, a transformer block, or one tensor."""
+        """Return the layers: one for all tensors, one for each block, or one for each tensor."""
         if granularity == "task":
             return LayerMap(("all",), (0,) * len(self.names))
         if granularity == "tensor":
@@ -86,12 +88,12 @@ class ParameterLayout:
         return LayerMap(tuple(order), tuple(order.index(block) for block in blocks))
 
     def whole_piece(self, tensor: int) -> Piece:
-        """All columns of one tensor."""
+        """Return all columns of one tensor."""
         start = self.offsets[tensor]
         return Piece(tensor, start, start + self.sizes[tensor])
 
     def shard(self, rank: int, shards: int) -> Shard:
-        """The columns of ``rank`` among ``shards`` equal runs of cells (the last may pass P)."""
+        """Return shard ``rank`` of ``shards`` equal runs of cells (the last may pass P)."""
         return Shard(self, rank, shards, math.ceil(self.columns / CELL / shards))
 
 
@@ -103,11 +105,11 @@ class LayerMap:
     layer_of_tensor: tuple[int, ...]
 
     def expand(self, lambdas_KL: Tensor) -> Tensor:
-        """Coefficients per layer (K, L) → per tensor (K, T)."""
+        """Return each tensor's coefficient, (K, T), from those per layer (K, L)."""
         return lambdas_KL[:, list(self.layer_of_tensor)]
 
     def of_cells(self, shard: Shard) -> Tensor:
-        """(C,) int64: the layer of each of the shard's cells."""
+        """Return the layer of each of the shard's cells, (C,) int64."""
         return torch.tensor(self.layer_of_tensor)[shard.tensor_of_cell]
 
 
@@ -131,7 +133,7 @@ class Shard:
 
     @property
     def columns(self) -> int:
-        """N: the same for all shards, so that together they fill ``padded_columns`` exactly."""
+        """N: equal for all shards, which together fill ``padded_columns`` exactly."""
         return self.cells * CELL
 
     @property
@@ -140,18 +142,18 @@ class Shard:
 
     @property
     def padded_columns(self) -> int:
-        """Length of a flat buffer that all shards together fill: ≥ P."""
+        """The length ≥ P of a flat buffer that all shards together fill."""
         return self.shards * self.columns
 
     @cached_property
     def tensor_of_cell(self) -> Tensor:
-        """(C,) int64: the tensor of each cell. Cells past the end, all zero, are the last one's."""
+        """The tensor of each cell, (C,) int64; cells past the end belong to the last tensor."""
         starts = torch.arange(self.cells) * CELL + self.start
         bounds = torch.tensor(self.layout.offsets[1:-1], dtype=torch.int64)
         return torch.searchsorted(bounds, starts, right=True)
 
     def pieces(self) -> list[Piece]:
-        """The tensors, or parts of tensors, in this shard, in order, at absolute positions."""
+        """Return the parts of tensors in this shard, in order, at absolute positions."""
         first, last = self.start, self.start + self.columns
         spans = [
             (t, max(start, first), min(start + size, last))
@@ -163,7 +165,7 @@ class Shard:
 
 
 def block_of(name: str) -> str:
-    """The block of a visual tensor: its transformer block's path, ``stem`` or ``head``."""
+    """Return the block of a visual tensor: its transformer block's path, ``stem`` or ``head``."""
     match = _BLOCK.match(name)
     if match:
         return match.group(0)

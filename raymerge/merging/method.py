@@ -1,7 +1,7 @@
 """The description of one merging method, as a row of the registry gives it.
 
-Whoever plans, runs, resumes or reports a merge asks the row; nobody else asks of which class a
-method's options are. So a method is its options (``config.methods``), its maths (a file of this
+Planning, running, resuming and reporting a merge all ask the row, and no other code tests the class
+of a method's options. So a method is its options (``config.methods``), its maths (a file of this
 room) and one row (``merging.registry``).
 
 Legend: K models, L layers.
@@ -17,7 +17,7 @@ from raymerge.config import Config, OptimizerConfig
 from raymerge.config.methods import Clamp, Granularity, MethodOptions, ObjectiveName
 from raymerge.merging.describe import constant_account
 
-if TYPE_CHECKING:  # a row must not cost an import of torch
+if TYPE_CHECKING:  # importing the rows must not import torch
     from raymerge.merging.basis import Basis, BasisInputs
 
 Images = Literal["none", "unlabeled", "labelled"]
@@ -27,7 +27,7 @@ Loop = Literal["adam", "frank_wolfe_hard", "frank_wolfe_soft"]
 
 @dataclass(frozen=True)
 class Objective:
-    """What learning minimises, per image; see ``config.AdaMerging`` for each field."""
+    """The loss of one image that learning minimises; see ``config.AdaMerging`` for each field."""
 
     name: ObjectiveName = "entropy"
     temperature: float = 2.0
@@ -37,7 +37,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Updates of λ, the images of each task that one of them uses, and in how many batches."""
+    """The updates of λ, and the images of each task and batches in each of them."""
 
     steps: int
     images: int
@@ -53,7 +53,7 @@ class Monitoring:
 
 
 def _task_vectors(options: Any, inputs: BasisInputs) -> Basis | None:
-    """None stands for the task vectors themselves."""
+    """Return None, which stands for the task vectors themselves."""
     return None
 
 
@@ -65,13 +65,13 @@ class Method:
     paper: str
     options: type[MethodOptions]
     describe: Callable[[Any], str] = lambda options: ""
-    """What follows the title, such as ``(λ=0.3)``."""
+    """Returns the text behind the title, such as `` (λ=0.3)``."""
 
     # How the merge comes about: rows of a basis times λ, statistics, a loop, or not at all.
     scaling: Callable[[Any, int], float] = lambda options, models: float(options.scaling)
-    """The constant λ for K models, or the first one of a loop."""
+    """Returns the constant λ for K models, or the first one of a loop."""
     basis: Callable[[Any, BasisInputs], Basis | None] = _task_vectors
-    """The rows that λ multiplies."""
+    """Returns the rows that λ multiplies."""
     statistics: Statistics | None = None
     """The statistics of each expert on its own images from which the merged vector follows."""
     loop: Loop | None = None
@@ -79,25 +79,25 @@ class Method:
     merges: bool = True
     """False for a reference that writes no model."""
     reference: str = ""
-    """What a single model is that no task's checkpoint enters; empty for a merge."""
+    """The description of a single model that uses no task's checkpoint; empty for a merge."""
     rows: bool = True
-    """Whether λ has one row for each model; else the basis has merged them into one vector."""
+    """True if λ has one row for each model; else the basis has merged them into one vector."""
 
     # What it needs.
     checkpoint: Callable[[Any], str | None] = lambda options: None
-    """The one checkpoint of its own that it reads instead of the tasks'."""
+    """Returns the one checkpoint that it reads instead of the tasks'."""
     images: Callable[[Any], Images] = lambda options: "none"
-    """The images that it needs of each merged task."""
+    """Returns the images that it needs of each merged task."""
     every_model_needs_images: bool = True
     """False where a model without images is still a candidate."""
     open_clip_linears: bool = False
-    """Whether it solves for the linear layers of open_clip's vision transformers."""
+    """True if it solves for the linear layers of open_clip's vision transformers."""
     whole_gradient: Callable[[Any], bool] = lambda options: False
-    """Whether it needs norms of the whole gradient, so that all workers must form one group."""
+    """Returns True if it needs norms of the whole gradient, so that all workers form one group."""
 
     # How it learns, for the methods with a loop or statistics.
     granularity: Callable[[Any], Granularity] = lambda options: "task"
-    """What one coefficient covers."""
+    """Returns what one coefficient covers."""
     schedule: Callable[[Any, OptimizerConfig], Schedule] = lambda options, optimizer: Schedule(
         optimizer.steps, optimizer.images_per_step, optimizer.batches
     )
@@ -107,15 +107,15 @@ class Method:
         Monitoring()
     )
     start: Callable[[Any], str | None] = lambda options: None
-    """The earlier run whose λ it starts from."""
+    """Returns the earlier run whose λ it starts from."""
     inner_steps: bool = False
-    """Whether every step runs all of the optimizer's steps."""
+    """True if every step runs all of the optimizer's steps."""
     steps_key: str = "optimizer.steps"
     """The config key that says how many steps there are; a resumed run may raise it."""
     account: Callable[[Any, Config], str] = constant_account
-    """The model card's sentence on how the coefficients were found and from which images."""
+    """Returns the model card's sentence on how the coefficients were found, from which images."""
 
     @property
     def constant(self) -> bool:
-        """Whether the merge follows from the checkpoints and one λ alone."""
+        """True if the merge follows from the checkpoints and one λ alone."""
         return self.merges and self.loop is None and self.statistics is None

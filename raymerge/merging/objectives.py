@@ -1,7 +1,7 @@
-"""What learned merging minimises: per-image losses that need only logits.
+"""The objectives of learned merging: losses of single images that need only logits.
 
-Everything is pure. A running average, such as infomax's marginal, is the caller's: it goes in, and
-what would update it comes out.
+Everything is pure. A running average, such as infomax's marginal, is kept by the caller: functions
+take it and return what updates it.
 
 Legend: B images of one task, C classes.
 """
@@ -17,7 +17,7 @@ from raymerge.merging.method import Objective
 
 
 def entropy(logits_BC: Tensor) -> Tensor:
-    """H(p) = −Σ_c p_c log p_c per image, (B,), in nats (AdaMerging §3.2.2).
+    """Return H(p) = −Σ_c p_c log p_c per image, (B,), in nats (AdaMerging §3.2.2).
 
     Finite, with a finite gradient, for saturated logits: log p comes from ``log_softmax``, and
     p log p → 0 there because p underflows to an exact zero before log p leaves the finite range.
@@ -27,7 +27,7 @@ def entropy(logits_BC: Tensor) -> Tensor:
 
 
 def kl(logits_BC: Tensor, expert_logits_BC: Tensor, temperature: float = 2.0) -> Tensor:
-    """T²·KL(q ‖ p) per image, (B,), in nats, with q the expert's softmax at T and p the model's.
+    """Return T²·KL(q ‖ p) per image, (B,), in nats: q is the expert's softmax at T, p the model's.
 
     The factor T² keeps the gradient, T(p − q), of one size for all T (Hinton et al., 2015, §2). As
     T → ∞ the loss tends to half the variance over classes of the difference of the logits.
@@ -38,15 +38,16 @@ def kl(logits_BC: Tensor, expert_logits_BC: Tensor, temperature: float = 2.0) ->
 
 
 def cross_entropy(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """−log p of the label per image, (B,), in nats; the labels are int64 in 0..C−1."""
+    """Return −log p of the label per image, (B,), in nats; the labels are int64 in 0..C−1."""
     return torch.nn.functional.cross_entropy(logits_BC, labels_B, reduction="none")
 
 
 def infomax(logits_BC: Tensor, marginal_C: Tensor) -> Tensor:
-    """−KL(p ‖ m) = H(p) + Σ_c p_c log m_c per image, (B,): SHOT's information maximisation.
+    """Return −KL(p ‖ m) = H(p) + Σ_c p_c log m_c per image, (B,), as SHOT maximises information.
 
-    SHOT (Liang et al., ICML 2020, §3.2) minimises E H(p) − H(E p): sure of each image, diverse
-    over all. A batch has fewer images than classes, so E p is a running average m, constant here.
+    SHOT (Liang et al., ICML 2020, §3.2) minimises E H(p) − H(E p): predictions become certain for
+    each image and diverse over all. A batch has fewer images than classes, so E p is a running
+    average m, constant here.
     As ∇H(E p) = −Σ_c (log E p_c + 1) ∇E p_c, the mean of this loss has SHOT's gradient wherever
     m = E p; the 1 drops out because Σ_c p_c is constant, and then the values agree too.
 
@@ -62,43 +63,45 @@ def infomax(logits_BC: Tensor, marginal_C: Tensor) -> Tensor:
 
 
 def probability_sum(logits_BC: Tensor) -> Tensor:
-    """Σ_i p_i, (C,), float64, detached: what a worker returns of its images of one task.
+    """Return Σ_i p_i, (C,), float64, detached: a worker's result for its images of one task.
 
-    Parts of a batch add up. The driver divides by the images and calls :func:`mix_marginal`, so a
-    step that is repeated sees the same marginal.
+    The sums of parts of a batch add up. The driver divides by the images and calls
+    :func:`mix_marginal`, so a repeated step uses the same marginal.
     """
     return torch.softmax(logits_BC.detach().double(), dim=-1).sum(0)
 
 
 def mix_marginal(marginal_C: Tensor, mean_p_C: Tensor, momentum: float) -> Tensor:
-    """(1−μ) m + μ mean p, (C,): the running average of p with a batch, or a step, added."""
+    """Return (1−μ) m + μ mean p, (C,): the running average with one more batch or step."""
     return (1 - momentum) * marginal_C + momentum * mean_p_C.to(marginal_C)
 
 
 def update_marginal(marginal_C: Tensor, logits_BC: Tensor, momentum: float) -> Tensor:
-    """:func:`mix_marginal` with one batch that is held whole; detached."""
+    """Return :func:`mix_marginal` with the mean prediction of one batch; detached."""
     return mix_marginal(marginal_C, probability_sum(logits_BC) / len(logits_BC), momentum)
 
 
 def momentum_at(step: int, momentum: float) -> float:
-    """The μ of step 1, 2, …: a plain mean at first, so that no trace of the initial value stays."""
+    """Return the μ of step 1, 2, …: first that of a plain mean, which forgets the initial value."""
     return max(momentum, 1 / step)
 
 
 def marginal_entropy(mean_p_C: Tensor) -> float:
-    """H(E p) in nats, from a mean of probabilities (C,), which may hold zeros.
+    """Return H(E p) in nats, from a mean of probabilities (C,), which may hold zeros.
 
-    Of one batch of B images it is at most mean H(p) + ln B, so where B ≪ C it says little: take it
-    of a running average.
+    For one batch of B images it is at most mean H(p) + ln B, which says little where B ≪ C: pass a
+    running average.
     """
     return float(torch.special.entr(mean_p_C.double()).sum())
 
 
 def eata_weights(entropy_B: Tensor, classes: int, fraction: float = 0.4) -> Tensor:
-    """e^{E₀−H}·1[H < E₀] per image, (B,), detached; E₀ = fraction·ln C (EATA: Niu et al., 2022).
+    """Return e^{E₀−H}·1[H < E₀] per image, (B,), detached, with E₀ = fraction·ln C.
 
-    Images that the model is unsure of give unreliable gradients and get none; a sure image has the
-    weight C^fraction at most. The filter against redundant images is not included.
+    These are the weights of EATA (Niu et al., 2022).
+
+    Images with uncertain predictions give unreliable gradients and get the weight 0; a certain one
+    has the weight C^fraction at most. The filter against redundant images is not included.
     """
     limit = fraction * log(classes)
     entropy_B = entropy_B.detach()
@@ -106,9 +109,9 @@ def eata_weights(entropy_B: Tensor, classes: int, fraction: float = 0.4) -> Tens
 
 
 def task_scale(classes: int, normalise: bool) -> float:
-    """The factor of a task's loss: 1, or 1/ln C, which gives every task's entropy the range [0, 1].
+    """Return the factor of a task's loss: 1, or 1/ln C, which brings its entropy to [0, 1].
 
-    One class has no entropy to scale: 1.
+    A task of one class has no entropy to scale: 1.
     """
     return 1 / log(classes) if normalise and classes > 1 else 1.0
 
@@ -119,10 +122,10 @@ def image_losses(
     target: Tensor | None = None,
     marginal_C: Tensor | None = None,
 ) -> Tensor:
-    """(B,): the objective, filtered and scaled as ``objective`` says.
+    """Return the objective of each image, (B,), filtered and scaled as ``objective`` says.
 
     ``target``: the expert's logits (B, C) for kl, the labels (B,) for cross_entropy.
-    ``marginal_C``: for infomax; without it, as before the first step, that is the entropy.
+    ``marginal_C``: for infomax; without it, as before the first step, the loss is the entropy.
     """
     classes = logits_BC.shape[1]
     if objective.name == "kl":

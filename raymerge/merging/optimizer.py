@@ -1,6 +1,7 @@
-"""Adam on λ, with the three clamps of the field. Pure: a state in, a new state out.
+"""Adam on λ, with the three clamps in use. It is pure: a state in, a new state out.
 
 Everything is float64 and tiny (K·L numbers), so the driver's arithmetic adds no noise of its own.
+Gradients are left to the loop.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from raymerge.config.methods import Clamp
 class AdamState:
     """λ (K, L) float64 with its two moments, after ``step`` steps.
 
-    ``skipped``: how many of the steps left λ as it was.
+    ``skipped``: the number of steps that did not update λ.
     """
 
     lambdas: Tensor
@@ -43,8 +44,8 @@ class Adam:
     """Adam (Kingma & Ba, 2015) without weight decay, as ``torch.optim.Adam``.
 
     ``clamp``: ``projected`` clamps λ itself to [0, 1] after each step; ``forward`` (the released
-    AdaMerging code) clamps only what the merge sees, so a λ that left [0, 1] gets no gradient and
-    coasts on its moments; ``none`` leaves λ free.
+    AdaMerging code) clamps only the λ that the merge uses, so a λ outside [0, 1] gets no gradient
+    and moves by its moments alone; ``none`` leaves λ free.
     """
 
     lr: float = 1e-3
@@ -57,23 +58,23 @@ class Adam:
     """ρ of a sharpness-aware step (Foret et al., ICLR 2021); 0: a plain one."""
 
     def rate(self, step: int) -> float:
-        """The learning rate of the update after ``step`` steps."""
+        """Return the learning rate of the update after ``step`` steps."""
         if self.decay_steps is None:
             return self.lr
-        done = min(step / self.decay_steps, 1.0)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+        progress = min(step / self.decay_steps, 1.0)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
     def effective(self, lambdas_KL: Tensor) -> Tensor:
-        """The coefficients that the merge uses."""
+        """Return the coefficients that the merge uses."""
         return lambdas_KL.clamp(0, 1) if self.clamp == "forward" else lambdas_KL
 
     def ascend(self, lambdas_KL: Tensor, gradient_KL: Tensor) -> Tensor:
-        """λ + ρ g/‖g‖: where a sharpness-aware step takes its gradient."""
+        """Return λ + ρ g/‖g‖, where a sharpness-aware step takes its gradient."""
         norm = gradient_KL.norm()
         return lambdas_KL + self.sharpness * gradient_KL / norm if norm > 0 else lambdas_KL
 
     def update(self, state: AdamState, gradient_KL: Tensor) -> AdamState:
-        """One step along ``gradient_KL``, ∂ℒ/∂(effective λ)."""
+        """Return the state after one step along ``gradient_KL``, ∂ℒ/∂(effective λ)."""
         if self.clamp == "forward":
             gradient_KL = gradient_KL * clamp_gradient(state.lambdas)
         beta1, beta2 = self.betas
@@ -89,5 +90,5 @@ class Adam:
 
 
 def clamp_gradient(lambdas_KL: Tensor) -> Tensor:
-    """d clamp(λ, 0, 1)/dλ: 1 on the closed interval [0, 1], 0 outside it."""
+    """Return d clamp(λ, 0, 1)/dλ: 1 on the closed interval [0, 1], 0 outside it."""
     return ((lambdas_KL >= 0) & (lambdas_KL <= 1)).to(lambdas_KL.dtype)

@@ -2,9 +2,9 @@
 
     METHODS["tsv"] = Method("TSV-Merge", "Gargiulo et al., CVPR 2025", Tsv, basis=_tsv)
 
-A row says how the merge comes about and what it needs; every other room asks the row, and nothing
-else tests of which class a method's options are. Importing the table costs no torch: the maths is
-imported when a basis is asked for.
+A row says how the merge is computed and what it needs; every other room asks the row, and no other
+code tests the class of a method's options. Importing the table does not import torch: a row imports
+its maths when its basis is made.
 
 Legend: K models.
 """
@@ -85,7 +85,7 @@ def _wudi(options: Wudi, inputs: BasisInputs) -> Basis:
 
 
 def _adamerging(options: AdaMerging, inputs: BasisInputs) -> Basis | None:
-    """The basis that ``task_vectors`` names; Φ of TIES keeps a row for each model."""
+    """Return the basis that ``task_vectors`` names; Φ of TIES keeps a row for each model."""
     if options.task_vectors == "ties":
         scope = options.trim_scope
         return inputs.ties(density=options.density, scope=scope, count_signs=True)
@@ -145,7 +145,7 @@ _FRANK_WOLFE: dict[str, Any] = {
     "images": _by_objective,
     "every_model_needs_images": False,
     "whole_gradient": lambda options: options.oracle == "cosine",
-    # A coefficient for each tensor, whatever is chosen at once: the start may be of a finer run.
+    # One coefficient for each tensor even where models are chosen whole: the start may need it.
     "granularity": lambda options: "tensor",
     "schedule": _iterations,
     "objective": lambda options: Objective(options.objective),
@@ -283,13 +283,13 @@ def method_of(options: MethodConfig) -> Method:
 
 
 def describe(options: MethodConfig) -> str:
-    """The method in words: ``AdaMerging++ (layer-wise)``, ``TIES-Merging (20%, sum, λ=0.3)``."""
+    """Return the title with its options, such as ``TIES-Merging (20%, sum, λ=0.3)``."""
     method = method_of(options)
     return method.title + method.describe(options)
 
 
 def needed_images(config: Config) -> Images:
-    """The kind of images that this config's method needs of every merged task."""
+    """Return the kind of images that this config's method needs of every merged task."""
     return method_of(config.method).images(config.method)
 
 
@@ -298,7 +298,7 @@ def schedule_of(config: Config) -> Schedule:
 
 
 def merged_checkpoints(config: Config) -> tuple[str, ...]:
-    """The checkpoints that are merged, in the order of the rows of λ."""
+    """Return the checkpoints that are merged, in the order of the rows of λ."""
     own = method_of(config.method).checkpoint(config.method)
     if own is not None:
         return (own,)

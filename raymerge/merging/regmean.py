@@ -2,7 +2,7 @@
 
 W = argmin Σ_k ‖X_k W − X_k W_k‖² = (Σ_k G_k)⁻¹ Σ_k G_k W_k with G_k = X_kᵀX_k, in closed form.
 Columns of W are independent of each other, so a packed projection (q, k and v of one input) is
-solved at once.
+solved at once. Computing the Gram matrices is left to ``engine.worker.grams``.
 
 Legend: I input features, O outputs of a linear layer; its weight is (I, O), y = xW.
 """
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 ALPHA = 0.95
-"""How much of the off-diagonal Gram is kept."""
+"""The fraction of the off-diagonal Gram that is kept."""
 RIDGE = 1e-6
-"""Of the mean diagonal of Σ_k G̃_k."""
+"""The ridge as a fraction of the mean diagonal of Σ_k G̃_k."""
 
 
 def shrink(gram_II: Tensor, alpha: float) -> Tensor:
-    """G̃ = αG + (1 − α) diag G: the diagonal stays, the rest shrinks by α."""
+    """Return G̃ = αG + (1 − α) diag G: the diagonal stays, the rest shrinks by α."""
     shrunk_II = gram_II * alpha
     shrunk_II.diagonal().copy_(gram_II.diagonal())
     return shrunk_II
 
 
 class RegMeanSum:
-    """Σ_k G̃_k, Σ_k G̃_k W_k and Σ_k W_k of one linear layer, the tasks added one at a time.
+    """Sums G̃_k, G̃_k W_k and W_k over the tasks of one linear layer, and solves for its weight.
 
     The solution shifts with the weights: adding task vectors W_k − W₀ gives W − W₀.
 
@@ -49,7 +49,7 @@ class RegMeanSum:
         self._weights_IO = torch.zeros_like(self._product_IO)
 
     def add(self, gram_II: Tensor, weight_IO: Tensor) -> None:
-        """One task's Gram matrix and weight, or task vector, of any precision."""
+        """Add one task's Gram matrix and weight, or task vector, of any precision."""
         shrunk_II = shrink(gram_II.to(self._gram_II), self._alpha)
         weight_IO = weight_IO.to(self._gram_II)
         self._tasks += 1
@@ -58,7 +58,7 @@ class RegMeanSum:
         self._weights_IO += weight_IO
 
     def solve(self, ridge: float = RIDGE) -> Tensor:
-        """W (I, O) float64, by Cholesky. At least one task was added.
+        """Return W (I, O) float64, by Cholesky; at least one task must have been added.
 
         The ridge r = ``ridge``·tr/I pulls towards the mean of the W_k, not towards zero:
         (Σ G̃_k + rI) W = Σ G̃_k W_k + r·mean. A feature that is zero in all tasks gets the mean.
@@ -68,18 +68,20 @@ class RegMeanSum:
         """
         if not self._gram_II.isfinite().all():
             raise ValueError("a Gram matrix of RegMean holds NaN or infinity")
-        # With every feature dead any ridge will do.
+        # Where every feature is dead, any ridge gives the mean.
         added = ridge * float(self._gram_II.diagonal().mean()) or 1.0
         factor_II, failed = torch.linalg.cholesky_ex(self._ridged(added))
         if failed:
-            added = self._enough(added)
+            added = self._sufficient_ridge(added)
             factor_II = torch.linalg.cholesky(self._ridged(added))
         target_IO = self._product_IO + self._weights_IO * (added / self._tasks)
         return torch.cholesky_solve(target_IO, factor_II)
 
-    def _enough(self, added: float) -> float:
-        """Ten times the first tenfold that makes the matrix positive: rounding errors as large as
-        the ridge itself would still decide the solution."""
+    def _sufficient_ridge(self, added: float) -> float:
+        """Return ten times the first tenfold of ``added`` that makes the matrix positive.
+
+        At less, rounding errors as large as the ridge itself would decide the solution.
+        """
         while torch.linalg.cholesky_ex(self._ridged(added)).info:
             added *= 10
         return 10 * added

@@ -1,4 +1,8 @@
-"""Exact order statistics of |x| over a vector in parts, without sorting or holding it."""
+"""Exact order statistics of |x| over a vector in parts, without sorting it or holding it whole.
+
+A sample brackets the value, and one pass keeps only the entries inside the bracket. Reading the
+parts is left to the caller.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,17 @@ from torch import Tensor
 Parts = Callable[[], Iterable[Tensor]]
 
 _MARGIN = 0.015
-"""Half the bracket's width, as a fraction of the vector: what one pass has to keep is twice that.
+"""Half the bracket's width, as a fraction of the vector: one pass keeps twice that.
 A sample of some hundred blocks misses by about a quarter of it."""
 
 
 def kth_smallest_magnitude(parts: Parts, k: int, numel: int, sample: Tensor | None = None) -> float:
-    """The k-th smallest (from 1) of |x| over all ``numel`` entries of the parts; no NaN.
+    """Return the k-th smallest (from 1) of |x| over all ``numel`` entries of the parts; no NaN.
 
     ``sample``: some of the entries, taken evenly. It brackets the value (Floyd and Rivest, 1975);
-    one pass counts what lies below the bracket and keeps what lies inside. Where that misses the
-    value, the bracket is widened and the pass repeated: the answer is exact whatever the sample.
-    Without one, all entries are held at once.
+    one pass counts the entries below the bracket and keeps those inside. Where the bracket misses
+    the value, it is widened and the pass repeated, so the result is always exact. Without a sample,
+    all entries are held in memory at once.
     """
     if not 1 <= k <= numel:
         raise ValueError(f"k={k} is outside 1..{numel}")
@@ -39,7 +43,7 @@ def kth_smallest_magnitude(parts: Parts, k: int, numel: int, sample: Tensor | No
 
 
 def _bracket(ordered: Tensor, quantile: float, margin: float) -> tuple[float, float]:
-    """Values below and above the quantile by ``margin``; infinite where the sample has none."""
+    """Return values below and above the quantile by ``margin``; infinite beyond the sample."""
     low, high = (round((quantile + side * margin) * len(ordered)) for side in (-1, 1))
     return (
         float(ordered[low - 1]) if low > 0 else -inf,
@@ -48,7 +52,7 @@ def _bracket(ordered: Tensor, quantile: float, margin: float) -> tuple[float, fl
 
 
 def _kth_inside(parts: Parts, k: int, low: float, high: float) -> float | None:
-    """The k-th smallest magnitude if it lies in [low, high], else None.
+    """Return the k-th smallest magnitude if it lies in [low, high], else None.
 
     Copies of the bounds themselves are only counted, and only if the k-th may be one of them: a
     vector may be half zeros.
@@ -60,15 +64,16 @@ def _kth_inside(parts: Parts, k: int, low: float, high: float) -> float | None:
         up_to_low += len(magnitude) - int(above.sum())
         # NumPy's selection by a mask is several times as fast as torch's.
         inside.append(magnitude.numpy()[above.logical_and_(magnitude < high).numpy()])
-    kept = np.concatenate(inside)
+    # The rank of the value among the entries above the lower bound.
+    candidates = np.concatenate(inside)
     rank = k - up_to_low
     if rank < 1:
         return low if rank + _copies(parts, low) >= 1 else None
-    if rank <= len(kept):
-        return _kth(kept, rank)
+    if rank <= len(candidates):
+        return _kth(candidates, rank)
     if low == high:  # its copies are in up_to_low
         return None
-    return high if rank - len(kept) <= _copies(parts, high) else None
+    return high if rank - len(candidates) <= _copies(parts, high) else None
 
 
 def _kth(magnitudes: NDArray[np.float32], k: int) -> float:

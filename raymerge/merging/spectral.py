@@ -2,10 +2,10 @@
 
 TSV-Merge: Gargiulo et al., CVPR 2025. Iso-C and Iso-CTS: Marczak et al., ICML 2025.
 
-A direction whose singular value is zero to rounding is arbitrary (an SVD completes the others with
-whatever it likes), so it is left out everywhere, from means too; the released codes keep it. That
-matters only for matrices of less than full rank: a task that did not move has no say, and tasks
-that coincide share one direction.
+A direction whose singular value is zero to rounding is arbitrary (an SVD completes the basis in any
+way), so it is left out everywhere, from means too; the released codes keep it. That matters only
+for matrices of less than full rank: a task that did not move has no effect, and tasks that coincide
+share one direction. Tensors that are not matrices are left to ``merging.basis``.
 
 Legend: K tasks, M×N the matrix (out, in), r = min(M, N), R triplets of all tasks together. A
 triplet is a left singular vector, its singular value and the right one.
@@ -23,7 +23,7 @@ _ROUNDING = 16.0
 
 
 class Triplets(NamedTuple):
-    """The top r triplets of a matrix, columns (M, r), values (r,), rows (r, N); left-out ones 0."""
+    """The top r triplets of a matrix: columns (M, r), values (r,), rows (r, N); 0 where omitted."""
 
     left: Tensor
     values: Tensor
@@ -31,7 +31,7 @@ class Triplets(NamedTuple):
 
 
 def tsv(matrices_KMN: Tensor) -> Tensor:
-    """TSV-Merge as a basis: K matrices (K, M, N) whose sum is the merged matrix (Algorithm 1).
+    """Return TSV-Merge (Algorithm 1) as a basis: (K, M, N) whose sum is the merged matrix.
 
     Each task keeps its top ⌊r/K⌋ triplets, at least one; the left vectors of all tasks together,
     and the right ones, are replaced by the nearest orthonormal ones.
@@ -49,27 +49,27 @@ def tsv(matrices_KMN: Tensor) -> Tensor:
 
 
 def iso_c(matrices_KMN: Tensor) -> Tensor:
-    """Iso-C: the sum of the tasks with every singular value replaced by their mean, (M, N)."""
+    """Return Iso-C (M, N): the tasks' sum with every singular value replaced by their mean."""
     total_MN = matrices_KMN.sum(0)
     total = _top(total_MN, min(total_MN.shape), _floor(matrices_KMN))
     return total.left @ total.right * _mean(total.values)
 
 
 def iso_cts(matrices_KMN: Tensor, common_fraction: float = 0.8) -> Tensor:
-    """Iso-CTS as a basis: K matrices (K, M, N) whose sum is the merged matrix (Algorithm 2).
+    """Return Iso-CTS (Algorithm 2) as a basis: (K, M, N) whose sum is the merged matrix.
 
     Of r triplets about ``common_fraction`` (0 to 1) are the top ones of the sum of the tasks. The
     rest are shared equally: each task's top ones after the common *left* vectors are projected out
     (as the released code, which does not project the right ones). All together are made orthonormal
     as in TSV-Merge, and every singular value becomes the mean of all.
 
-    The method itself gives one matrix; of the common part each task's basis has 1/K.
+    The method itself gives one matrix; each task's row of the basis has 1/K of the common part.
     """
     tasks, *shape = matrices_KMN.shape
     common, specific = _allotment(min(shape), tasks, common_fraction)
     total = _top(matrices_KMN.sum(0), common, _floor(matrices_KMN))
     own_KMN = matrices_KMN - total.left @ (total.left.T @ matrices_KMN)
-    # What is left of a task that lies in the common space is rounding, which its norm before tells.
+    # A task inside the common space leaves only rounding, measured by its norm before projecting.
     owns = [
         _top(own_MN, specific, _floor(matrix_MN))
         for own_MN, matrix_MN in zip(own_KMN, matrices_KMN, strict=True)
@@ -82,22 +82,24 @@ def iso_cts(matrices_KMN: Tensor, common_fraction: float = 0.8) -> Tensor:
 
 
 def _allotment(rank: int, tasks: int, common_fraction: float) -> tuple[int, int]:
-    """Triplets of the common space and of each task, ``rank`` together, as the released code."""
-    wanted = round((rank - int(rank * common_fraction)) / tasks)
-    specific = min(wanted, rank // tasks)
+    """Return the triplets of the common space and of each task, ``rank`` in all.
+
+    They are rounded as in the released code.
+    """
+    specific = min(round((rank - int(rank * common_fraction)) / tasks), rank // tasks)
     return rank - tasks * specific, specific
 
 
 def _top(matrix_MN: Tensor, keep: int, floor: Tensor) -> Triplets:
-    """The top ``keep`` triplets, without those whose value is at most ``floor``."""
+    """Return the top ``keep`` triplets, without those whose value is at most ``floor``."""
     left_Mr, values_r, right_rN = _svd(matrix_MN)
     left_Mr, values_r, right_rN = left_Mr[:, :keep], values_r[:keep], right_rN[:keep]
-    kept_r = (values_r > floor).to(values_r.dtype)
-    return Triplets(left_Mr * kept_r, values_r * kept_r, right_rN * kept_r[:, None])
+    mask_r = (values_r > floor).to(values_r.dtype)
+    return Triplets(left_Mr * mask_r, values_r * mask_r, right_rN * mask_r[:, None])
 
 
 def _orthogonal(triplets: list[Triplets]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The left and the right vectors of each, all of them together made orthonormal."""
+    """Return each one's left and right vectors, made orthonormal over all of them."""
     sizes = [len(triplet.values) for triplet in triplets]
     left_MR = _procrustes(torch.cat([triplet.left for triplet in triplets], 1))
     right_RN = _procrustes(torch.cat([triplet.right for triplet in triplets]))
@@ -105,24 +107,24 @@ def _orthogonal(triplets: list[Triplets]) -> tuple[tuple[Tensor, ...], tuple[Ten
 
 
 def _procrustes(vectors: Tensor) -> Tensor:
-    """The nearest orthonormal vectors, P·Qᵀ of the SVD P·Σ·Qᵀ: rows or columns, of any shape."""
+    """Return the nearest orthonormal rows or columns: P·Qᵀ of the SVD P·Σ·Qᵀ."""
     top = _top(vectors, min(vectors.shape), _floor(vectors))
     return top.left @ top.right
 
 
 def _floor(matrices: Tensor) -> Tensor:
-    """The singular value below which there is only rounding, from one matrix or those summed."""
+    """Return the singular value below which there is only rounding, of one matrix or a sum."""
     norm: Tensor = torch.linalg.vector_norm(matrices)
     return norm * (_ROUNDING * torch.finfo(matrices.dtype).eps)
 
 
 def _mean(values: Tensor) -> Tensor:
-    """Of the singular values that are not zero; 0 if all are."""
+    """Return the mean of the singular values that are not zero; 0 if all are zero."""
     return values.sum() / values.count_nonzero().clamp(min=1)
 
 
 def _svd(matrix_MN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD; in float64 where float32 does not converge."""
+    """Return the thin SVD, computed in float64 where float32 does not converge."""
     try:
         left_Mr, values_r, right_rN = torch.linalg.svd(matrix_MN, full_matrices=False)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]

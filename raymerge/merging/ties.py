@@ -1,8 +1,9 @@
 """TIES-Merging (Yadav et al., NeurIPS 2023): trim, elect sign, merge; and Φ of AdaMerging++.
 
 Trimming needs one number per task from the whole vector (a threshold), and electing one number
-from all of them (the majority sign); given those, everything is local to a column, so it works on
-any slice. ``TiesStatistics`` carries these numbers to whoever holds a slice.
+from all of them (the majority sign); with those, everything is local to a column, so it works on
+any slice. ``TiesStatistics`` carries these numbers; computing them over files is left to
+``models.checkpoints.task_vectors``.
 
 Legend: K tasks, N columns (any slice of the flat vector).
 """
@@ -22,11 +23,11 @@ from raymerge.merging.select import Parts, kth_smallest_magnitude
 
 @dataclass(frozen=True)
 class TiesStatistics:
-    """What a column needs to know of the whole vectors.
+    """The numbers of the whole vectors that a column needs.
 
     ``thresholds[k][t]``: keep |x| ≥ this in tensor t of task k (one value repeated over t unless
     trimming is per tensor). ``majority``: the sign that columns with a zero sum take; 0 if none,
-    None if the signs have not been counted. ``mean``: divide each column by the number of tasks
+    None before the signs are counted. ``mean``: divide each column by the number of tasks
     that have an entry in it, so that the sum of the K vectors is TIES's disjoint mean.
     """
 
@@ -35,7 +36,7 @@ class TiesStatistics:
     mean: bool = False
 
     def column(self, tensor: int, like: Tensor) -> Tensor:
-        """The K thresholds of one tensor, (K,), on the device of ``like``."""
+        """Return the thresholds of one tensor, (K,), on the device of ``like``."""
         return like.new_tensor([row[tensor] for row in self.thresholds])
 
     @property
@@ -46,13 +47,13 @@ class TiesStatistics:
         return self.phi(vectors_Kn, piece.tensor)
 
     def phi(self, vectors_KN: Tensor, tensor: int) -> Tensor:
-        """Φ of any columns of tensor ``tensor``: K separate vectors, (K, N)."""
+        """Return Φ of any columns of tensor ``tensor``: K separate vectors, (K, N)."""
         if self.majority is None:
             raise ValueError("the majority sign has not been counted")
         return self._scaled(phi(vectors_KN, self.column(tensor, vectors_KN), self.majority))
 
     def vote(self, vectors_KN: Tensor, tensor: int) -> Vote:
-        """Φ before the majority sign is known, and what these columns add to it."""
+        """Return Φ before the majority sign is known, and these columns' votes on it."""
         trimmed_KN = trim(vectors_KN, self.column(tensor, vectors_KN))
         sign_N = elect_sign(trimmed_KN, 0.0)
         # Entries that sum to zero have a positive one among them.
@@ -61,7 +62,7 @@ class TiesStatistics:
         return Vote(phi_KN, float(sign_N.sum()), waiting_N)
 
     def counted(self, balance: float) -> TiesStatistics:
-        """With the majority of the signs, whose sum over all columns is ``balance``."""
+        """Return these statistics with the majority of signs that sum to ``balance``."""
         return replace(self, majority=math.copysign(1.0, balance) if balance else 0.0)
 
     def _scaled(self, phi_KN: Tensor) -> Tensor:
@@ -69,8 +70,11 @@ class TiesStatistics:
 
 
 class Vote(NamedTuple):
-    """Φ (K, N) with nothing in the columns that wait for the majority sign; the sum of the signs;
-    which columns (N,) wait: those with entries whose sum is zero."""
+    """Φ (K, N) before the majority sign is known, and the votes on that sign.
+
+    ``balance``: the sum of the columns' signs. ``waiting`` (N,) bool: the columns that wait for the
+    majority sign, since their entries sum to zero; ``phi`` is zero there.
+    """
 
     phi: Tensor
     balance: float
@@ -78,7 +82,7 @@ class Vote(NamedTuple):
 
 
 def trim_threshold(parts: Parts, numel: int, density: float, sample: Tensor | None = None) -> float:
-    """Keep |x| ≥ this: the (d − ⌊density·d⌋)-th smallest magnitude of d, as the official code.
+    """Return the (d − ⌊density·d⌋)-th smallest magnitude of d: |x| ≥ this stay, as officially.
 
     At density 1 that would be the 0-th smallest (the official code crashes): everything is kept.
     """
@@ -87,7 +91,7 @@ def trim_threshold(parts: Parts, numel: int, density: float, sample: Tensor | No
 
 
 def trim(vectors_KN: Tensor, thresholds_K: Tensor) -> Tensor:
-    """Zero the entries below the task's threshold."""
+    """Return the vectors with zeros below the task's threshold."""
     trimmed_KN = torch.empty_like(vectors_KN)
     # |x| ≥ t is |x| > the number just below t, which is one pass of hardshrink.
     below_K = torch.nextafter(thresholds_K, torch.full_like(thresholds_K, -torch.inf)).tolist()
@@ -97,13 +101,13 @@ def trim(vectors_KN: Tensor, thresholds_K: Tensor) -> Tensor:
 
 
 def elect_sign(trimmed_KN: Tensor, majority: float) -> Tensor:
-    """sign(Σ_k T̂_k) per column, (N,); a zero sum takes the majority sign of all columns."""
+    """Return sign(Σ_k T̂_k) per column, (N,); a zero sum takes the majority sign of all columns."""
     sign_N = trimmed_KN.sum(0).sign_()
     return sign_N.masked_fill_(sign_N == 0, majority)
 
 
 def disjoint(trimmed_KN: Tensor, sign_N: Tensor) -> Tensor:
-    """Φ: entries that agree with the elected sign, the rest zero.
+    """Return Φ: the entries that have the elected sign, the rest zero.
 
     Where no sign could be elected (the column's sum and the sum of all signs are both zero) nothing
     agrees; the official code keeps the negative entries there.
@@ -114,7 +118,7 @@ def disjoint(trimmed_KN: Tensor, sign_N: Tensor) -> Tensor:
 
 
 def phi(vectors_KN: Tensor, thresholds_K: Tensor, majority: float) -> Tensor:
-    """Trim, elect, keep what agrees: the K separate vectors of AdaMerging++."""
+    """Trim, elect signs and drop what disagrees; return the K vectors of AdaMerging++."""
     trimmed_KN = trim(vectors_KN, thresholds_K)
     return disjoint(trimmed_KN, elect_sign(trimmed_KN, majority))
 
@@ -125,5 +129,5 @@ def strongest(phi_KN: Tensor) -> Tensor:
 
 
 def entries(phi_KN: Tensor) -> Tensor:
-    """The number of tasks with an entry in each column, (N,), at least 1."""
+    """Return the number of tasks with an entry in each column, (N,), at least 1."""
     return (phi_KN != 0).sum(0).clamp(min=1)

@@ -5,8 +5,8 @@
   whose w T has the sign of the column's sum (TIES); before that, T may have lost its smallest
   entries, or random ones.
 
-What a tensor's entries are kept by is found once (``largest``), so that all else is local to a
-column and works on any slice.
+The choice of a tensor's entries is made once (``largest``), so that all else is local to a column
+and works on any slice. Reading recipes and models is left to ``apps.peers``.
 
 Legend: K models, n columns of one tensor.
 """
@@ -25,7 +25,7 @@ from raymerge.merging.layout import CELL
 from raymerge.merging.select import Parts, kth_smallest_magnitude
 
 _NO_WEIGHT = 1e-8
-"""Weights whose sum is smaller divide nothing."""
+"""A smaller sum of weights does not divide."""
 _SMALLEST_NORM = 1e-7
 """A vector with a smaller sum of magnitudes is not rescaled."""
 
@@ -41,7 +41,7 @@ class Cut:
     last: int
 
     def kept(self, vector_n: Tensor, start: int) -> Tensor:
-        """Which entries stay, (n,) bool, of the columns from ``start``."""
+        """Return which entries stay, (n,) bool, of the columns from ``start``."""
         magnitude_n = vector_n.abs().float()
         kept_n = magnitude_n > self.value
         ties = max(0, self.last + 1 - start)
@@ -54,7 +54,7 @@ EVERYTHING = Cut(-inf, -1)
 
 
 def largest(parts: Parts, keep: int, numel: int, sample: Tensor | None = None) -> Cut:
-    """The ``keep`` largest magnitudes of all entries of the parts; of equal ones the first.
+    """Return the cut at the ``keep`` largest magnitudes of all parts; of equal ones the first.
 
     ``sample``: as for :func:`~raymerge.merging.select.kth_smallest_magnitude`.
     """
@@ -105,7 +105,7 @@ def rescale_factor(parts: Parts, choice: Cut | Drawn) -> float:
 
 
 def linear(models_Kn: Tensor, weights: Sequence[float], *, normalize: bool) -> Tensor:
-    """Σ w θ (n,) in at least float32; over Σ w if ``normalize``, which then must not be 0."""
+    """Return Σ w θ (n,) in at least float32; over Σ w, which must not be 0, if ``normalize``."""
     wide = torch.promote_types(models_Kn.dtype, torch.float32)
     out_n = torch.zeros(models_Kn.shape[1], dtype=wide)
     for model_n, weight in zip(models_Kn, weights, strict=True):
@@ -122,9 +122,9 @@ def merge_tasks(
     normalize: bool,
     scaling: float,
 ) -> Tensor:
-    """θ₀ + scaling · Σ w T (n,) in their own dtype; changes ``vectors_Kn``.
+    """Return θ₀ + scaling · Σ w T (n,) in their own dtype; overwrites ``vectors_Kn``.
 
-    ``elect``: of every column only what agrees with the sign of Σ w T, + where that is zero.
+    ``elect``: add only entries w T with the sign of their column's sum, + where that is zero.
     ``normalize``: divide by the sum of the weights of what was added, if there is any.
     """
     weights_K1 = vectors_Kn.new_tensor(weights).unsqueeze(1)
@@ -147,6 +147,6 @@ def merge_tasks(
 
 
 def _agreeing(weighted_Kn: Tensor) -> Tensor:
-    """Which entries (K, n) have the sign of their column's sum."""
+    """Return which entries (K, n) have the sign of their column's sum."""
     plus_n = weighted_Kn.sum(0) >= 0
     return torch.where(plus_n, weighted_Kn > 0, weighted_Kn < 0)

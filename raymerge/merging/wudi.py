@@ -4,9 +4,9 @@ A task vector's rows span about the inputs of its layer, so the disturbance of t
 (m − T_k)·T_kᵀ, and m minimises Σ_k ‖(m − T_k)·T_kᵀ‖² / ‖T_k‖² (Frobenius norms).
 
 With m = Σ_k T_k + D the gradient is 2·(D·A + C), where A = Σ_k T_kᵀT_k / ‖T_k‖² and
-C = Σ_k (Σ_{j≠k} T_j)·T_kᵀT_k / ‖T_k‖²: one product an iteration whatever K. Written in D the
-gradient has no difference of large terms at the start, where it is C; Adam would make full steps
-of their rounding.
+C = Σ_k (Σ_{j≠k} T_j)·T_kᵀT_k / ‖T_k‖²: one product in each iteration for any K. Written in D, the
+gradient has no difference of large terms at the start, where it is C; Adam would turn their
+rounding into full steps. Tensors that are not matrices are left to ``merging.basis``.
 
 Legend: K tasks, M×N the matrix (out, in).
 """
@@ -21,13 +21,13 @@ _EPS = 1e-8
 
 
 def wudi(matrices_KMN: Tensor, iterations: int = 300, lr: float = 1e-5) -> Tensor:
-    """The merged matrix (M, N): Adam from Σ_k T_k, without the tasks that did not move."""
+    """Return the merged matrix (M, N): Adam from Σ_k T_k, without tasks that did not move."""
     curvature_NN, pull_MN = quadratic(matrices_KMN)
     return matrices_KMN.sum(0).add_(_descend(curvature_NN, pull_MN, iterations, lr))
 
 
 def quadratic(matrices_KMN: Tensor) -> tuple[Tensor, Tensor]:
-    """2A (N, N) and 2C (M, N): the gradient at Σ_k T_k + D is D·2A + 2C."""
+    """Return 2A (N, N) and 2C (M, N): the gradient at Σ_k T_k + D is D·2A + 2C."""
     total_MN = matrices_KMN.sum(0)
     pull_MN = torch.zeros_like(total_MN)
     curvature_NN = pull_MN.new_zeros(total_MN.shape[1], total_MN.shape[1])
@@ -41,7 +41,7 @@ def quadratic(matrices_KMN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _descend(curvature_NN: Tensor, pull_MN: Tensor, iterations: int, lr: float) -> Tensor:
-    """D (M, N) after ``iterations`` steps of Adam (Kingma & Ba, 2015) from 0."""
+    """Return D (M, N) after ``iterations`` steps of Adam (Kingma & Ba, 2015) from 0."""
     beta1, beta2 = _BETAS
     shift_MN, mean_MN, square_MN = (torch.zeros_like(pull_MN) for _ in range(3))
     gradient_MN, scale_MN = torch.empty_like(pull_MN), torch.empty_like(pull_MN)

@@ -17,7 +17,7 @@ from raymerge.engine.driver.loop import Learning
 from raymerge.engine.driver.monitor import Monitor
 from raymerge.engine.driver.statistics import merged_delta
 from raymerge.engine.messages import LoadRequest
-from raymerge.merging.basis import Basis, BasisInputs, Given
+from raymerge.merging.basis import Basis, BasisInputs, ConstantRow
 from raymerge.merging.layout import LayerMap
 from raymerge.merging.method import Method, Objective, Schedule
 from raymerge.merging.optimizer import Adam
@@ -60,7 +60,7 @@ class MergeInputs:
             self.method.statistics, self.options, group, tasks, self.pretrained, self._experts,
             self.config.seed,
         )  # fmt: skip
-        self.basis, self._experts = Given(delta_P), []
+        self.basis, self._experts = ConstantRow(delta_P), []
 
     def require_finite(self) -> None:
         """Raise :class:`UserError` for NaN and Inf that would be found only after long work."""
@@ -97,7 +97,7 @@ class MergeInputs:
             steps=schedule_of(config).steps,
             inner_steps=config.optimizer.steps,
             monitor=monitor,
-            adapted=[m for m, task in enumerate(config.tasks) if task.adapt is not None],
+            adapted_tasks=[m for m, task in enumerate(config.tasks) if task.adapt is not None],
             load=self.load_request(),
             inner_load=self._load_request(Objective(), self._inner_schedule()),
         )

@@ -184,7 +184,7 @@ def _learn(
         inputs.layers.names,
         config.state.keep,
     )
-    state = (store.newest() if resume else None) or LearningState.at(start_KL)
+    state = (store.newest() if resume else None) or LearningState.initial(start_KL)
     steps, key = schedule_of(config).steps, inputs.method.steps_key
     if state.step > steps:
         raise UserError(

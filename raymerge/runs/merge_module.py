@@ -39,7 +39,7 @@ from raymerge.engine.worker.module_model import (
 from raymerge.engine.worker.vectors import StreamedTaskVectorStore
 from raymerge.errors import UserError
 from raymerge.files.progress import progress_bar
-from raymerge.merging.basis import Basis, BasisInputs, Given
+from raymerge.merging.basis import Basis, BasisInputs, ConstantRow
 from raymerge.merging.layout import LayerMap
 from raymerge.merging.method import Method, Objective, Schedule
 from raymerge.merging.registry import method_of
@@ -116,7 +116,7 @@ def merge_module(
                 delta_P = merged_delta(
                     row.statistics, options, group, tasks, files.pretrained, opened, seed
                 )
-                basis = Given(delta_P)
+                basis = ConstantRow(delta_P)
             else:
                 learning = _learning(row, options, optimizer_options, group, basis, seed)
                 lambdas_JL = _learn(row, learning, lambdas_JL, records)
@@ -282,7 +282,7 @@ def _learning(
             row.monitoring(options, optimizer),
             infomax=objective.name == "infomax",
         ),
-        adapted=range(len(names)),
+        adapted_tasks=range(len(names)),
         load=load_request(objective, schedule),
         inner_load=load_request(Objective(), inner),
     )
@@ -298,7 +298,7 @@ def _learn(row: Method, learning: Learning, start_KL: Tensor, records: list[Step
             records.append(record)
             progress(1)
 
-        return learn_lambdas(row.loop, learning, LearningState.at(start_KL), observe)
+        return learn_lambdas(row.loop, learning, LearningState.initial(start_KL), observe)
 
 
 # --- the merge ---------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ MUTANTS = (
         "results are summed in order of arrival",
         "engine/driver/loop.py",
         (("ordered = sorted(results, key=lambda result: result.rank)", "ordered = list(results)"),
-         ("if answers != [(rank, request.step)", "if sorted(answers) != [(rank, request.step)")),
+         ("if keys != [(rank, request.step)", "if sorted(keys) != [(rank, request.step)")),
         "tests/engine/driver/test_loop.py::test_the_sum_does_not_depend_on_the_order_of_arrival",
     ),
     Mutant(

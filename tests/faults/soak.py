@@ -103,7 +103,7 @@ def run(
         config,
         faulty_worker(faults, marks),
     )
-    trajectory = Trajectory(LearningState.at(torch.full((4, len(layers)), 0.3)))
+    trajectory = Trajectory(LearningState.initial(torch.full((4, len(layers)), 0.3)))
     names = world.parse().task_names
 
     def observe(record: StepRecord, state: LearningState) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raymerge.merging.basis import Basis, Given, MatrixBasis
+from raymerge.merging.basis import Basis, ConstantRow, MatrixBasis
 from raymerge.merging.dare import Dare
 from raymerge.merging.layout import CELL, Piece
 from raymerge.merging.spectral import iso_cts
@@ -52,7 +52,7 @@ def test_tensors_that_are_no_matrix_are_averaged(separate, shape):
 
 def test_given_is_its_own_columns_whatever_is_merged():
     delta_P = torch.arange(2.0 * CELL)
-    basis, piece = Given(delta_P), Piece(1, CELL, CELL + 30)
+    basis, piece = ConstantRow(delta_P), Piece(1, CELL, CELL + 30)
     for models in (0, 1, 3):
         rows_JN = basis.rows(torch.full((models, 30), torch.nan), piece, SHAPE)
         assert torch.equal(rows_JN, delta_P[None, CELL : CELL + 30])
@@ -64,7 +64,7 @@ def test_given_is_its_own_columns_whatever_is_merged():
         MatrixBasis(partial(iso_cts, common_fraction=0.5)),
         TiesStatistics(((0.5,),) * 3, 1.0),
         Dare(("a", "b", "c"), 0, 0.5),
-        Given(torch.arange(30.0)),
+        ConstantRow(torch.arange(30.0)),
     ],
 )
 def test_every_basis_travels_to_a_worker(basis: Basis):

@@ -17,7 +17,7 @@ from world import RESNET, write_model
 
 from raymerge.config import ModelConfig
 from raymerge.errors import CheckpointError, UserError
-from raymerge.merging.basis import Given, MatrixBasis
+from raymerge.merging.basis import ConstantRow, MatrixBasis
 from raymerge.merging.dare import Dare
 from raymerge.merging.layout import CELL
 from raymerge.merging.spectral import iso_c, iso_cts, tsv
@@ -220,7 +220,7 @@ def test_a_fixed_vector_is_added_without_reading_an_expert(opened, tmp_path, sca
     delta_P = torch.zeros(pretrained.layout.columns)
     for view in pretrained.layout.views(delta_P).values():
         view.copy_(torch.randn(view.shape, generator=torch.Generator().manual_seed(0)))
-    merged_P = _write_rows(tmp_path / "w", (pretrained, []), 1, scaling, Given(delta_P))
+    merged_P = _write_rows(tmp_path / "w", (pretrained, []), 1, scaling, ConstantRow(delta_P))
     expected_P = _flat(pretrained) + scaling * delta_P
     torch.testing.assert_close(merged_P, expected_P, rtol=0, atol=1e-6)
 

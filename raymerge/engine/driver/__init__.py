@@ -1,1 +1,1 @@
-"""The driver: the loops that learn λ by asking a group of workers."""
+"""The driver: the loops that learn λ from the gradients of a group of workers."""

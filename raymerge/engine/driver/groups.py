@@ -1,6 +1,7 @@
-"""The driver's view of its workers: what a group can be asked, and the group of this process alone.
+"""The driver's view of its workers: the calls of a worker group, and a group in this process.
 
-``LocalGroup`` calls one worker directly; ``distributed.actor_group`` asks Ray actors the same.
+``LocalGroup`` calls one worker directly; ``distributed.actor_group`` sends the same requests to Ray
+actors.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from raymerge.files.progress import Progress
 
 
 class Stepper(Protocol):
-    """What learning needs of a group: one result a worker.
+    """The calls of a group that a learning loop uses: one result for each worker.
 
-    ``workers`` may change in ``step``: a group may lose some and go on.
+    ``workers`` may change in ``step``: a group may lose workers and go on.
     """
 
     @property
@@ -35,7 +36,7 @@ class Stepper(Protocol):
 
     @property
     def incidents(self) -> Sequence[Incident]:
-        """The failures survived so far."""
+        """The failures that the group has recovered from so far."""
         ...
 
     def step(self, request: StepRequest) -> list[StepResult]: ...
@@ -44,16 +45,16 @@ class Stepper(Protocol):
 class WorkerGroup(Stepper, Protocol):
     """All workers of a run. Results come in rank order, whatever order they arrived in.
 
-    Each call returns when every worker has answered, or raises: a worker's own error as it was, or
-    :class:`~raymerge.errors.WorkerLostError` when one is dead or silent. After an error only
-    ``close`` may be called.
+    Each call returns when every worker has returned its result, or raises: a worker's own error
+    unchanged, or :class:`~raymerge.errors.WorkerLostError` when a worker is dead or does not
+    respond. After an error only ``close`` may be called.
     """
 
     source: ModelSource
 
     @property
     def preemption_pending(self) -> bool:
-        """Whether a machine that works for it is about to be taken away."""
+        """True while a machine of the group is about to be taken away."""
         ...
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]: ...
@@ -63,7 +64,7 @@ class WorkerGroup(Stepper, Protocol):
     ) -> list[ChunkScore]: ...
 
     def statistics(self, requests: Sequence[StatisticsRequest]) -> Iterator[StatisticsResult]:
-        """One answer a request, in their order; a task's are all served by one worker."""
+        """Yield one result for each request, in order; one worker serves all those of a task."""
         ...
 
     def close(self) -> None: ...

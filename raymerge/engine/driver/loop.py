@@ -1,6 +1,7 @@
-"""The loop: send λ to every worker, sum their gradients in rank order, take an Adam step.
+"""The learning loop: send λ to every worker, sum their gradients in rank order, take an Adam step.
 
-Only K·L numbers travel. One loop for one process and for a cluster: what differs is the group.
+Only K·L numbers travel, and the same loop serves one process and a cluster: only the group differs.
+Reactions to collapses and bad steps are left to ``monitor``, writing records to the caller.
 
 Legend: K models, M tasks, L layers, C classes of the task with the most.
 """
@@ -26,8 +27,11 @@ from raymerge.merging.optimizer import Adam
 
 @dataclass(frozen=True)
 class StepTotal:
-    """All workers' shares of one step, summed: gradient (K, L), loss and entropy per task (M,),
-    mean predictions (M, C)."""
+    """The sum of all workers' results of one step.
+
+    ``gradient`` (K, L); ``loss``, ``entropy`` (M,) by task; ``probabilities`` (M, C): the mean
+    predictions. ``phases``: the seconds of the slowest worker by phase.
+    """
 
     gradient: FloatArray
     loss: FloatArray
@@ -35,14 +39,15 @@ class StepTotal:
     probabilities: FloatArray
     phases: dict[str, float]
     details: Mapping[str, FloatArray] = field(default_factory=dict)
-    """See ``StepResult.details``, of all layers; only where the request wanted it."""
+    """The sums of ``StepResult.details``; empty unless the request asked for them."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step reports, at the λ *before* its update. ``step`` counts from 1.
+    """The metrics of one step, at the λ *before* its update. ``step`` counts from 1.
 
-    ``skipped``: why λ was left as it was; then ``loss`` is None and nothing is said by task.
+    ``skipped``: the reason why λ was not updated; ``loss`` is then None and the tasks' metrics are
+    empty.
     """
 
     step: int
@@ -50,23 +55,23 @@ class StepRecord:
     entropy: dict[str, float]
     lambdas: dict[str, float]
     marginal_entropy: dict[str, float]
-    """Of each task's running mean prediction: it falls where predictions collapse."""
+    """The entropy of each task's running mean prediction; it falls where predictions collapse."""
     seconds: float
     phases: dict[str, float]
     skipped: str | None = None
 
 
 Observe = Callable[[StepRecord, LearningState], None]
-"""Called after every step with its record and the state that it led to."""
+"""A function called after every step with its record and the new state."""
 
 
 @dataclass(frozen=True)
 class Learning:
     """The inputs of a loop over λ.
 
-    ``steps``: of the loop; ``inner_steps``: of the optimizer within each, for loops that have some.
-    ``adapted``: the indices of the tasks with examples. ``load``: the request that made the workers
-    ready; ``inner_load``: the one for the inner steps.
+    ``steps``: the steps of the loop; ``inner_steps``: the optimizer's steps within each, for loops
+    that have them. ``adapted_tasks``: the indices of the tasks with examples. ``load``: the request
+    that made the workers ready; ``inner_load``: the one for the inner steps.
     """
 
     group: WorkerGroup
@@ -75,28 +80,28 @@ class Learning:
     steps: int
     inner_steps: int
     monitor: Monitor
-    adapted: Sequence[int]
+    adapted_tasks: Sequence[int]
     load: LoadRequest
     inner_load: LoadRequest
 
 
 def adam(learning: Learning, start: LearningState, observe: Observe) -> LearningState:
-    """AdaMerging's loop."""
+    """Run AdaMerging's loop: ``learning.steps`` steps of Adam on λ."""
     return learn(
         learning.group, learning.optimizer, start, learning.steps, learning.monitor, observe
     )
 
 
 def sum_results(results: Sequence[StepResult], request: StepRequest, workers: int) -> StepTotal:
-    """Sum in rank order, never in arrival order, so that the same shares give the same bits.
+    """Sum in rank order, never in arrival order, so that the same results give the same bits.
 
     Raises :class:`RunError` unless there is exactly one result of this step per rank.
     """
     ordered = sorted(results, key=lambda result: result.rank)
-    answers = [(result.rank, result.step) for result in ordered]
-    if answers != [(rank, request.step) for rank in range(workers)]:
+    keys = [(result.rank, result.step) for result in ordered]
+    if keys != [(rank, request.step) for rank in range(workers)]:
         raise RunError(
-            f"step {request.step + 1}: {workers} workers gave results (rank, step) {answers}; "
+            f"step {request.step + 1}: {workers} workers returned results (rank, step) {keys}; "
             "expected one of each rank, all of this step"
         )
     return StepTotal(
@@ -121,32 +126,36 @@ def learn(
 
     ``observe`` is called after each step with its record and the new state. A step whose loss or
     gradient is not finite changes nothing: it raises :class:`NonFiniteError` naming the task, or is
-    skipped, as ``monitor`` says.
+    skipped, as ``monitor`` decides.
     """
     state = start
     for _ in range(start.step, steps):
-        began = time.perf_counter()
+        start_s = time.perf_counter()
         lambdas_KL = optimizer.effective(state.lambdas)
         try:
             total, gradient_KL = _descend(group, optimizer, monitor, state, lambdas_KL)
         except NonFiniteError as error:
+            # Nothing of this step enters λ, its moments or the monitor's averages.
             state = monitor.skip(state, error)
-            seconds = time.perf_counter() - began
-            observe(_skipped(state, lambdas_KL, monitor, seconds, error), state)
+            seconds = time.perf_counter() - start_s
+            observe(_skip_record(state, lambdas_KL, monitor, seconds, error), state)
             continue
+        # Update λ, and keep the first λ for a task that may have to be restored.
         origin = state.lambdas if state.start is None else state.start
         adam = optimizer.update(state.adam, gradient_KL)
         state = replace(state, adam=adam, start=origin, skipped_in_a_row=0)
+        # The monitor sees the predictions of the step that led to this state.
         predictions = torch.from_numpy(total.entropy), torch.from_numpy(total.probabilities)
         state = monitor.observe(state, *predictions)
-        observe(record(state, total, lambdas_KL, monitor, time.perf_counter() - began), state)
+        seconds = time.perf_counter() - start_s
+        observe(step_record(state, total, lambdas_KL, monitor, seconds), state)
     return state
 
 
 def _descend(
     group: Stepper, optimizer: Adam, monitor: Monitor, state: LearningState, lambdas_KL: Tensor
 ) -> tuple[StepTotal, Tensor]:
-    """The next step's results at ``lambdas_KL``, and the gradient (K, L) to follow."""
+    """Return the next step's total at ``lambdas_KL`` and the gradient (K, L) to follow."""
     total = _evaluate(group, monitor, state, lambdas_KL)
     gradient_KL = torch.from_numpy(total.gradient)
     if optimizer.sharpness:
@@ -158,7 +167,7 @@ def _descend(
 def _evaluate(
     group: Stepper, monitor: Monitor, state: LearningState, lambdas_KL: Tensor
 ) -> StepTotal:
-    """Loss and gradient of the next step's examples at ``lambdas_KL``."""
+    """Return loss and gradient of the next step's examples at ``lambdas_KL``."""
     weights_M, marginals_MC = monitor.weights(state), monitor.marginals(state)
     request = StepRequest(
         state.step,
@@ -171,10 +180,10 @@ def _evaluate(
     return total
 
 
-def record(
+def step_record(
     state: LearningState, total: StepTotal, lambdas_KL: Tensor, monitor: Monitor, seconds: float
 ) -> StepRecord:
-    """The record of the step that led to ``state`` from ``lambdas_KL``."""
+    """Return the record of the step that led to ``state`` from ``lambdas_KL``."""
     tasks = [(m, name) for m, name in enumerate(monitor.tasks) if total.probabilities[m].any()]
     marginal: dict[str, float] = {}
     if state.monitor is not None:
@@ -191,7 +200,7 @@ def record(
 
 
 def _means(lambdas_KL: Tensor, monitor: Monitor) -> dict[str, float]:
-    """λ by task, averaged over the layers."""
+    """Return each merged task's λ, averaged over the layers."""
     return {
         name: float(lambdas_KL[row].mean())
         for name, row in zip(monitor.tasks, monitor.rows, strict=True)
@@ -199,7 +208,7 @@ def _means(lambdas_KL: Tensor, monitor: Monitor) -> dict[str, float]:
     }
 
 
-def _skipped(
+def _skip_record(
     state: LearningState,
     lambdas_KL: Tensor,
     monitor: Monitor,
@@ -223,28 +232,30 @@ def require_finite(
 ) -> None:
     """Raise :class:`NonFiniteError` naming the tasks whose loss or gradient is not finite.
 
-    Of a gradient it is found out by asking again for each task alone.
+    A gradient does not show its tasks, so the step is requested again for each task alone.
     """
-    bad = [name for name, loss in zip(tasks, total.loss, strict=True) if not np.isfinite(loss)]
-    what = "loss" if bad else "gradient"
-    if not bad:
+    names = [name for name, loss in zip(tasks, total.loss, strict=True) if not np.isfinite(loss)]
+    what = "loss" if names else "gradient"
+    if not names:
         if np.isfinite(total.gradient).all():
             return
-        bad = _without_gradient(request, tasks, group)
-    of = f" of task {', '.join(bad)}" if bad else ""
+        names = _tasks_without_gradient(request, tasks, group)
+    of = f" of task {', '.join(names)}" if names else ""
     raise NonFiniteError(f"the {what}{of} is NaN or infinite", request.step)
 
 
-def _without_gradient(request: StepRequest, tasks: Sequence[str], group: Stepper) -> list[str]:
-    """The tasks whose images alone give a gradient that is not finite."""
+def _tasks_without_gradient(
+    request: StepRequest, tasks: Sequence[str], group: Stepper
+) -> list[str]:
+    """Return the tasks whose examples alone give a gradient that is not finite."""
     weights_M = np.ones(len(tasks)) if request.weights is None else request.weights
-    bad = []
+    names = []
     for m, name in enumerate(tasks):
         alone = replace(request, weights=np.where(np.arange(len(tasks)) == m, weights_M, 0.0))
         total = sum_results(group.step(alone), alone, group.workers)
         if not np.isfinite(total.gradient).all():
-            bad.append(name)
-    return bad
+            names.append(name)
+    return names
 
 
 def _sum(parts: Sequence[FloatArray]) -> FloatArray:

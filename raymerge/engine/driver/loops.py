@@ -1,4 +1,8 @@
-"""The loops that a method's row names; each learns λ from a state and reports every step."""
+"""The table of the loops that a method's row may name.
+
+Each learns λ from a state and reports every step; the loops themselves are left to ``loop`` and
+``frank_wolfe``.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,6 @@ LOOPS: Mapping[Loop, Callable[[Learning, LearningState, Observe], LearningState]
 
 
 def learn_lambdas(loop: Loop, learning: Learning, start: LearningState, observe: Observe) -> Tensor:
-    """(K, L) float64: the coefficients that the merge uses once ``loop`` has taken its steps."""
+    """Run ``loop`` from ``start``; return the coefficients (K, L) float64 that the merge uses."""
     state = LOOPS[loop](learning, start, observe)
     return learning.optimizer.effective(state.lambdas)

@@ -1,7 +1,7 @@
-"""The monitor of a learning run: each task's running predictions, and whether they collapse.
+"""The monitor of a learning run: it follows each task's predictions and reacts to a collapse.
 
-It keeps nothing itself: its memory is a part of the ``LearningState``, so that a resumed run
-continues to the same bits. What a collapse looks like is left to ``merging.guard``.
+It has no state of its own: its memory is a part of the ``LearningState``, so a resumed run
+continues to the same bits. The criterion of a collapse is left to ``merging.guard``.
 
 Legend: K models, M tasks, L layers, C classes of the task with the most.
 """
@@ -24,15 +24,16 @@ from raymerge.merging.objectives import marginal_entropy, mix_marginal, momentum
 logger = logging.getLogger(__name__)
 
 _MOMENTUM = 0.1
-_MOST_SKIPPED_IN_A_ROW = 10
-_SKIPS_WORTH_A_WARNING = 5
+_MAX_SKIPS_IN_A_ROW = 10
+_MAX_SKIP_WARNINGS = 5
 
 
 @dataclass(frozen=True)
 class Monitor:
-    """``rows[m]``: the row of λ of task m, -1 for one that is not merged.
+    """Observes the predictions of every step, and reacts to collapses and to steps to be skipped.
 
-    ``infomax``: the workers need the running predictions.
+    ``rows[m]``: the row of λ of task m, -1 where it is not merged. ``infomax``: True if the workers
+    need the running predictions.
     """
 
     tasks: Sequence[str]
@@ -42,12 +43,12 @@ class Monitor:
     guard: CollapseGuard = field(default_factory=CollapseGuard)
 
     def weights(self, state: LearningState) -> Tensor | None:
-        """(M,) weights of the tasks' losses: 0 once a task was restored; None if all are 1."""
+        """Return the tasks' weights (M,) in the loss, 0 once restored; None if all are 1."""
         restored_M = None if state.monitor is None else state.monitor.restored
         return None if restored_M is None or not restored_M.any() else (~restored_M).double()
 
     def marginals(self, state: LearningState) -> Tensor | None:
-        """(M, C): the running mean of the predictions, where the objective needs it."""
+        """Return the running mean (M, C) of the predictions where the objective needs it."""
         return state.monitor.marginals if self.infomax and state.monitor is not None else None
 
     def observe(self, state: LearningState, entropy_M: Tensor, mean_p_MC: Tensor) -> LearningState:
@@ -61,20 +62,20 @@ class Monitor:
         marginals_MC = mix_marginal(before.marginals, mean_p_MC, momentum)
         entropies = [marginal_entropy(p_C) for p_C in marginals_MC]
         marginal_M = torch.tensor(entropies, dtype=torch.float64)
-        # Report each collapsing task once.
+        # Report each collapsing task once, also after a resume.
         guard, collapsing = self.guard.observe(before.guard, entropy_M, marginal_M)
-        new = [task for task in collapsing if not before.collapsed[task]]
+        new_tasks = [task for task in collapsing if not before.collapsed[task]]
         collapsed_M = before.collapsed.clone()
-        collapsed_M[new] = True
+        collapsed_M[new_tasks] = True
         state = replace(
             state, monitor=MonitorState(marginals_MC, guard, collapsed_M, before.restored)
         )
-        for task in new if self.reactions.collapse != "ignore" else []:
+        for task in new_tasks if self.reactions.collapse != "ignore" else []:
             state = self._react(state, task)
         return state
 
     def skip(self, state: LearningState, error: NonFiniteError) -> LearningState:
-        """The state after a step without an update: λ, the moments and all averages stay.
+        """Return the state after a step without an update: λ, the moments and all averages stay.
 
         Raises ``error`` where a step may not be skipped, and :class:`RunError` after ten such steps
         in a row.
@@ -83,15 +84,15 @@ class Monitor:
             raise error
         adam, in_a_row = state.adam, state.skipped_in_a_row + 1
         skipped = adam.skipped + 1
-        if in_a_row > _MOST_SKIPPED_IN_A_ROW:
+        if in_a_row > _MAX_SKIPS_IN_A_ROW:
             raise RunError(
-                f"step {state.step + 1}: {error.what}, after {_MOST_SKIPPED_IN_A_ROW} steps in a "
+                f"step {state.step + 1}: {error.what}, after {_MAX_SKIPS_IN_A_ROW} steps in a "
                 "row that were skipped for the same reason; λ has not changed since step "
-                f"{state.step - _MOST_SKIPPED_IN_A_ROW}: check that task's checkpoint and images, "
+                f"{state.step - _MAX_SKIPS_IN_A_ROW}: check that task's checkpoint and images, "
                 "or lower optimizer.lr"
             )
-        if skipped <= _SKIPS_WORTH_A_WARNING:
-            last = skipped == _SKIPS_WORTH_A_WARNING
+        if skipped <= _MAX_SKIP_WARNINGS:
+            last = skipped == _MAX_SKIP_WARNINGS
             more = " (metrics.jsonl lists any further ones)" if last else ""
             logger.warning("step %d skipped: %s%s", state.step + 1, error.what, more)
         after = replace(adam, step=adam.step + 1, skipped=skipped)
@@ -100,11 +101,11 @@ class Monitor:
     def _react(self, state: LearningState, task: int) -> LearningState:
         """Warn of the collapse of ``task``, stop the run, or restore the task's λ."""
         assert state.monitor is not None
-        then = state.monitor.guard.start_marginal[task]
-        now = state.monitor.guard.marginal[task]
+        first = state.monitor.guard.start_marginal[task]
+        current = state.monitor.guard.marginal[task]
         collapse = (
             f"step {state.step}: task {self.tasks[task]} collapses: the entropy of its mean "
-            f"prediction fell from {then:.2f} to {now:.2f} nats, so few classes are left"
+            f"prediction fell from {first:.2f} to {current:.2f} nats, so few classes are left"
         )
         if self.reactions.collapse == "stop":
             raise RunError(
@@ -114,12 +115,12 @@ class Monitor:
             logger.warning(
                 "%s; its coefficients are restored and its images no longer count", collapse
             )
-            return self._restored(state, task)
+            return self._restore(state, task)
         logger.warning("%s; consider method.collapse: restore, or method.objective: kl", collapse)
         return state
 
-    def _restored(self, state: LearningState, task: int) -> LearningState:
-        """The task's λ as before the first step, without moments; its images no longer count."""
+    def _restore(self, state: LearningState, task: int) -> LearningState:
+        """Return the state with the task's first λ and no moments; its images no longer count."""
         assert state.monitor is not None
         assert state.start is not None
         restored_M = state.monitor.restored.clone()

@@ -1,7 +1,7 @@
 """The state of a learning run: everything that one step hands to the next.
 
-A run continues from it as if it had never stopped, so it converts to named tensors and back; how
-they are stored is left to ``runs.state``.
+A run continues from it as if it had never stopped, so it converts to named tensors and back.
+Storing them is left to ``runs.state``.
 
 Legend: K models, M tasks, L layers, C classes of the task with the most.
 """
@@ -22,10 +22,10 @@ _GUARD = ("entropy", "marginal", "start_entropy", "start_marginal")
 
 @dataclass(frozen=True)
 class MonitorState:
-    """What the monitor remembers of the predictions.
+    """The monitor's memory of the predictions.
 
     ``marginals`` (M, C): the running mean of each task's predictions. ``collapsed``, ``restored``
-    (M,) bool: the tasks that were found collapsed, and those whose λ was set back.
+    (M,) bool: the tasks whose collapse was reported, and those whose λ was restored.
     """
 
     marginals: Tensor
@@ -42,10 +42,10 @@ class MonitorState:
 
 @dataclass(frozen=True)
 class LearningState:
-    """λ and its moments, and what the loop and its monitor remember.
+    """λ and its moments, with the memory of the loop and of its monitor.
 
-    ``start`` (K, L): λ before the first step. ``start_square`` (L,): ‖θ‖² per layer then, kept by
-    Frank-Wolfe's cosine oracle alone. ``skipped_in_a_row``: steps since the last update.
+    ``start`` (K, L): λ before the first step. ``start_square`` (L,): ‖θ‖² per layer at that λ, set
+    by Frank-Wolfe's cosine oracle alone. ``skipped_in_a_row``: steps since the last update.
     """
 
     adam: AdamState
@@ -55,7 +55,7 @@ class LearningState:
     skipped_in_a_row: int = 0
 
     @classmethod
-    def at(cls, lambdas_KL: Tensor) -> LearningState:
+    def initial(cls, lambdas_KL: Tensor) -> LearningState:
         return cls(AdamState.start(lambdas_KL))
 
     @property
@@ -67,7 +67,7 @@ class LearningState:
         return self.adam.step
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state by name, without the step; ``from_tensors`` is the inverse."""
+        """Return the state by name, without the step; ``from_tensors`` is the inverse."""
         adam, monitor = self.adam, self.monitor
         memory: dict[str, Tensor | None] = {"start": self.start, "start_square": self.start_square}
         if monitor is not None:
@@ -83,7 +83,10 @@ class LearningState:
 
     @classmethod
     def from_tensors(cls, step: int, tensors: Mapping[str, Tensor]) -> LearningState:
-        """Raises :class:`LookupError` or :class:`ValueError` for tensors that are no such state."""
+        """Return the state that :meth:`tensors` gave.
+
+        Raises :class:`LookupError` or :class:`ValueError` for tensors of another form.
+        """
         memory = {name: t for name, t in tensors.items() if name.startswith("memory.")}
         counts = [
             int(memory.get(f"memory.{name}", torch.tensor(0)).reshape(()))

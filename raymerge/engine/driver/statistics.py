@@ -1,7 +1,7 @@
 """Fisher merging and RegMean: the merged vector from statistics of each expert on its examples.
 
-The driver asks the workers task by task and adds up in task order, so its memory does not grow with
-the number of tasks. What the workers compute is left to ``engine.worker``.
+The driver requests them task by task and adds them up in task order, so its memory does not grow
+with the number of tasks. Computing them is left to ``engine.worker``.
 
 Legend: K models, P columns of the flat vector, I and O the inputs and outputs of a linear layer.
 """
@@ -38,7 +38,7 @@ def merged_delta(
     experts: Sequence[VisualCheckpoint],
     seed: int,
 ) -> Tensor:
-    """θ − θ₀ on the flat grid, (P,).
+    """Return θ − θ₀ on the flat grid, (P,).
 
     ``tasks``: the index of each expert's task. Raises :class:`~raymerge.errors.UserError` for a
     damaged file.
@@ -54,6 +54,8 @@ def merged_delta(
 
 
 class _Solver:
+    """Adds up the experts' statistics and solves for the merged vector, a method for each kind."""
+
     def __init__(
         self,
         group: WorkerGroup,
@@ -87,15 +89,16 @@ class _Solver:
         return mean_P
 
     def regmean_pp(self, options: RegMeanPP, progress: Progress) -> Tensor:
-        """Block by block: the inputs of each are those that the merged blocks before it give."""
+        """Solve block by block: the inputs of each come from the merged blocks before it."""
         delta_P = torch.zeros(self._layout.columns)
         for expert in self._experts:
             delta_P += self._vector(expert) / len(self._experts)
         deltas, base = self._layout.views(delta_P), self._layout.views(self._base_P)
         blocks = 1 + max(_block(name) for name in self._layout.names)
-        new = [name for name in self._layout.names if _block(name) < 0]
+        new_names = [name for name in self._layout.names if _block(name) < 0]
         for block in range(blocks + 1):
-            merged = {name: (base[name] + deltas[name]).numpy() for name in new}
+            # Only the tensors merged since the last block travel; the workers have the others.
+            merged = {name: (base[name] + deltas[name]).numpy() for name in new_names}
             requests = [
                 self._request("block_grams", k, options.images, block=block, merged=merged)
                 for k in self._tasks
@@ -105,15 +108,15 @@ class _Solver:
                 vectors = self._tensors(expert, list(arrays))
                 _add(sums, arrays, vectors, options.alpha)
             _write(sums, deltas)
-            new = [name for name in self._layout.names if _block(name) == block]
+            new_names = [name for name in self._layout.names if _block(name) == block]
         return delta_P
 
     def _gather(
         self, requests: Sequence[StatisticsRequest], progress: Progress
     ) -> Iterator[tuple[VisualCheckpoint, Arrays]]:
-        answers: Iterator[StatisticsResult] = self._group.statistics(requests)
-        for expert, answer in zip(self._experts, answers, strict=True):
-            yield expert, answer.values
+        results: Iterator[StatisticsResult] = self._group.statistics(requests)
+        for expert, result in zip(self._experts, results, strict=True):
+            yield expert, result.values
             progress(1)
 
     def _request(
@@ -125,21 +128,13 @@ class _Solver:
         block: int = 0,
         merged: Arrays | None = None,
     ) -> StatisticsRequest:
-        return StatisticsRequest(
-            kind,
-            task,
-            images,
-            self._seed,
-            samples,
-            block,
-            merged or {},
-        )
+        return StatisticsRequest(kind, task, images, self._seed, samples, block, merged or {})
 
     def _vector(self, expert: VisualCheckpoint) -> Tensor:
         return expert.flat().sub_(self._base_P)
 
     def _tensors(self, expert: VisualCheckpoint, names: Sequence[str]) -> dict[str, Tensor]:
-        """Some tensors of a task vector."""
+        """Return the tensors ``names`` of the expert's task vector."""
         base, out = self._layout.views(self._base_P), {}
         for name in names:
             t = self._layout.names.index(name)
@@ -170,6 +165,6 @@ def _write(sums: Mapping[str, RegMeanSum], deltas: Mapping[str, Tensor]) -> None
 
 
 def _block(name: str) -> int:
-    """The transformer block that a tensor belongs to; -1 of those before and after."""
+    """Return the transformer block of a tensor, -1 for a tensor before or after the blocks."""
     parts = name.split(".")
     return int(parts[2]) if parts[:2] == ["transformer", "resblocks"] else -1

@@ -1,1 +1,1 @@
-"""A worker: one process's part of the task vectors and examples, and what it computes from them."""
+"""A worker: one process's shard of the task vectors and examples, and its computations on them."""

@@ -54,13 +54,13 @@ class ClipSource:
     def serve(self, spec: WorkerSpec, pinned: Pinned) -> ClipModel:
         return ClipModel(self, spec, pinned)
 
-    def stored(self, put: Callable[[Any], Callable[[], Any]]) -> ClipSource:
-        """Itself: it holds names only."""
+    def store_parts(self, put: Callable[[Any], Callable[[], Any]]) -> ClipSource:
+        """Return this source itself: it contains only names."""
         return self
 
 
 class ClipModel:
-    """See ``served.ServedModel``. ``pinned``: the decoded images by task, kept by the worker."""
+    """The served CLIP model. ``pinned``: the decoded images by task, which the worker keeps."""
 
     def __init__(self, source: ClipSource, spec: WorkerSpec, pinned: Pinned) -> None:
         self.tasks, self._pinned = source.tasks, pinned
@@ -85,7 +85,7 @@ class ClipModel:
         self._evaluator: tuple[tuple[int, int], Evaluator] | None = None
 
     def head(self, task: int) -> Tensor:
-        """(D, C) of the task with this index, which has classes."""
+        """Return the head (D, C) of a task that has classes."""
         head = self._heads[task]
         assert head is not None
         return head
@@ -116,10 +116,10 @@ class ClipModel:
     def pin(
         self, needed: Mapping[int, NDArray[np.int64]], progress: Progress, threads: int
     ) -> None:
-        """Decode the images of these tasks that are not held already."""
+        """Decode the images of these tasks that are not in memory already."""
         for task, images in needed.items():
-            source, held = self._images()[task], self._pinned.get(task)
-            if source and (held is None or not held.holds(images)):
+            source, pinned = self._images()[task], self._pinned.get(task)
+            if source and (pinned is None or not pinned.holds(images)):
                 self._pinned[task] = PinnedImages(
                     source, images, self.encoder.preprocess, progress, threads
                 )
@@ -137,8 +137,8 @@ class ClipModel:
         ]
 
     def labels(self, task: int) -> Tensor:
-        given, where = self.tasks[task], f"tasks[{task}].adapt"
-        return torch.tensor(labels_in_order(str(given.adapt), given.classnames, where))
+        entry, key = self.tasks[task], f"tasks[{task}].adapt"
+        return torch.tensor(labels_in_order(str(entry.adapt), entry.classnames, key))
 
     # --- statistics and scores -----------------------------------------------------------------
 
@@ -160,7 +160,7 @@ def _heads(
     model: OpenClipModel,
     device: torch.device,
 ) -> list[Tensor | None]:
-    """(D, C) of every task that has classes; a tokenizer is made only where one is needed."""
+    """Return the head (D, C) of each task, None without classes; a tokenizer only if needed."""
     heads: list[Tensor | None] = []
     tokenizer = None
     for k, task in enumerate(tasks):

@@ -1,5 +1,7 @@
 """Statistics of one CLIP expert on its own task's images: Fisher diagonals and Gram matrices.
 
+Merging from them is left to the driver (``engine.driver.statistics``).
+
 Legend: N images, P columns of the flat vector.
 """
 
@@ -27,7 +29,7 @@ from raymerge.models.encoder import FlatEncoder
 
 
 class ExpertModel(Protocol):
-    """What the statistics need of a served CLIP model."""
+    """The part of a served CLIP model that the statistics use."""
 
     encoder: FlatEncoder
     layout: ParameterLayout
@@ -52,12 +54,15 @@ class ExpertStatistics:
         self._states: dict[int, HiddenStates] = {}
 
     def gather(self, request: StatisticsRequest) -> dict[str, Tensor]:
-        """Raises :class:`~raymerge.errors.UserError` for a damaged file or an unfit tower."""
-        work = {"fisher": self._fisher, "grams": self._grams, "block_grams": self._block_grams}
-        return work[request.kind](request)
+        """Return the requested statistics by tensor name.
+
+        Raises :class:`~raymerge.errors.UserError` for a damaged file or an unfit tower.
+        """
+        functions = {"fisher": self._fisher, "grams": self._grams, "block_grams": self._block_grams}
+        return functions[request.kind](request)
 
     def _fisher(self, request: StatisticsRequest) -> dict[str, Tensor]:
-        """The diagonal (P,), zero where the tower has buffers."""
+        """Return the diagonal (P,), zero for the tower's buffers."""
         encoder, layout = self._model.encoder, self._model.layout
         self._model.load_expert(request.task)
         head_DC, visual = self._model.head(request.task), encoder.visual
@@ -66,7 +71,7 @@ class ExpertStatistics:
             features: Tensor = functional_call(visual, parameters, (images,))
             return nn.functional.normalize(features, dim=-1) @ head_DC
 
-        found = fisher_diagonal(
+        diagonal = fisher_diagonal(
             logits,
             dict(visual.named_parameters()),
             self._images(request),
@@ -75,8 +80,8 @@ class ExpertStatistics:
         )
         fisher_P = torch.zeros(layout.columns)
         for name, view in layout.views(fisher_P).items():
-            if name in found:
-                view.copy_(found[name])
+            if name in diagonal:
+                view.copy_(diagonal[name])
         return {"fisher": fisher_P}
 
     def _grams(self, request: StatisticsRequest) -> dict[str, Tensor]:
@@ -84,9 +89,9 @@ class ExpertStatistics:
         return grams(self._model.encoder.visual, self._images(request))
 
     def _block_grams(self, request: StatisticsRequest) -> dict[str, Tensor]:
-        """Advance through what is merged by now, then the Grams of the expert's next block."""
+        """Advance through the merged blocks; return the Grams of the expert's next block."""
         visual = self._model.encoder.visual
-        self._set(request.merged)
+        self._set_tensors(request.merged)
         if request.block == 0:
             self._states[request.task] = HiddenStates(visual, self._images(request))
         states = self._states[request.task]
@@ -97,7 +102,7 @@ class ExpertStatistics:
         self._load_block(self._checkpoint(request), request.block)
         return states.block_grams(request.block)
 
-    def _set(self, tensors: Mapping[str, NDArray[np.float32]]) -> None:
+    def _set_tensors(self, tensors: Mapping[str, NDArray[np.float32]]) -> None:
         views = self._model.layout.views(self._model.encoder.theta_P)
         for name, values in tensors.items():
             views[name].copy_(torch.from_numpy(np.array(values)))
@@ -117,10 +122,10 @@ class ExpertStatistics:
         return str(self._model.tasks[request.task].checkpoint)
 
     def _images(self, request: StatisticsRequest) -> Tensor:
-        """(N, 3, H, W), normalised, on the device; all of a task that has no more."""
+        """Return images (N, 3, H, W), normalised, on the device; all of a task with fewer."""
         task, encoder = self._model.tasks[request.task], self._model.encoder
         source = unlabeled_images(str(task.adapt), f"tasks[{request.task}].adapt")
         count = min(request.images, len(source))
-        chosen = np.sort(step_images(request.seed, task.name, 0, count, len(source)))
-        pixels = PinnedImages(source, chosen, encoder.preprocess).take(chosen)
+        indices = np.sort(step_images(request.seed, task.name, 0, count, len(source)))
+        pixels = PinnedImages(source, indices, encoder.preprocess).take(indices)
         return encoder.preprocess.normalise(pixels.to(encoder.device))

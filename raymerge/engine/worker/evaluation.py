@@ -1,7 +1,8 @@
 """Top-1, cross-entropy and entropy on labelled test images, in fixed chunks.
 
 A task's test images are cut into chunks of fixed size; chunks are dealt to workers and their sums
-are added in chunk order, so the result does not depend on how many workers there are.
+are added in chunk order, so the result does not depend on how many workers there are. Adding them
+up is left to ``engine.scores``.
 
 Legend: B images of a chunk, N of a task, D features, C classes.
 """
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from raymerge.models.encoder import FlatEncoder
 
 CHUNK = 64
-_KEEP_BYTES = 1 << 28
-"""Decoded test images are kept for the next evaluation while a worker's share stays below this."""
+_CACHE_BYTES = 1 << 28
+"""A worker keeps its decoded test images for the next evaluation if they take no more than this."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ChunkRange:
 
 
 def test_images(tasks: Sequence[TaskConfig]) -> dict[int, ImageList]:
-    """Labelled test images by task index, for the tasks that have any."""
+    """Return labelled test images by task index, for the tasks that have any."""
     return {
         i: labelled_images(task.test, task.classnames, f"tasks[{i}].test")
         for i, task in enumerate(tasks)
@@ -50,20 +51,23 @@ def test_images(tasks: Sequence[TaskConfig]) -> dict[int, ImageList]:
 
 
 def deal_chunks(sizes: Mapping[int, int], workers: int) -> list[list[ChunkRange]]:
-    """All tasks' chunks, contiguous, dealt evenly: ``sizes`` is images by task index."""
+    """Deal all tasks' chunks to the workers, evenly and contiguously.
+
+    ``sizes``: the number of images by task index.
+    """
     chunks = [(task, c) for task, n in sorted(sizes.items()) for c in range(-(-n // CHUNK))]
     bounds = [len(chunks) * w // workers for w in range(workers + 1)]
-    return [_shares(chunks[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [_ranges(chunks[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-def _shares(chunks: Sequence[tuple[int, int]]) -> list[ChunkRange]:
+def _ranges(chunks: Sequence[tuple[int, int]]) -> list[ChunkRange]:
     tasks = sorted({task for task, _ in chunks})
     spans = {task: [c for t, c in chunks if t == task] for task in tasks}
     return [ChunkRange(task, span[0], span[-1] + 1) for task, span in spans.items()]
 
 
 class Evaluator:
-    """One worker's share of every task's test images, and the sums over its chunks."""
+    """One worker's chunks of every task's test images, and the sums over them."""
 
     def __init__(
         self,
@@ -76,12 +80,13 @@ class Evaluator:
         self._encoder, self._pretrained = encoder, pretrained
         self._names = [task.name for task in tasks]
         images = test_images(tasks)
-        sizes = {task: len(listed) for task, listed in images.items()}
-        shares = deal_chunks(sizes, workers)[rank]
-        self._shares = [(share, _cut(images[share.task], share)) for share in shares]
+        sizes = {task: len(of_task) for task, of_task in images.items()}
+        ranges = deal_chunks(sizes, workers)[rank]
+        self._ranges = [(span, _cut(images[span.task], span)) for span in ranges]
         height, width = encoder.preprocess.size
-        self._keep = sum(len(i) for _, i in self._shares) * 3 * height * width <= _KEEP_BYTES
-        self._kept: dict[ChunkRange, list[Tensor]] = {}
+        pixels = sum(len(own) for _, own in self._ranges) * 3 * height * width
+        self._may_cache = pixels <= _CACHE_BYTES
+        self._cache: dict[ChunkRange, list[Tensor]] = {}
 
     def scores(
         self,
@@ -91,20 +96,21 @@ class Evaluator:
     ) -> list[ChunkScore]:
         """Score this worker's chunks, each on the checkpoint requested for its task."""
         out: list[ChunkScore] = []
-        loaded = None
-        for share, images in self._shares:
-            reference = request.checkpoints.get(self._names[share.task])
+        loaded_reference = None
+        for span, images in self._ranges:
+            reference = request.checkpoints.get(self._names[span.task])
             if reference is None:
                 continue
-            if reference != loaded:
+            # Tasks of one checkpoint follow each other, so its weights are loaded once.
+            if reference != loaded_reference:
                 load_weights(self._encoder, self._pretrained, reference)
-                loaded = reference
+                loaded_reference = reference
             labels = torch.tensor(images.labels)
-            for i, pixels_B3HW in enumerate(self._chunks(share, images)):
+            for i, pixels_B3HW in enumerate(self._chunks(span, images)):
                 target_B = labels[i * CHUNK : i * CHUNK + len(pixels_B3HW)]
-                logits_BC = self._logits(pixels_B3HW, head(share.task), request.autocast)
-                chunk = share.start + i
-                out.append(_score(share.task, chunk, logits_BC, target_B, request.per_sample))
+                logits_BC = self._logits(pixels_B3HW, head(span.task), request.autocast)
+                chunk = span.start + i
+                out.append(_score(span.task, chunk, logits_BC, target_B, request.per_sample))
                 if progress is not None:
                     progress(len(target_B))
         return out
@@ -113,22 +119,21 @@ class Evaluator:
     def _logits(self, pixels_B3HW: Tensor, head_DC: Tensor, autocast: bool) -> Tensor:
         return self._encoder.features(pixels_B3HW, autocast) @ head_DC
 
-    def _chunks(self, share: ChunkRange, images: ImageList) -> Iterable[Tensor]:
-        if share in self._kept:
-            return self._kept[share]
+    def _chunks(self, span: ChunkRange, images: ImageList) -> Iterable[Tensor]:
+        """Return the pixels (B, 3, H, W) of each chunk, from the cache if they are there."""
+        if span in self._cache:
+            return self._cache[span]
         batches = (
             pixels for _, pixels in decode_batches(images.items, self._encoder.preprocess, CHUNK)
         )
-        if not self._keep:
-            return batches
-        return self._remember(share, batches)
+        return self._remember(span, batches) if self._may_cache else batches
 
-    def _remember(self, share: ChunkRange, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        kept = []
+    def _remember(self, span: ChunkRange, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        pixels = []
         for batch in batches:
-            kept.append(batch)
+            pixels.append(batch)
             yield batch
-        self._kept[share] = kept
+        self._cache[span] = pixels
 
 
 def load_weights(encoder: FlatEncoder, pretrained: VisualCheckpoint, reference: str) -> None:
@@ -137,9 +142,9 @@ def load_weights(encoder: FlatEncoder, pretrained: VisualCheckpoint, reference: 
     encoder.theta_P.copy_(checkpoint.flat(len(encoder.theta_P)))
 
 
-def _cut(images: ImageList, share: ChunkRange) -> ImageList:
-    here = slice(share.start * CHUNK, share.stop * CHUNK)
-    return ImageList(images.items[here], images.labels[here])
+def _cut(images: ImageList, span: ChunkRange) -> ImageList:
+    rows = slice(span.start * CHUNK, span.stop * CHUNK)
+    return ImageList(images.items[rows], images.labels[rows])
 
 
 def _score(

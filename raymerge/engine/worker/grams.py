@@ -1,8 +1,9 @@
-"""What RegMean needs to see of open_clip's vision transformer: Gram matrices of the inputs of its
-linear weights, through one expert at once or block by block behind a merged prefix (RegMean++).
+"""Gram matrices of the inputs of the linear weights of open_clip's vision transformer.
 
+RegMean takes them from one pass through an expert, RegMean++ block by block behind merged blocks.
 Covered are the four weights of every transformer block and ``proj``. The patch convolution and the
-weights of an attentional pooler are not: they are averaged like everything else.
+weights of an attentional pooler are not: they are averaged like everything else. Solving for the
+merged weights is left to ``merging.regmean``.
 
 Legend: B images, b images of one chunk, T tokens, W width of the tower, H heads, I input features
 of one weight.
@@ -26,22 +27,25 @@ _CHUNK = 32
 
 
 def grams(visual: nn.Module, images_B3HW: Tensor, chunk: int = _CHUNK) -> dict[str, Tensor]:
-    """G = XᵀX / tokens (I, I) of every linear weight, by name, through the weights now loaded.
+    """Return G = XᵀX / tokens (I, I) of every linear weight, by name, with the weights now loaded.
 
     ``visual``: open_clip's tower in evaluation mode; :class:`~raymerge.errors.UserError` for
     another kind. ``images_B3HW``: normalised. Each block runs once.
     """
     states = HiddenStates(visual, images_B3HW, chunk)
-    found: dict[str, Tensor] = {}
+    by_name: dict[str, Tensor] = {}
     for index in range(states.blocks):
-        with _captured(visual, index) as captured:
+        with _hooked_block(visual, index) as block:
             states.advance(index)
-        found |= captured.grams()
-    return found | states.head_grams()
+        by_name |= block.grams()
+    return by_name | states.head_grams()
 
 
 def in_by_out(name: str, weight: Tensor) -> Tensor:
-    """The weight as y = xW has it, (I, O); on the result, the way back. open_clip stores (O, I)."""
+    """Return the weight as y = xW has it, (I, O), and the stored one from that.
+
+    open_clip stores ``proj`` as (I, O) and all other weights as (O, I).
+    """
     return weight if name == "proj" else weight.t()
 
 
@@ -49,9 +53,9 @@ class HiddenStates:
     """One task's images inside the tower: ``chunks_bTW`` is the input of block ``depth``.
 
     Construction runs the stem (patches, class token, positions, ``ln_pre``). For RegMean++, at each
-    block: load an expert's block, ``block_grams`` of its task; once all tasks have theirs, load the
-    merged block and ``advance`` every task. All of it uses the weights loaded at that time. Asking
-    for another block than ``depth`` is a ValueError.
+    block: load an expert's block and call ``block_grams`` of its task; once all tasks have theirs,
+    load the merged block and ``advance`` every task. Every call uses the weights loaded at that
+    time, and raises ValueError for another block than ``depth``.
 
     Raises :class:`~raymerge.errors.UserError` for a tower that is not open_clip's.
     """
@@ -73,12 +77,12 @@ class HiddenStates:
         return len(self._visual.transformer.resblocks)
 
     def block_grams(self, index: int) -> dict[str, Tensor]:
-        """The Grams of block ``index`` = ``depth``; the hidden states stay."""
+        """Return the Grams of block ``index`` = ``depth``; the hidden states stay."""
         self._expect(index)
-        with _captured(self._visual, index) as captured:
+        with _hooked_block(self._visual, index) as block:
             for _ in self._outputs(index):
                 pass
-        return captured.grams()
+        return block.grams()
 
     def advance(self, index: int) -> None:
         """Replace the hidden states by the outputs of block ``index`` = ``depth``."""
@@ -86,7 +90,7 @@ class HiddenStates:
         self.depth += 1
 
     def head_grams(self) -> dict[str, Tensor]:
-        """After the last block: the Gram of the pooled token, which ``proj`` multiplies."""
+        """Return, after the last block, the Gram of the pooled token, which ``proj`` multiplies."""
         self._expect(self.blocks)
         gram = _GramSum()
         with torch.no_grad():
@@ -108,18 +112,20 @@ class HiddenStates:
 
     def _expect(self, index: int) -> None:
         if index != self.depth:
-            raise ValueError(f"at the input of block {self.depth}, not of block {index}")
+            raise ValueError(
+                f"the images are at the input of block {self.depth}, not of block {index}"
+            )
 
 
 class _GramSum:
-    """Σ xxᵀ over tokens, in float32 or the finer precision of the inputs."""
+    """The sum Σ xxᵀ over tokens, in float32 or the finer precision of the inputs."""
 
     def __init__(self) -> None:
         self._tokens = 0
         self._sum_II: Tensor | None = None
 
     def add(self, inputs: Tensor) -> None:
-        """``inputs`` (..., I)."""
+        """Add ``inputs`` (..., I)."""
         inputs_nI = inputs.flatten(0, -2)
         inputs_nI = inputs_nI.to(torch.promote_types(inputs.dtype, torch.float32))
         self._tokens += len(inputs_nI)
@@ -129,59 +135,59 @@ class _GramSum:
             self._sum_II.addmm_(inputs_nI.t(), inputs_nI)
 
     def mean(self) -> Tensor:
-        """G = XᵀX / tokens, (I, I). At least one token was added."""
+        """Return G = XᵀX / tokens, (I, I); at least one token must have been added."""
         assert self._sum_II is not None
         return self._sum_II / self._tokens
 
 
-class _Captured:
-    """The Grams of one block's linear weights, from hooks on the modules that see their inputs."""
+class _HookedBlock:
+    """The Grams of one block's linear weights, from hooks on the modules that take their inputs."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._sums: dict[str, _GramSum] = {}
 
-    def see(self, name: str, inputs: Tensor) -> None:
+    def add(self, name: str, inputs: Tensor) -> None:
         self._sums.setdefault(name, _GramSum()).add(inputs)
 
     def grams(self) -> dict[str, Tensor]:
         return {f"{self._prefix}{name}": gram.mean() for name, gram in self._sums.items()}
 
     def hook(self, block: Any) -> list[RemovableHandle]:
-        """Watch the inputs of the block's weights; returns the hooks' handles."""
+        """Register hooks on the inputs of the block's weights; return their handles."""
         attn, mlp = block.attn, block.mlp
         fused = isinstance(attn, nn.MultiheadAttention)
-        watched = {"mlp.c_fc.weight": mlp.c_fc, "mlp.c_proj.weight": mlp.c_proj}
+        modules = {"mlp.c_fc.weight": mlp.c_fc, "mlp.c_proj.weight": mlp.c_proj}
         if not fused:  # open_clip's own Attention calls its out_proj
-            watched["attn.out_proj.weight"] = attn.out_proj
+            modules["attn.out_proj.weight"] = attn.out_proj
 
-        def see_attention(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.see("attn.in_proj_weight", args[0])
+        def add_attention(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.add("attn.in_proj_weight", args[0])
             if fused:
-                self.see("attn.out_proj.weight", attended(attn, args[0]))
+                self.add("attn.out_proj.weight", projection_input(attn, args[0]))
 
-        handles = [attn.register_forward_pre_hook(see_attention)]
-        for name, module in watched.items():
-            handles.append(module.register_forward_pre_hook(self._seer(name)))
+        handles = [attn.register_forward_pre_hook(add_attention)]
+        for name, module in modules.items():
+            handles.append(module.register_forward_pre_hook(self._adder(name)))
         return handles
 
-    def _seer(self, name: str) -> Any:
-        return lambda _, args: self.see(name, args[0])
+    def _adder(self, name: str) -> Any:
+        return lambda _, args: self.add(name, args[0])
 
 
 @contextmanager
-def _captured(visual: Any, index: int) -> Iterator[_Captured]:
-    captured = _Captured(f"transformer.resblocks.{index}.")
-    handles = captured.hook(visual.transformer.resblocks[index])
+def _hooked_block(visual: Any, index: int) -> Iterator[_HookedBlock]:
+    hooked = _HookedBlock(f"transformer.resblocks.{index}.")
+    handles = hooked.hook(visual.transformer.resblocks[index])
     try:
-        yield captured
+        yield hooked
     finally:
         for handle in handles:
             handle.remove()
 
 
-def attended(attn: nn.MultiheadAttention, x_BTW: Tensor) -> Tensor:
-    """What ``attn.out_proj`` multiplies, (B, T, W): torch computes it inside one function.
+def projection_input(attn: nn.MultiheadAttention, x_BTW: Tensor) -> Tensor:
+    """Return the input of ``attn.out_proj``, (B, T, W), which torch computes out of reach.
 
     ``x_BTW`` is the self-attention's input, (T, B, W) unless ``attn.batch_first``.
     """

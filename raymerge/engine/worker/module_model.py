@@ -1,7 +1,7 @@
 """A user's ``nn.Module`` as workers serve it: its checkpoints, its flat parameters, its batches.
 
-One example of the engine is one batch of the user, of any content; the user's function gives its
-logits.
+One example of the engine is one batch of the user, of any content; the user's function returns its
+logits. Batches have no labels here, so nothing is scored.
 
 Legend: K models, P columns of the flat vector, B rows of a batch, C classes.
 """
@@ -32,7 +32,7 @@ from raymerge.models.checkpoints.visual_tower import VisualCheckpoint, match_vis
 from raymerge.models.flat import view_flat
 
 Batch = Any
-"""Whatever ``logits`` understands."""
+"""Any value that the user's ``logits`` function takes."""
 Logits = Callable[[nn.Module, Batch, str], Tensor]
 """(model, batch, task) → (B, C), differentiable in the model's parameters."""
 Expert = nn.Module | Mapping[str, Tensor] | str | Path
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Value(Generic[T]):
-    """A getter of what this process holds; a group of actors puts another in its place."""
+    """A getter of a value in this process; a group of actors replaces it by one of its own."""
 
     value: T
 
@@ -51,9 +51,9 @@ class Value(Generic[T]):
 
 @dataclass(frozen=True)
 class ModuleParts:
-    """What a user brings: the pretrained module, the experts by task, and the logits' function.
+    """A user's pretrained module, experts by task, and function that returns logits.
 
-    ``merged``: says of a tensor's name whether it is merged.
+    ``merged``: returns True for the name of a tensor to merge.
     """
 
     module: nn.Module
@@ -64,7 +64,7 @@ class ModuleParts:
 
 @dataclass(frozen=True)
 class ModuleSource:
-    """A user's module and batches, as getters, so that a worker fetches its own tasks' alone.
+    """A user's module and batches, as getters, so that a worker fetches only its own tasks'.
 
     ``classes``: the largest number of classes of any task.
     """
@@ -78,14 +78,14 @@ class ModuleSource:
     def serve(self, spec: WorkerSpec, pinned: Pinned) -> ModuleModel:
         return ModuleModel(self, spec, pinned)
 
-    def stored(self, put: Callable[[Any], Callable[[], Any]]) -> ModuleSource:
+    def store_parts(self, put: Callable[[Any], Callable[[], Any]]) -> ModuleSource:
         batches = tuple(put(get()) for get in self.batches)
         return replace(self, parts=put(self.parts()), batches=batches)
 
 
 @dataclass
-class HeldCheckpoint:
-    """A state dict in memory, seen as an opened checkpoint."""
+class StateDictCheckpoint:
+    """A state dict in memory, with the interface of an opened checkpoint."""
 
     path: Path
     tensors: Mapping[str, Tensor]
@@ -97,13 +97,13 @@ class HeldCheckpoint:
         }
 
     def fill(self, key: str, start: int, out_n: Tensor) -> None:
-        stored = self.tensors[key].detach().reshape(-1)
-        out_n.copy_(stored[start : start + len(out_n)])
+        flat_n = self.tensors[key].detach().reshape(-1)
+        out_n.copy_(flat_n[start : start + len(out_n)])
 
 
 @dataclass(frozen=True)
 class ModuleFiles:
-    """θ₀ and the experts by task, known to fit each other."""
+    """θ₀ and the experts by task, checked to have the same tensors."""
 
     layout: ParameterLayout
     pretrained: VisualCheckpoint
@@ -111,7 +111,10 @@ class ModuleFiles:
 
     @classmethod
     def open(cls, parts: ModuleParts) -> ModuleFiles:
-        """Raises :class:`UserError` where nothing is merged or an expert does not fit."""
+        """Open the user's models.
+
+        Raises :class:`UserError` where nothing is merged or an expert does not fit.
+        """
         state = parts.module.state_dict()
         layout = _layout(parts.module, parts.merged)
         if not layout.names:
@@ -120,14 +123,15 @@ class ModuleFiles:
             )
         ignored = state.keys() - set(layout.names)
         experts = {
-            name: match_visual(_opened(name, expert, ignored), layout)
+            name: match_visual(_open_expert(name, expert, ignored), layout)
             for name, expert in parts.experts.items()
         }
-        return cls(layout, match_visual(_held("the model", state, ignored), layout), experts)
+        pretrained = match_visual(_as_checkpoint("the model", state, ignored), layout)
+        return cls(layout, pretrained, experts)
 
 
 def _layout(model: nn.Module, merged: Callable[[str], bool]) -> ParameterLayout:
-    """The tensors to merge, in the state dict's order; of tied ones the first."""
+    """Return the layout of the tensors to merge, in the state dict's order; tied ones once."""
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
         name for name, _ in model.named_parameters()
     }
@@ -135,29 +139,29 @@ def _layout(model: nn.Module, merged: Callable[[str], bool]) -> ParameterLayout:
     return ParameterLayout.of({k: t for k, t in state.items() if k not in tied and merged(k)})
 
 
-def _opened(name: str, expert: Expert, ignored: set[str]) -> Checkpoint:
+def _open_expert(name: str, expert: Expert, ignored: set[str]) -> Checkpoint:
     if isinstance(expert, nn.Module):
         expert = expert.state_dict()
     if isinstance(expert, Mapping):
-        return _held(f"experts[{name!r}]", expert, ignored)
-    opened = open_stored(str(expert))
-    opened.specs = {key: spec for key, spec in opened.specs.items() if key not in ignored}
-    return opened
+        return _as_checkpoint(f"experts[{name!r}]", expert, ignored)
+    checkpoint = open_stored(str(expert))
+    specs = checkpoint.specs.items()
+    checkpoint.specs = {key: spec for key, spec in specs if key not in ignored}
+    return checkpoint
 
 
-def _held(name: str, tensors: Mapping[str, Tensor], ignored: set[str]) -> Checkpoint:
-    wrong = [key for key, tensor in tensors.items() if not isinstance(tensor, Tensor)]
-    if wrong:
-        raise CheckpointError(f"{name}: {wrong[0]!r} is no tensor; give a state dict")
-    kept = {key: tensor for key, tensor in tensors.items() if key not in ignored}
-    return HeldCheckpoint(Path(name), kept)
+def _as_checkpoint(name: str, tensors: Mapping[str, Tensor], ignored: set[str]) -> Checkpoint:
+    others = [key for key, tensor in tensors.items() if not isinstance(tensor, Tensor)]
+    if others:
+        raise CheckpointError(f"{name}: {others[0]!r} is not a tensor; pass a state dict")
+    merged = {key: tensor for key, tensor in tensors.items() if key not in ignored}
+    return StateDictCheckpoint(Path(name), merged)
 
 
 class ModuleModel:
     """A copy of the user's module over flat θ and ∂ℒ/∂θ, in evaluation mode.
 
-    See ``served.ServedModel``. One batch is one pass: batches of different tasks may differ in
-    anything.
+    One batch is one pass, because batches of different tasks may have nothing in common.
     """
 
     slots_per_pass = 1
@@ -190,7 +194,7 @@ class ModuleModel:
                 progress(len(self._pinned[task]))
 
     def pinned_bytes(self) -> int:
-        """0: a batch may be anything, so its size is not known."""
+        """Return 0: a batch may be any value, so its size is not known."""
         return 0
 
     def outputs(self, examples: Sequence[Examples], autocast: bool) -> list[Tensor]:
@@ -207,14 +211,14 @@ class ModuleModel:
         raise UserError("method.objective: cross_entropy needs labels, and batches have none")
 
     def statistics(self, request: StatisticsRequest) -> dict[str, Tensor]:
-        """The Fisher diagonal (P,) over the rows of the drawn batches, zero for buffers."""
+        """Return the Fisher diagonal (P,) over the rows of the drawn batches, zero for buffers."""
         self.load_expert(request.task)
         name, batches = self._source.task_names[request.task], self._source.batches[request.task]()
         count = min(request.images, len(batches))
-        chosen = np.sort(step_images(request.seed, name, 0, count, len(batches)))
+        indices = np.sort(step_images(request.seed, name, 0, count, len(batches)))
         generator = torch.Generator().manual_seed(request.seed)
         total_P, rows = torch.zeros_like(self.gradient_P), 0
-        for i in chosen.tolist():
+        for i in indices.tolist():
             logits_BC = self._batch_logits(request.task, batches[i])
             add_row_squares(logits_BC, self.gradient_P, total_P, request.samples, generator)
             rows += len(logits_BC)
@@ -223,19 +227,19 @@ class ModuleModel:
     def scores(
         self, request: EvaluateRequest, rank: int, workers: int, progress: Progress | None
     ) -> list[ChunkScore]:
-        """None: a user's batches have no labels, so no task has test examples."""
+        """Return no scores: a user's batches have no labels, so no task has test examples."""
         return []
 
 
 def flat_copy(
     module: nn.Module, layout: ParameterLayout, columns: int | None = None
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """A copy of ``module`` in evaluation mode over flat θ and ∂ℒ/∂θ, both (P,) on its device.
+    """Return a copy of ``module`` in evaluation mode, its flat θ and its ∂ℒ/∂θ, both (P,).
 
-    ``columns``: P, by default the layout's.
+    All lie on the module's device. ``columns``: P, by default the layout's.
     """
-    copied = copy.deepcopy(module).eval().requires_grad_(False)
+    clone = copy.deepcopy(module).eval().requires_grad_(False)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     theta_P, gradient_P = (torch.zeros(columns or layout.columns, device=device) for _ in range(2))
-    view_flat(copied, layout, theta_P, gradient_P)
-    return copied, theta_P, gradient_P
+    view_flat(clone, layout, theta_P, gradient_P)
+    return clone, theta_P, gradient_P

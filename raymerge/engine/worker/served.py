@@ -1,8 +1,7 @@
-"""The served model: what a worker needs of a model and of its tasks' examples.
+"""The served model: the interface through which a worker uses a model and its tasks' examples.
 
 CLIP with its heads and images is one kind (``clip_model``), a user's ``nn.Module`` with batches
-another (``module_model``). The worker, its shard, the groups and the loops know no other side of
-either.
+another (``module_model``). The worker, its shard, the groups and the loops use only this interface.
 
 Legend: B rows of logits, C classes, P columns of the flat vector.
 """
@@ -32,7 +31,7 @@ class ServedModel(Protocol):
     """A model whose merged tensors are views into ``theta_P`` and their gradients into
     ``gradient_P``, and the examples of its tasks.
 
-    An *example* is what one slot of a step shows: an image, or a user's batch.
+    An *example* is the content of one slot of a step: an image, or a user's batch.
     """
 
     layout: ParameterLayout
@@ -42,16 +41,16 @@ class ServedModel(Protocol):
 
     @property
     def classes(self) -> int:
-        """The largest number of classes of any task."""
+        """Return the largest number of classes of any task."""
         ...
 
     @property
     def slots_per_pass(self) -> int | None:
-        """The most examples that one forward and backward pass may hold; None for all."""
+        """Return the most examples that one forward and backward pass may hold; None for all."""
         ...
 
     def open_expert(self, reference: str) -> VisualCheckpoint:
-        """The checkpoint that a request calls ``reference``."""
+        """Open the checkpoint that a request calls ``reference``."""
         ...
 
     def load_expert(self, task: int) -> None:
@@ -59,13 +58,13 @@ class ServedModel(Protocol):
         ...
 
     def populations(self) -> list[int]:
-        """The number of examples of each task, 0 where it has none."""
+        """Return the number of examples of each task, 0 where it has none."""
         ...
 
     def pin(
         self, needed: Mapping[int, NDArray[np.int64]], progress: Progress, threads: int
     ) -> None:
-        """Hold these examples of each task in memory.
+        """Load these examples of each task into memory.
 
         Raises :class:`~raymerge.errors.UserError` for a damaged one.
         """
@@ -74,28 +73,29 @@ class ServedModel(Protocol):
     def pinned_bytes(self) -> int: ...
 
     def outputs(self, examples: Sequence[Examples], autocast: bool) -> list[Tensor]:
-        """One (B, C) of logits for each, with an equal number of rows for each example."""
+        """Return logits (B, C) for each entry, with equally many rows for each example."""
         ...
 
     def labels(self, task: int) -> Tensor:
-        """The labels of all examples of a task, in their order."""
+        """Return the labels of all examples of a task, in their order."""
         ...
 
     def statistics(self, request: StatisticsRequest) -> dict[str, Tensor]:
-        """The statistics of one task's expert on its own examples, by tensor name."""
+        """Return the statistics of one task's expert on its own examples, by tensor name."""
         ...
 
     def scores(
         self, request: EvaluateRequest, rank: int, workers: int, progress: Progress | None
     ) -> list[ChunkScore]:
-        """This worker's chunks of the labelled test examples, scored."""
+        """Score this worker's chunks of the labelled test examples."""
         ...
 
 
 def choose_device(spec: WorkerSpec) -> torch.device:
-    """Ray's GPUs are logical (tests declare fake ones), so the device is what torch can see.
+    """Return the first GPU that torch sees, else the CPU.
 
-    A worker that was given no GPU does not take one: Ray does not hide them from it.
+    Ray's GPUs are logical (tests declare fake ones), so torch decides. ``spec.use_gpu`` keeps a
+    worker without a GPU off the GPUs that Ray does not hide from it.
     """
     cuda = spec.use_gpu and torch.cuda.is_available()
     return torch.device("cuda", 0) if cuda else torch.device("cpu")
@@ -111,6 +111,6 @@ class ModelSource(Protocol):
         """Make the model; ``pinned``: the examples that the worker holds already."""
         ...
 
-    def stored(self, put: Callable[[Any], Callable[[], Any]]) -> ModelSource:
-        """The same source with its large parts behind ``put``, which gives back a getter."""
+    def store_parts(self, put: Callable[[Any], Callable[[], Any]]) -> ModelSource:
+        """Return this source with its large parts stored by ``put``, which returns a getter."""
         ...

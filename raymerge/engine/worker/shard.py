@@ -1,7 +1,7 @@
-"""One worker's part of the work: its columns of θ₀ and V, and its slots of every step.
+"""One worker's shard of the work: its columns of θ₀ and V, and its slots of every step.
 
-It computes a step's three parts over any served model; the collectives between them are left to the
-worker.
+It computes the three parts of a step over any served model. The collectives between them are left
+to the worker.
 
 Legend: K models, M tasks, L layers, N columns of this worker's shard, P parameters, b rows of
 logits of one task, C classes (or cells of the shard).
@@ -34,7 +34,7 @@ _TEACHER_BATCH = 64
 
 @dataclass(frozen=True)
 class Target:
-    """What the objective compares the predictions of some examples with.
+    """The expert's logits or the labels with which the objective compares predictions.
 
     ``examples``: sorted indices; ``values``: one tensor for each, of as many rows as its logits.
     """
@@ -43,6 +43,7 @@ class Target:
     values: Sequence[Tensor]
 
     def of(self, examples: NDArray[np.int64]) -> Tensor:
+        """Return the rows of these examples, one after the other."""
         return torch.cat([self.values[i] for i in np.searchsorted(self.examples, examples)])
 
 
@@ -60,12 +61,12 @@ class Sums:
 
 
 class WorkerShard:
-    """What one worker pins for learning λ, and its three computations of a step.
+    """The data that one worker holds for learning λ, and its three computations of a step.
 
     ``merge``, ``backward`` and ``inner_products`` are called in this order, with the collectives of
     the group between them. None keeps state between steps. Construction reads the files and raises
-    :class:`~raymerge.errors.UserError` for a damaged checkpoint or example. ``vectors``: V, if an
-    earlier shard of the same columns has read it.
+    :class:`~raymerge.errors.UserError` for a damaged checkpoint or example. ``store``: that of an
+    earlier shard with the same vectors and columns.
     """
 
     def __init__(
@@ -93,7 +94,10 @@ class WorkerShard:
     def _open_store(
         self, store: TaskVectorStore | None, progress: Callable[[int], None] | None
     ) -> TaskVectorStore:
-        """Read V, if not held, while the examples load. A bad checkpoint stops the loading."""
+        """Open the store, unless there is one, while the examples load on another thread.
+
+        A damaged checkpoint stops the loading of the examples.
+        """
         stopped = Event()
 
         def advance(count: int) -> None:
@@ -103,8 +107,8 @@ class WorkerShard:
                 progress(count)
 
         needed = {part.task: self._needed(part) for part in self.slots}
-        with ThreadPoolExecutor(1) as aside:
-            pinned = aside.submit(self._model.pin, needed, advance, torch.get_num_threads())
+        with ThreadPoolExecutor(1) as executor:
+            loading = executor.submit(self._model.pin, needed, advance, torch.get_num_threads())
             try:
                 store = store or open_task_vector_store(
                     self.request.storage,
@@ -118,36 +122,36 @@ class WorkerShard:
             except BaseException:
                 stopped.set()
                 raise
-            pinned.result()
+            loading.result()
         return store
 
     def _read_targets(self) -> Mapping[int, Target]:
-        """The experts' logits or the labels, by task, where the objective compares with them."""
+        """Return the objective's targets by task, where it has some."""
         objective = self.request.objective.name
         if objective == "kl":
-            return {part.task: self._teach(part) for part in self.slots}
+            return {part.task: self._expert_target(part) for part in self.slots}
         if objective == "cross_entropy":
-            return {part.task: self._labels(part.task) for part in self.slots}
+            return {part.task: self._label_target(part.task) for part in self.slots}
         return {}
 
-    def _labels(self, task: int) -> Target:
+    def _label_target(self, task: int) -> Target:
         labels = self._model.labels(task)
         return Target(np.arange(len(labels)), labels.split(1))
 
     @torch.no_grad()
-    def _teach(self, part: SlotRange) -> Target:
-        """The logits of the task's own expert on all examples that the part will show."""
+    def _expert_target(self, part: SlotRange) -> Target:
+        """Return the logits of the task's own expert on all examples of these slots."""
         self._model.load_expert(part.task)
         examples = self._needed(part)
         size = min(_TEACHER_BATCH, self._model.slots_per_pass or _TEACHER_BATCH)
         values: list[Tensor] = []
-        for some in np.split(examples, range(size, len(examples), size)):
-            (logits_bC,) = self._model.outputs([(part.task, some)], self.request.autocast)
-            values += logits_bC.split(len(logits_bC) // len(some))
+        for batch in np.split(examples, range(size, len(examples), size)):
+            (logits_bC,) = self._model.outputs([(part.task, batch)], self.request.autocast)
+            values += logits_bC.split(len(logits_bC) // len(batch))
         return Target(examples, values)
 
     def merge(self, lambdas_KL: FloatArray, theta_N: Tensor) -> None:
-        """θ = θ₀ + Σ λ V on this worker's own columns, ``theta_N`` (padding at the end is left)."""
+        """Write θ₀ + Σ λ V into this worker's columns ``theta_N``, except padding at the end."""
         self.store.merge(torch.from_numpy(lambdas_KL), theta_N)
 
     def backward(self, request: StepRequest) -> Sums:
@@ -159,17 +163,17 @@ class WorkerShard:
         sums = Sums.zero(len(self._task_names), self._model.classes)
         weights = request.weights
         slots = [part for part in self.slots if weights is None or weights[part.task]]
-        shown = sum(part.stop - part.start for part in slots)
-        for parts in _passes(slots, pass_images(shown, self._model.slots_per_pass)):
+        count = sum(part.stop - part.start for part in slots)
+        for parts in _passes(slots, pass_images(count, self._model.slots_per_pass)):
             self._one_pass(request, parts, sums)
         return sums
 
     def inner_products(self, gradient_N: Tensor, rows: Sequence[int] | None = None) -> FloatArray:
-        """⟨∂ℒ/∂θ, V_k⟩ per layer over this worker's columns: (K, L) float64."""
+        """Return ⟨∂ℒ/∂θ, V_k⟩ per layer over this worker's columns, (K, L) float64."""
         return self._per_layer(self.store.inner_products(gradient_N, rows))
 
     def details(self, gradient_N: Tensor, theta_N: Tensor) -> dict[str, FloatArray]:
-        """See ``StepResult.details``; for task vectors as they are."""
+        """Return ``StepResult.details``, which are defined for plain task vectors only."""
         if self._model_square_KL is None:
             self._model_square_KL = self._squares()
         return {
@@ -180,7 +184,7 @@ class WorkerShard:
         }
 
     def _squares(self) -> FloatArray:
-        """‖θ_k‖² per layer: (K, L). Read once: no candidate changes."""
+        """Return ‖θ_k‖² per layer, (K, L); read once, because the candidates do not change."""
         out_CK = torch.zeros(self._columns.cells, len(self._experts))
 
         def square(piece: Piece, base_n: Tensor, vectors_Kn: Tensor) -> None:
@@ -199,21 +203,22 @@ class WorkerShard:
         return out_KL
 
     def _one_pass(self, request: StepRequest, parts: Sequence[SlotRange], sums: Sums) -> None:
-        """One forward and backward pass of the slots of all tasks in ``parts``."""
+        """Run one forward and backward pass of the slots ``parts``, and add to ``sums``."""
+        # All tasks share one forward pass; the losses are then each task's own.
         examples = [(part.task, self._slot_examples(request.step, part)) for part in parts]
         outputs = self._model.outputs(examples, self.request.autocast)
         losses: list[Tensor] = []
         entropies: list[Tensor] = []
         predictions: list[Tensor] = []
-        for (task, some), logits_bC in zip(examples, outputs, strict=True):
+        for (task, indices), logits_bC in zip(examples, outputs, strict=True):
             # Every slot counts the same, however many rows its example has.
-            count = self._counts[task] * len(logits_bC) / len(some)
-            loss_b = self._loss(request, task, some, logits_bC)
+            count = self._counts[task] * len(logits_bC) / len(indices)
+            loss_b = self._loss(request, task, indices, logits_bC)
             losses.append(loss_b.sum() * (self.request.batches / count))
             entropies.append(entropy(logits_bC.detach()).double().sum() / count)
             predictions.append(probability_sum(logits_bC) / count)
         torch.stack(losses).sum().backward()
-        # Read once, after all work is queued: each read would make a GPU wait.
+        # Read the sums once, after all work is queued: each read makes a GPU wait.
         tasks = [part.task for part in parts]
         np.add.at(sums.loss, tasks, torch.stack(losses).detach().double().cpu().numpy())
         np.add.at(sums.entropy, tasks, torch.stack(entropies).cpu().numpy())
@@ -223,9 +228,9 @@ class WorkerShard:
     def _loss(
         self, request: StepRequest, task: int, examples: NDArray[np.int64], logits_bC: Tensor
     ) -> Tensor:
-        """(b,): the objective, times the task's weight."""
-        teacher, marginals = self._targets.get(task), request.marginals
-        target = None if teacher is None else teacher.of(examples)
+        """Return the objective of each row times the task's weight, (b,)."""
+        targets, marginals = self._targets.get(task), request.marginals
+        target = None if targets is None else targets.of(examples)
         marginal_C = None
         if marginals is not None:
             marginal_C = torch.from_numpy(marginals[task, : logits_bC.shape[1]])
@@ -239,14 +244,14 @@ class WorkerShard:
         return examples[part.start : part.stop]
 
     def _needed(self, part: SlotRange) -> NDArray[np.int64]:
-        """Every example that these slots show in any step, once."""
-        seen = np.zeros(self._populations[part.task], dtype=bool)
-        whole = self._populations[part.task] <= self._counts[part.task]
-        for step in range(1 if whole else self.request.steps):
-            seen[self._slot_examples(step, part)] = True
-            if seen.all():
+        """Return every example that these slots show in any step, once each."""
+        mask = np.zeros(self._populations[part.task], dtype=bool)
+        always_all = self._populations[part.task] <= self._counts[part.task]
+        for step in range(1 if always_all else self.request.steps):
+            mask[self._slot_examples(step, part)] = True
+            if mask.all():
                 break
-        return np.flatnonzero(seen)
+        return np.flatnonzero(mask)
 
 
 def _passes(slots: Sequence[SlotRange], size: int) -> Iterator[list[SlotRange]]:

@@ -1,6 +1,7 @@
-"""A worker's columns of θ₀ and V: pinned, or read anew from the files in every step.
+"""The task-vector store: a worker's columns of θ₀ and V, pinned or streamed from the files.
 
-Pinned vectors are in float32 or bfloat16, on the device, in RAM, or in a mapped file.
+Pinned vectors are in float32 or bfloat16, on the device, in RAM, or in a mapped file; streamed ones
+are read anew in every step. Choosing between them is left to ``engine.memory``.
 
 Legend: K models, L layers, C cells of a shard, n = CELL columns of each, N = C·CELL columns.
 """
@@ -29,21 +30,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TaskVectorStore(Protocol):
-    """θ = θ₀ + Σ λ V and ⟨∂ℒ/∂θ, V⟩ on one shard; construction reads what is to be pinned."""
+    """θ = θ₀ + Σ λ V and ⟨∂ℒ/∂θ, V⟩ on one shard; construction reads the vectors to pin."""
 
     nbytes: int
-    """Of V, wherever it is."""
+    """The size of V in memory or in a mapped file."""
 
     def merge(self, lambdas_KL: Tensor, theta_N: Tensor) -> None:
-        """Write θ into ``theta_N`` (padding at the end is left)."""
+        """Write θ into ``theta_N``, except padding at the end."""
         ...
 
     def inner_products(self, gradient_N: Tensor, rows: Sequence[int] | None = None) -> Tensor:
-        """⟨∂ℒ/∂θ, V_k⟩ per cell: (C, K); of models not in ``rows`` it may be 0."""
+        """Return ⟨∂ℒ/∂θ, V_k⟩ per cell, (C, K); it may be 0 for models that are not in ``rows``."""
         ...
 
     def base_products(self, other_N: Tensor) -> Tensor:
-        """⟨θ₀, other⟩ per cell: (C, 1)."""
+        """Return ⟨θ₀, other⟩ per cell, (C, 1)."""
         ...
 
 
@@ -56,13 +57,17 @@ def open_task_vector_store(
     layers: LayerMap,
     device: torch.device,
 ) -> TaskVectorStore:
+    """Open the store that ``storage`` names for one shard."""
     if storage.location == "files":
         return StreamedTaskVectorStore(base, experts, basis, shard, layers)
     return PinnedTaskVectorStore(storage, base, experts, basis, shard, layers, device)
 
 
 class PinnedTaskVectorStore:
-    """Read once; a step reads them twice, at the speed of the memory they are in."""
+    """Vectors that are read from the files once.
+
+    A step reads them twice, at the speed of the memory that they are in.
+    """
 
     def __init__(
         self,
@@ -79,12 +84,12 @@ class PinnedTaskVectorStore:
         self._layer_of_cell = layers.of_cells(shard)
         base_N = torch.zeros(shard.columns)
 
-        def keep(piece: Piece, base_n: Tensor, rows_Kn: Tensor) -> None:
+        def pin(piece: Piece, base_n: Tensor, rows_Kn: Tensor) -> None:
             first = piece.start - shard.start
             base_N[first : first + len(base_n)] = base_n
             store(self.vectors_CKn[first // CELL :], rows_Kn)
 
-        for _ in stream_rows(keep, base, experts, basis, shard):
+        for _ in stream_rows(pin, base, experts, basis, shard):
             pass
         self._base_N = base_N.to(device)
 
@@ -100,9 +105,9 @@ class PinnedTaskVectorStore:
 
 
 class StreamedTaskVectorStore:
-    """Nothing is pinned: a step reads the checkpoints twice, so memory does not grow with K.
+    """Vectors that every step reads from the files twice, so that memory does not grow with K.
 
-    The merge reads only those with a coefficient.
+    The merge reads only the checkpoints with a coefficient.
     """
 
     def __init__(
@@ -120,8 +125,8 @@ class StreamedTaskVectorStore:
     def merge(self, lambdas_KL: Tensor, theta_N: Tensor) -> None:
         experts, lambdas_KT = self._experts, self._layers.expand(lambdas_KL.float())
         if self._basis is None:
-            used = lambdas_KL.any(1).nonzero().flatten().tolist()
-            experts, lambdas_KT = [experts[k] for k in used], lambdas_KT[used]
+            models = lambdas_KL.any(1).nonzero().flatten().tolist()
+            experts, lambdas_KT = [experts[k] for k in models], lambdas_KT[models]
 
         def write(piece: Piece, base_n: Tensor, rows_Kn: Tensor) -> None:
             first = piece.start - self._shard.start
@@ -132,23 +137,24 @@ class StreamedTaskVectorStore:
 
     def inner_products(self, gradient_N: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         out_CK = torch.zeros(self._shard.cells, len(self._experts))
-        wanted = list(range(len(self._experts)))
+        # A row of a basis may depend on every model, so only raw vectors may be left out.
+        models = list(range(len(self._experts)))
         if rows is not None and self._basis is None:
-            wanted = list(rows)
+            models = list(rows)
 
         def multiply(piece: Piece, base_n: Tensor, rows_Kn: Tensor) -> None:
-            here, products_CK = self._products(piece, gradient_N, rows_Kn)
-            out_CK[here, wanted] = products_CK
+            cells, products_CK = self._products(piece, gradient_N, rows_Kn)
+            out_CK[cells, models] = products_CK
 
-        self._stream(multiply, [self._experts[k] for k in wanted])
+        self._stream(multiply, [self._experts[k] for k in models])
         return out_CK
 
     def base_products(self, other_N: Tensor) -> Tensor:
         out_C1 = torch.zeros(self._shard.cells, 1)
 
         def multiply(piece: Piece, base_n: Tensor, rows_Kn: Tensor) -> None:
-            here, products_C1 = self._products(piece, other_N, base_n.unsqueeze(0))
-            out_C1[here] = products_C1
+            cells, products_C1 = self._products(piece, other_N, base_n.unsqueeze(0))
+            out_C1[cells] = products_C1
 
         self._stream(multiply, [])
         return out_C1
@@ -163,32 +169,33 @@ class StreamedTaskVectorStore:
             pass
 
     def _products(self, piece: Piece, other_N: Tensor, rows_Kn: Tensor) -> tuple[slice, Tensor]:
-        """Which cells of the shard the piece covers, and ⟨row, other⟩ of each (C, K)."""
+        """Return the cells of the shard that the piece covers, and their ⟨row, other⟩ (C, K)."""
         first = piece.start - self._shard.start
-        here = slice(first // CELL, -(-(first + rows_Kn.shape[1]) // CELL))
-        rows_CKn = rows_Kn.new_zeros(here.stop - here.start, len(rows_Kn), CELL)
+        cells = slice(first // CELL, -(-(first + rows_Kn.shape[1]) // CELL))
+        rows_CKn = rows_Kn.new_zeros(cells.stop - cells.start, len(rows_Kn), CELL)
         store(rows_CKn, rows_Kn)
-        return here, inner_products(other_N[here.start * CELL : here.stop * CELL].cpu(), rows_CKn)
+        other_n = other_N[cells.start * CELL : cells.stop * CELL].cpu()
+        return cells, inner_products(other_n, rows_CKn)
 
 
 def allocate(storage: VectorStorage, cells: int, tasks: int, device: torch.device) -> Tensor:
-    """(C, K, CELL) zeros. Raises :class:`RunError` when the disk has no room for them."""
+    """Return zeros (C, K, CELL). Raises :class:`RunError` if the disk has no room for them."""
     shape, dtype = (cells, tasks, CELL), DTYPES[storage.dtype]
     if storage.location == "disk":
-        return _mapped(storage.folder, cells * tasks * CELL, dtype).view(shape)
+        return _map_file(storage.folder, cells * tasks * CELL, dtype).view(shape)
     if storage.location == "host" and device.type == "cuda":
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _mapped(folder: str | None, count: int, dtype: torch.dtype) -> Tensor:
-    """A shared mapping of a file that has no name any more, so that it ends with this process."""
+def _map_file(folder: str | None, count: int, dtype: torch.dtype) -> Tensor:
+    """Return a shared mapping of an unlinked file, which the system frees with this process."""
     try:
         handle, name = tempfile.mkstemp(prefix="raymerge-vectors-", dir=folder)
     except OSError as error:
         raise RunError(f"vectors.folder {folder}: cannot be written: {error.strerror}") from error
     try:
-        # Claimed now: a mapping that finds the disk full later ends the process without a word.
+        # Reserved now: a mapping that later finds the disk full kills the process.
         reserve_space(handle, count * dtype.itemsize)
         return torch.from_file(name, shared=True, size=count, dtype=dtype)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""MergeWorker: the plain class behind every actor, and behind the in-process run.
+"""MergeWorker: the plain class behind every actor, and behind a run in one process.
 
-It is tested without Ray, and made an actor only where it is placed. One worker alone skips the
-collectives, so that replicated, sharded and in-process work are one code path.
+It is tested without Ray. A group of one skips the collectives, so that replicated, sharded and
+in-process work are one code path. Making it an actor and restarting it are left to ``distributed``.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class MergeWorker:
     """One worker of a merge. The driver calls its methods one at a time.
 
     ``join`` first (only with S > 1); then ``load`` before ``step``; ``evaluate`` at any time.
-    ``ping`` and ``abort`` answer while ``step`` is blocked. A failed ``step`` or ``evaluate`` may
+    ``ping`` and ``abort`` return while ``step`` is blocked. A failed ``step`` or ``evaluate`` may
     be called again; after a failed ``load``, and after ``assign``, call ``load`` again.
 
-    ``begin`` is called wherever a phase begins: join, load, evaluate, statistics, and of a step
-    merge, gather, compute, reduce, inner_products; between calls the worker is idle.
+    ``begin`` is called wherever a phase begins: join, load, evaluate, statistics, and in a step
+    merge, gather, compute, reduce and inner_products. Between calls the worker is idle.
     """
 
     def __init__(self, source: ModelSource, spec: WorkerSpec) -> None:
@@ -53,53 +53,54 @@ class MergeWorker:
         self._pinned: Pinned = {}
 
     def ping(self) -> Heartbeat:
-        """What this worker is at, at once, even while a step runs."""
-        return Heartbeat(self._clock.phase, self._clock.lasted())
+        """Return the current phase at once, even while a step runs."""
+        return Heartbeat(self._clock.phase, self._clock.phase_seconds())
 
     def abort(self, generation: int) -> None:
-        """``generation`` begins: free a ``step`` of an older one that waits for a lost peer."""
+        """Begin ``generation``, and release a ``step`` of an older one that waits for a peer."""
         self._generation = generation
         self.collective.abort()
 
     def assign(self, spec: WorkerSpec) -> None:
-        """Take another place among the workers; what is held and still fits is kept."""
-        before, self.spec = self.spec, spec
-        if (before.shard, before.shards) != (spec.shard, spec.shards):
+        """Take another rank among the workers; loaded data that still fits is kept."""
+        old, self.spec = self.spec, spec
+        if (old.shard, old.shards) != (spec.shard, spec.shards):
             self._shard = None
-        if before.shards != spec.shards:  # the length of θ, padded to whole shards
+        if old.shards != spec.shards:  # the length of θ, padded to whole shards
             self._model = None
             self.collective.leave()
 
     def begin(self, phase: str, step: int | None = None) -> None:
-        """The phase before has ended and this one begins, of ``step`` (counted from 0)."""
+        """End the current phase and begin ``phase``, of ``step`` (counted from 0) if of one."""
         self._clock.begin(phase)
 
     def open_store(self, host: str) -> int:
-        """Shard 0 of a group: start the rendezvous store on a free port; returns the port."""
+        """Start the group's rendezvous store on a free port, as its shard 0; return the port."""
         return self.collective.open_store(host, self.spec.shards)
 
     def join(self, rendezvous: Rendezvous) -> None:
-        """Meet the other shards of the group; all of them must call this."""
+        """Form the process group with the other shards; all of them must call this."""
         spec = self.spec
-        with self._during("join"):
+        with self._call("join"):
             self.collective.join(rendezvous, spec.shard, spec.shards, choose_device(spec))
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> LoadReport:
-        """Pin the shard of θ₀ and V, the heads, and the images of this worker's slots.
+        """Load this worker's shard of θ₀ and V, and the examples of its slots.
 
-        Raises :class:`~raymerge.errors.UserError` for a damaged checkpoint or image.
+        Raises :class:`~raymerge.errors.UserError` for a damaged checkpoint or example.
         """
-        with self._during("load"):
+        with self._call("load"):
             return self._load(request, progress)
 
     def _load(self, request: LoadRequest, progress: Progress | None) -> LoadReport:
-        started = time.perf_counter()
+        start_s = time.perf_counter()
+        # The vectors of the last request are kept if the new one asks for the same.
         store = None
         if self._shard is not None and request.same_vectors(self._shard.request):
             store = self._shard.store
         self._shard = None  # free the old vectors before the new ones are read
         self._shard = WorkerShard(
-            self.spec, self.source.task_names, request, self._ready(), progress, store
+            self.spec, self.source.task_names, request, self._served_model(), progress, store
         )
         return LoadReport(
             rank=self.spec.rank,
@@ -107,35 +108,38 @@ class MergeWorker:
             tasks=tuple(self.source.task_names[part.task] for part in self._shard.slots),
             vector_bytes=self._shard.store.nbytes,
             images=sum(map(len, self._pinned.values())),
-            image_bytes=self._ready().pinned_bytes(),
-            seconds=time.perf_counter() - started,
+            image_bytes=self._served_model().pinned_bytes(),
+            seconds=time.perf_counter() - start_s,
         )
 
     def step(self, request: StepRequest) -> StepResult:
-        """∂ℒ/∂λ of this worker's slots at ``request.lambdas``; keeps no state between steps.
+        """Return ∂ℒ/∂λ of this worker's slots at ``request.lambdas``; keeps no state between steps.
 
-        Raises :class:`~raymerge.errors.RunError` for a request of a generation that is over: it
-        was on its way when the group was built anew, and nobody waits for it.
+        Raises :class:`~raymerge.errors.RunError` for a request of an earlier generation: it was
+        sent before the group was built anew, and its result is no longer needed.
         """
         if request.generation < self._generation:
             raise RunError(
-                f"step {request.step + 1}: of generation {request.generation}, and this is "
-                f"{self._generation}"
+                f"step {request.step + 1}: the request is of generation {request.generation}, "
+                f"this worker is in generation {self._generation}"
             )
         if self._shard is None or self._model is None:
             raise RuntimeError("step() before load()")
-        with self._during("merge", request.step):
+        with self._call("merge", request.step):
             return self._step(request, self._shard, self._model)
 
     def _step(self, request: StepRequest, shard: WorkerShard, model: ServedModel) -> StepResult:
-        theta_N = self.collective.mine(model.theta_P)
+        # Merge the own columns of θ, then gather the others'.
+        theta_N = self.collective.own_columns(model.theta_P)
         shard.merge(request.lambdas, theta_N)
         self.begin("gather", request.step)
         self.collective.all_gather(model.theta_P)
+        # Differentiate the own slots by the whole θ, then sum the own columns of ∂ℒ/∂θ.
         self.begin("compute", request.step)
         sums = shard.backward(request)
         self.begin("reduce", request.step)
         gradient_N = self.collective.reduce_scatter(model.gradient_P)
+        # ∂ℒ/∂λ follows from the own columns alone; the driver sums over the workers.
         self.begin("inner_products", request.step)
         gradient_KL = shard.inner_products(gradient_N, request.rows)
         details = shard.details(gradient_N, theta_N) if request.details else {}
@@ -154,30 +158,30 @@ class MergeWorker:
     def evaluate(
         self, request: EvaluateRequest, progress: Progress | None = None
     ) -> list[ChunkScore]:
-        """This worker's chunks of the tasks' test images, scored on the given checkpoints."""
-        with self._during("evaluate"):
-            return self._ready().scores(request, self.spec.rank, self.spec.workers, progress)
+        """Score this worker's chunks of the tasks' test images on the requested checkpoints."""
+        with self._call("evaluate"):
+            return self._served_model().scores(request, self.spec.rank, self.spec.workers, progress)
 
     def statistics(self, request: StatisticsRequest) -> StatisticsResult:
-        """The statistics of one task's expert on its own examples.
+        """Return the statistics of one task's expert on its own examples.
 
         For RegMean++ the calls of a task come block by block, and the served model keeps the hidden
         states of its images between them; the other statistics keep nothing.
         """
-        with self._during("statistics"):
-            values = self._ready().statistics(request)
+        with self._call("statistics"):
+            values = self._served_model().statistics(request)
             return StatisticsResult(
                 request.task, {name: t.cpu().numpy() for name, t in values.items()}
             )
 
-    def _ready(self) -> ServedModel:
+    def _served_model(self) -> ServedModel:
         if self._model is None:
             self._model = self.source.serve(self.spec, self._pinned)
         return self._model
 
     @contextmanager
-    def _during(self, phase: str, step: int | None = None) -> Iterator[None]:
-        """The whole of a call, which begins with ``phase``."""
+    def _call(self, phase: str, step: int | None = None) -> Iterator[None]:
+        """Run a call from the driver, whose first phase is ``phase``."""
         # An actor's methods need not run on the thread of its __init__, and torch keeps the OpenMP
         # team size per thread: set it at every entry.
         if self.spec.threads is not None:
@@ -190,7 +194,7 @@ class MergeWorker:
 
 
 class _Clock:
-    """Seconds per phase; GPU work is waited for, so that a phase is charged for its own work."""
+    """Counts seconds per phase; waits for GPU work, so that its time counts in its own phase."""
 
     def __init__(self) -> None:
         self.phase = "idle"
@@ -204,11 +208,12 @@ class _Clock:
         self._laps[self.phase] = self._laps.get(self.phase, 0.0) + now - self._since
         self.phase, self._since = phase, now
 
-    def lasted(self) -> float:
+    def phase_seconds(self) -> float:
+        """Return the seconds since the current phase began."""
         return time.perf_counter() - self._since
 
     def stop(self) -> dict[str, float]:
-        """The seconds since the last stop, by phase; the clock is idle then."""
+        """Return the seconds since the last stop by phase, and become idle."""
         self.begin("idle")
         laps, self._laps = self._laps, {}
         laps.pop("idle", None)

@@ -1,4 +1,4 @@
-"""FW-Merging over workers: what it chooses is what weights and gradients say, computed directly."""
+"""FW-Merging over workers, against choices computed directly from the weights and gradients."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def direct(world: World) -> Direct:
 
 @pytest.fixture(scope="module")
 def pretrained(world: World, direct: Direct) -> dict[str, Tensor]:
-    """In the order of the model's own state dict, which is that of the layers of λ."""
-    found = tower(world.root / "pretrained" / WEIGHTS)
-    return {name: found[name] for name in direct.visual.state_dict()}
+    """The tensors in the order of the model's own state dict, which is that of λ's layers."""
+    tensors = tower(world.root / "pretrained" / WEIGHTS)
+    return {name: tensors[name] for name in direct.visual.state_dict()}
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +116,10 @@ def _write_start(folder: Path, names: list[str], layers: list[str], value: float
 # --- hard --------------------------------------------------------------------------------------
 
 
-def test_one_full_step_ends_at_a_model_downhill_and_none_is_taken_uphill(
+def test_a_full_step_reaches_a_model_of_lower_loss_and_never_one_of_higher_loss(
     world: World, pretrained: dict[str, Tensor], run: Run, tmp_path: Path
 ) -> None:
-    """Of θ₀ + T and θ₀ − T exactly one has a lower linear model of the loss than θ₀."""
+    """The linear model of the loss is lower than at θ₀ for exactly one of θ₀ + T and θ₀ − T."""
     task = _tasks(world)[0]
     base = load_file(world.root / "pretrained" / WEIGHTS)
     expert = load_file(task["checkpoint"])
@@ -127,18 +127,18 @@ def test_one_full_step_ends_at_a_model_downhill_and_none_is_taken_uphill(
     method = {
         "name": "fw_hard", "iterations": 1, "step_size": 1.0, "scaling": 1.0, "granularity": "task"
     }  # fmt: skip
-    taken = []
+    reached = []
     for name, checkpoint in (("plain", task["checkpoint"]), ("mirror", tmp_path / "mirrored")):
         path = str(checkpoint).removesuffix(".safetensors") + ".safetensors"
         result = run(name, tasks=[{**task, "checkpoint": path}], method=method)
         assert result.lambdas is not None
-        reached = bool((result.lambdas == 1).all())
-        assert reached or bool((result.lambdas == 0).all())
-        merged, model = tower(tmp_path / name / WEIGHTS), tower(path) if reached else pretrained
+        is_model = bool((result.lambdas == 1).all())
+        assert is_model or bool((result.lambdas == 0).all())
+        merged, model = tower(tmp_path / name / WEIGHTS), tower(path) if is_model else pretrained
         for key in model:
             assert_close(merged[key], model[key], rtol=0, atol=1e-6)
-        taken.append(reached)
-    assert sorted(taken) == [False, True]
+        reached.append(is_model)
+    assert sorted(reached) == [False, True]
 
 
 @pytest.mark.parametrize("start", [0.0, 0.5])
@@ -182,7 +182,7 @@ def test_cosines_are_those_of_the_weights_at_every_iteration(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Those of the model that the run started from too, when it is no longer where the run is."""
+    """The model that the run started from stays a candidate after the run has left it."""
     scores: list[Tensor] = []
     states: list[Tensor] = []
     choose = fw.choose
@@ -209,7 +209,7 @@ def test_cosines_are_those_of_the_weights_at_every_iteration(
         assert scores_JL.abs().max() > 0.01
 
 
-def test_it_stops_at_the_gap(
+def test_the_loop_stops_at_the_gap(
     world: World,
     direct: Direct,
     pretrained: dict[str, Tensor],
@@ -231,7 +231,7 @@ def test_it_stops_at_the_gap(
     assert all(torch.equal(merged[key], pretrained[key]) for key in pretrained)
 
 
-def test_it_goes_on_from_an_earlier_runs_folder(run: Run, tmp_path: Path) -> None:
+def test_a_run_starts_from_an_earlier_runs_folder(run: Run, tmp_path: Path) -> None:
     earlier = run("earlier", method={"name": "adamerging"}).lambdas
     method = {"name": "fw_hard", "start": str(tmp_path / "earlier"), "iterations": 3}
     at_once = run("at_once", method={**method, "gap": 1e9})
@@ -259,25 +259,25 @@ def test_a_start_over_other_vectors_is_refused(run: Run, tmp_path: Path) -> None
 def test_a_model_without_images_is_a_candidate(
     world: World, direct: Direct, pretrained: dict[str, Tensor], run: Run, tmp_path: Path
 ) -> None:
-    """It lies straight down the slope of the others' tasks, so that it must be chosen."""
+    """It lies straight down the gradient of the others' tasks, so it must be chosen."""
     tasks = _tasks(world)[:2]
     g = direct.gradient(pretrained, tasks)
     base = load_file(world.root / "pretrained" / WEIGHTS)
     slope = {f"visual.{name}": (base[f"visual.{name}"] - 10 * t).float() for name, t in g.items()}
     save_file(slope, tmp_path / "slope.safetensors")
     tasks.insert(1, {"name": "slope", "checkpoint": str(tmp_path / "slope.safetensors")})
-    for name, given in (("fw_hard", {"granularity": "task"}), ("fw_soft", {})):
-        method = {"name": name, "iterations": 1, **given}
+    for name, options in (("fw_hard", {"granularity": "task"}), ("fw_soft", {})):
+        method = {"name": name, "iterations": 1, **options}
         result = run(name, tasks=tasks, method=method, optimizer={"steps": 2})
-        found = read_json(tmp_path / name / "lambdas.json")
-        assert found["tasks"] == ["colour", "slope", "shade"]
+        lambdas = read_json(tmp_path / name / "lambdas.json")
+        assert lambdas["tasks"] == ["colour", "slope", "shade"]
         assert result.lambdas is not None
         assert (result.lambdas[1] > 0).all()
         if name == "fw_hard":
             assert not result.lambdas[[0, 2]].any()
 
 
-def test_a_gradient_that_is_no_number_ends_the_run(
+def test_a_loss_that_is_not_finite_ends_the_run(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -299,11 +299,11 @@ def test_the_gradient_with_tasks_that_no_model_was_trained_for(
     experts: list[dict[str, Tensor]],
     workers: int,
 ) -> None:
-    """∂/∂λ_k of the sum over all M tasks is ⟨g, T_k⟩, and with weights a single task's."""
+    """∂/∂λ_k of the sum over all M tasks is ⟨g, T_k⟩; weights select a single task's."""
     tasks = _tasks(world)
-    given = [tasks[0], *({k: v for k, v in t.items() if k != "checkpoint"} for t in tasks[1:])]
-    given[2] = tasks[2]  # models 0 and 2, tasks 0 to 3
-    config = _config(world, tasks=given, method={"name": "fw_hard"})
+    entries = [tasks[0], *({k: v for k, v in t.items() if k != "checkpoint"} for t in tasks[1:])]
+    entries[2] = tasks[2]  # models 0 and 2, tasks 0 to 3
+    config = _config(world, tasks=entries, method={"name": "fw_hard"})
     inputs = MergeInputs(config)
     lambdas_KL = torch.full((2, len(pretrained)), 0.2, dtype=torch.float64)
     models = [experts[0], experts[2]]
@@ -329,12 +329,12 @@ def test_an_objective_may_be_of_other_tasks_than_the_models(
 ) -> None:
     """λ has a row for each model; the metrics have every task's entropy."""
     tasks = _tasks(world)
-    bare = [{k: v for k, v in task.items() if k != "adapt"} for task in tasks[:1]]
+    without_images = [{k: v for k, v in task.items() if k != "adapt"} for task in tasks[:1]]
     others = [{k: v for k, v in task.items() if k != "checkpoint"} for task in tasks[1:]]
     method = {"name": name, "iterations": 2, "scaling": 1.0}
     if name == "fw_soft":
         del method["scaling"]
-    result = run(tasks=bare + others, method=method, optimizer={"steps": 2})
+    result = run(tasks=without_images + others, method=method, optimizer={"steps": 2})
     assert result.lambdas is not None
     assert result.lambdas.shape[0] == 1
     assert read_json(tmp_path / "out" / "lambdas.json")["tasks"] == ["colour"]
@@ -346,7 +346,7 @@ def test_an_objective_may_be_of_other_tasks_than_the_models(
 # --- soft --------------------------------------------------------------------------------------
 
 
-def _mixed(config: Config, group: Any, seed: int = 0) -> tuple[loops.Mixed, Tensor, Tensor]:
+def _mixed(config: Config, group: Any, seed: int = 0) -> tuple[loops.MixtureGroup, Tensor, Tensor]:
     """A group whose three coefficients mix random directions from a random origin."""
     inputs = MergeInputs(config)
     group.load(inputs.load_request())
@@ -354,8 +354,8 @@ def _mixed(config: Config, group: Any, seed: int = 0) -> tuple[loops.Mixed, Tens
     shape = (len(config.models), len(inputs.layers.names))
     origin_KL = 0.2 * torch.rand(shape, generator=generator, dtype=torch.float64)
     directions_JKL = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
-    directions_JKL[:, 1] = 0  # a model that none of them uses
-    return loops.Mixed(group, origin_KL, directions_JKL), origin_KL, directions_JKL
+    directions_JKL[:, 1] = 0  # a model that no direction uses
+    return loops.MixtureGroup(group, origin_KL, directions_JKL), origin_KL, directions_JKL
 
 
 @pytest.mark.parametrize("location", ["device", "files"])
@@ -396,7 +396,7 @@ def test_the_first_iteration_over_all_models_is_adamerging(run: Run, tmp_path: P
 
 @pytest.mark.parametrize("oracle", ["inner", "cosine"])
 @pytest.mark.parametrize("granularity", ["task", "tensor"])
-def test_each_task_chooses_by_its_own_gradient_what_is_left(
+def test_each_task_chooses_among_the_remaining_models_by_its_own_gradient(
     world: World,
     direct: Direct,
     pretrained: dict[str, Tensor],
@@ -407,13 +407,13 @@ def test_each_task_chooses_by_its_own_gradient_what_is_left(
     oracle: str,
 ) -> None:
     chosen: list[Tensor] = []
-    merged = loops._merged
+    merged = loops._learn_mixture
 
     def seen(group: Any, chosen_JKL: Tensor, *rest: Any) -> Tensor:
         chosen.append(chosen_JKL)
         return merged(group, chosen_JKL, *rest)
 
-    monkeypatch.setattr(loops, "_merged", seen)
+    monkeypatch.setattr(loops, "_learn_mixture", seen)
     method = {"name": "fw_soft", "iterations": 1, "granularity": granularity, "oracle": oracle}
     tasks = _tasks(world)
     for task in tasks[2:]:  # two tasks choose among four models
@@ -422,35 +422,35 @@ def test_each_task_chooses_by_its_own_gradient_what_is_left(
     function = torch.dot
     if oracle == "cosine":
         function = lambda a, b: torch.cosine_similarity(a, b, dim=0)  # noqa: E731
-    taken = torch.zeros(4, len(pretrained), dtype=torch.bool)
+    mask_KL = torch.zeros(4, len(pretrained), dtype=torch.bool)
     assert len(chosen[0]) == 2
     for task, chosen_KL in zip(tasks, chosen[0], strict=False):
         scores_JL = _layerwise(function, direct.gradient(pretrained, [task]), experts)
         if granularity == "task":
             scores_JL = scores_JL.sum(1, keepdim=True).expand_as(scores_JL)
-        choice_L = scores_JL.masked_fill(taken, torch.inf).argmin(0)
-        taken[choice_L, torch.arange(len(choice_L))] = True
+        choice_L = scores_JL.masked_fill(mask_KL, torch.inf).argmin(0)
+        mask_KL[choice_L, torch.arange(len(choice_L))] = True
         assert torch.equal(chosen_KL.argmax(0), choice_L)
         assert torch.equal(chosen_KL.sum(0), torch.ones(len(choice_L), dtype=torch.float64))
 
 
-def test_its_first_coefficients_are_init_then_later_init(
+def test_the_first_iteration_starts_at_init_and_the_others_at_later_init(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inits: list[float] = []
-    merged = loops._merged
+    merged = loops._learn_mixture
 
     def seen(*args: Any) -> Tensor:
         inits.append(args[-1])
         return merged(*args)
 
-    monkeypatch.setattr(loops, "_merged", seen)
+    monkeypatch.setattr(loops, "_learn_mixture", seen)
     method = {"name": "fw_soft", "iterations": 3, "init": 0.2, "later_init": 1e-3}
     run(method=method, optimizer={"steps": 1})
     assert inits == [0.2, 1e-3, 1e-3]
 
 
-# --- going on ----------------------------------------------------------------------------------
+# --- resuming ----------------------------------------------------------------------------------
 
 METHODS = {
     "hard": {"name": "fw_hard", "iterations": 5, "scaling": 1.0, "images": 3},
@@ -460,7 +460,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("kind", METHODS)
-def test_a_resumed_run_is_the_undisturbed_one(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     options: dict[str, Any] = {"method": METHODS[kind], "optimizer": {"steps": 2}}
@@ -476,14 +476,14 @@ def test_a_resumed_run_is_the_undisturbed_one(
         with pytest.raises(KeyboardInterrupt):
             run("resumed", **options)
     run("resumed", resume=True, **options)
-    run("undisturbed", **options)
-    first, second = tmp_path / "resumed", tmp_path / "undisturbed"
+    run("uninterrupted", **options)
+    first, second = tmp_path / "resumed", tmp_path / "uninterrupted"
     for name in ("lambdas.json", WEIGHTS):
         assert (first / name).read_bytes() == (second / name).read_bytes()
     assert read_steps(first / "metrics.jsonl") == read_steps(second / "metrics.jsonl")
 
 
-def test_a_finished_run_takes_more_iterations_but_no_other_merging(
+def test_a_finished_run_takes_more_iterations_but_no_other_inner_steps(
     run: Run, tmp_path: Path
 ) -> None:
     soft, optimizer = METHODS["soft"], {"steps": 2}
@@ -512,13 +512,13 @@ def test_details_of_a_step_are_norms_and_products(
     with open_group(config, None) as group:
         group.load(inputs.load_request())
         request = StepRequest(0, lambdas_KL.numpy(), details=True)
-        found = sum_results(group.step(request), request, 1).details
+        details = sum_results(group.step(request), request, 1).details
     expected = {
         "gradient_base": _layerwise(torch.dot, g, [pretrained])[0],
         "gradient_square": _layerwise(lambda a, b: a @ a, g, [theta])[0],
         "theta_square": _layerwise(lambda a, b: b @ b, g, [theta])[0],
         "model_square": _layerwise(lambda a, b: b @ b, g, experts),
     }
-    assert found.keys() == expected.keys()
+    assert details.keys() == expected.keys()
     for name, values in expected.items():
-        assert_close(torch.from_numpy(found[name]), values, rtol=1e-4, atol=1e-6)
+        assert_close(torch.from_numpy(details[name]), values, rtol=1e-4, atol=1e-6)

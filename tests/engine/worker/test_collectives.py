@@ -1,4 +1,4 @@
-"""Two real ranks over gloo: what one does when the other will not come."""
+"""Two real ranks over gloo: aborts, lost peers and joining again."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ CALLS: tuple[Callable[[Collective, torch.Tensor], object], ...] = (
 )
 
 
-def _meeting(port: int, generation: int) -> Rendezvous:
+def _rendezvous(port: int, generation: int) -> Rendezvous:
     return Rendezvous("127.0.0.1", port, f"run/0/gen{generation}", 600.0, 30.0)
 
 
 def _second_rank(pipe: Connection, port: int, waits: bool) -> None:
-    """Rank 1: of each call it waits for rank 0, or lets it wait and aborts."""
+    """Run rank 1: in each call it waits for rank 0, or aborts while rank 0 waits."""
     torch.set_num_threads(1)
     collective, device = Collective(), torch.device("cpu")
     for generation, call in enumerate(CALLS):
-        collective.join(_meeting(port, generation), 1, 2, device)
+        collective.join(_rendezvous(port, generation), 1, 2, device)
         if waits:
-            _take_part_until_freed(collective, call)
+            _call_until_released(collective, call)
         else:
             pipe.recv()
             collective.abort()
         pipe.send("out")
-    collective.join(_meeting(port, len(CALLS)), 1, 2, device)
+    collective.join(_rendezvous(port, len(CALLS)), 1, 2, device)
     pipe.send(collective.reduce_scatter(torch.ones(6)).tolist())
 
 
-def _take_part_until_freed(
+def _call_until_released(
     collective: Collective, call: Callable[[Collective, torch.Tensor], object]
 ) -> float:
-    """Seconds until the call, to which the other does not come, has failed."""
+    """Return the seconds until the call, in which the other rank takes no part, has failed."""
     began = time.monotonic()
     with pytest.raises(PeerLostError):
         call(collective, torch.ones(6))
@@ -53,7 +53,7 @@ def _take_part_until_freed(
 
 
 @pytest.mark.parametrize("first_waits", [True, False])
-def test_a_live_peer_that_aborts_frees_the_one_that_waits_and_both_join_again(
+def test_an_abort_releases_the_waiting_peer_and_both_join_again(
     first_waits: bool,
 ) -> None:
     context = multiprocessing.get_context("spawn")
@@ -65,12 +65,12 @@ def test_a_live_peer_that_aborts_frees_the_one_that_waits_and_both_join_again(
     try:
         with ThreadPoolExecutor() as pool:
             for generation, call in enumerate(CALLS):
-                collective.join(_meeting(port, generation), 0, 2, device)
+                collective.join(_rendezvous(port, generation), 0, 2, device)
                 if first_waits:
-                    waiting = pool.submit(_take_part_until_freed, collective, call)
+                    waiting = pool.submit(_call_until_released, collective, call)
                     time.sleep(WAITS_S)
                     assert not waiting.done()
-                    collective.abort()  # of gloo this alone frees nothing
+                    collective.abort()  # with gloo this alone releases nobody
                     pipe.send("abort")
                     assert waiting.result(timeout=FREE_S) >= WAITS_S
                 else:
@@ -78,7 +78,7 @@ def test_a_live_peer_that_aborts_frees_the_one_that_waits_and_both_join_again(
                     collective.abort()
                 assert pipe.poll(FREE_S)
                 assert pipe.recv() == "out"
-        collective.join(_meeting(port, len(CALLS)), 0, 2, device)
+        collective.join(_rendezvous(port, len(CALLS)), 0, 2, device)
         assert collective.reduce_scatter(torch.ones(6)).tolist() == [2.0] * 3
         assert pipe.poll(FREE_S)
         assert pipe.recv() == [2.0] * 3
@@ -88,11 +88,11 @@ def test_a_live_peer_that_aborts_frees_the_one_that_waits_and_both_join_again(
         other.join()
 
 
-def test_a_rank_that_waits_for_the_others_to_come_can_be_freed_and_does_not_wait_for_ever() -> None:
+def test_joining_can_be_aborted_and_times_out() -> None:
     collective, device = Collective(), torch.device("cpu")
     port = collective.open_store("127.0.0.1", 2)
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(collective.join, _meeting(port, 0), 0, 2, device)
+        waiting = pool.submit(collective.join, _rendezvous(port, 0), 0, 2, device)
         time.sleep(WAITS_S)
         assert not waiting.done()
         collective.abort()
@@ -100,7 +100,7 @@ def test_a_rank_that_waits_for_the_others_to_come_can_be_freed_and_does_not_wait
             waiting.result(timeout=FREE_S)
     alone = Rendezvous("127.0.0.1", port, "run/0/gen1", timeout_s=600.0, join_timeout_s=WAITS_S)
     began = time.monotonic()
-    with pytest.raises(PeerLostError, match=r"not all peers came within 0\.3 s"):
+    with pytest.raises(PeerLostError, match=r"not all peers joined within 0\.3 s"):
         collective.join(alone, 0, 2, device)
     assert WAITS_S <= time.monotonic() - began < FREE_S
 

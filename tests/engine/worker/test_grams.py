@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from world import MODEL_CFG, RESNET
 
-from raymerge.engine.worker.grams import HiddenStates, attended, grams, in_by_out
+from raymerge.engine.worker.grams import HiddenStates, grams, in_by_out, projection_input
 from raymerge.errors import UserError
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -122,7 +122,7 @@ def test_the_input_of_the_output_projection_rebuilds_the_attention(batch_first):
     x_BTW = torch.randn(3, 5, 32, dtype=torch.float64)
     x = x_BTW if batch_first else x_BTW.transpose(0, 1)
     expected = attn(x, x, x, need_weights=False)[0]
-    rebuilt_BTW = attn.out_proj(attended(attn, x))
+    rebuilt_BTW = attn.out_proj(projection_input(attn, x))
     assert_close(rebuilt_BTW if batch_first else rebuilt_BTW.transpose(0, 1), expected)
 
 

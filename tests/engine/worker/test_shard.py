@@ -57,11 +57,11 @@ def _request(granularity: str = "tensor", **changes) -> LoadRequest:
 
 
 def _load(worker: MergeWorker, request: LoadRequest) -> LoadReport:
-    return worker.load(_of(worker.source, request))
+    return worker.load(_with_models(worker.source, request))
 
 
-def _of(source: ClipSource, request: LoadRequest) -> LoadRequest:
-    """The request, to merge the tasks' checkpoints."""
+def _with_models(source: ClipSource, request: LoadRequest) -> LoadRequest:
+    """Return the request with the tasks' checkpoints as its models."""
     return replace(request, models=tuple(str(task.checkpoint) for task in source.tasks))
 
 
@@ -76,13 +76,13 @@ def _worker(config: Config, request: LoadRequest, rank: int = 0, workers: int = 
 
 
 @pytest.fixture(scope="module")
-def lone(config) -> dict[str, MergeWorker]:
+def single(config) -> dict[str, MergeWorker]:
     """One worker for all tasks; a test that needs another request loads it again."""
     return {"worker": _worker(config, _request())}
 
 
-def _step(lone, request: LoadRequest, step: int = 0, lambdas=None) -> StepResult:
-    worker = lone["worker"]
+def _step(single, request: LoadRequest, step: int = 0, lambdas=None) -> StepResult:
+    worker = single["worker"]
     _load(worker, request)
     lambdas = _lambdas(request.granularity) if lambdas is None else lambdas
     return worker.step(StepRequest(step, lambdas))
@@ -92,7 +92,7 @@ def _step(lone, request: LoadRequest, step: int = 0, lambdas=None) -> StepResult
 
 
 class Literal:
-    """The same loss from the config alone: open_clip's model and transform, float64, autograd."""
+    """The same loss by open_clip's model and transform in float64, with autograd."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -149,7 +149,7 @@ def literal(config) -> Literal:
 
 
 def _spread(literal: Literal, lambdas_KL: Tensor, granularity: str) -> Tensor:
-    """(K, L) → (K, T), by the names alone."""
+    """Return λ per tensor (K, T) from λ per layer (K, L), by the names alone."""
     names = list(literal.base)
     if granularity == "tensor":
         return lambdas_KL
@@ -168,46 +168,48 @@ def _autograd(literal: Literal, granularity: str, step: int = 0, count: int = IM
 
 
 def _assert_close(ours: np.ndarray, expected: np.ndarray, rtol: float = 1e-4) -> None:
-    """Relative to the largest entry: float32's noise does not shrink with a gradient's size."""
+    """Compare relative to the largest entry: float32's noise does not shrink with an entry."""
     assert ours.shape == expected.shape
     assert np.abs(ours - expected).max() <= rtol * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("granularity", list(LAYERS))
-def test_the_gradient_is_autograd_through_the_merge_of_open_clips_model(lone, literal, granularity):
+def test_the_gradient_is_autograd_through_the_merge_of_open_clips_model(
+    single, literal, granularity
+):
     losses_K, gradient_KL = _autograd(literal, granularity)
-    result = _step(lone, _request(granularity))
+    result = _step(single, _request(granularity))
     assert result.gradient.dtype == np.float64
     _assert_close(result.gradient, gradient_KL)
     np.testing.assert_allclose(result.loss, losses_K, rtol=1e-4)
     np.testing.assert_allclose(result.entropy, losses_K, rtol=1e-4)
 
 
-def test_another_step_sees_other_images(lone, literal):
+def test_another_step_sees_other_images(single, literal):
     losses_K, gradient_KL = _autograd(literal, "tensor", step=2)
-    result = _step(lone, _request(), step=2)
+    result = _step(single, _request(), step=2)
     _assert_close(result.gradient, gradient_KL)
     np.testing.assert_allclose(result.loss, losses_K, rtol=1e-4)
 
 
-def test_a_task_with_fewer_images_than_a_batch_uses_all_of_them(lone, literal):
+def test_a_task_with_fewer_images_than_a_batch_uses_all_of_them(single, literal):
     losses_K, gradient_KL = _autograd(literal, "task", count=50)
-    result = _step(lone, _request("task", slots_per_step=50))
+    result = _step(single, _request("task", slots_per_step=50))
     _assert_close(result.gradient, gradient_KL)
     np.testing.assert_allclose(result.loss, losses_K, rtol=1e-4)
 
 
-def test_two_batches_sum_their_means_as_the_official_loop_does(lone, literal):
-    """2 × 4 images: twice the mean over 8, in loss and gradient; the entropy stays a mean."""
+def test_two_batches_sum_their_means_as_the_official_loop_does(single, literal):
+    """2 × 4 images give twice the mean over 8 in loss and gradient; the entropy stays a mean."""
     losses_K, gradient_KL = _autograd(literal, "tensor", count=8)
-    result = _step(lone, _request(slots_per_step=8, batches=2))
+    result = _step(single, _request(slots_per_step=8, batches=2))
     _assert_close(result.gradient, 2 * gradient_KL)
     np.testing.assert_allclose(result.loss, 2 * losses_K, rtol=1e-4)
     np.testing.assert_allclose(result.entropy, losses_K, rtol=1e-4)
 
 
-def test_with_ties_the_basis_is_phi(lone, literal, config):
-    """AdaMerging++: the same gradient with V = Φ(T)."""
+def test_with_ties_the_basis_is_phi(single, literal, config):
+    """In AdaMerging++ the gradient is the same with V = Φ(T)."""
     pretrained, _ = open_pretrained(resolve_model(config.model))
     experts = [open_visual(task.checkpoint, pretrained.layout) for task in config.tasks]
     ties = ties_statistics(pretrained, experts, density=0.2, scope="visual")
@@ -220,37 +222,37 @@ def test_with_ties_the_basis_is_phi(lone, literal, config):
         losses_K, gradient_KL = _autograd(literal, "tensor")
     finally:
         literal.vectors = raw
-    result = _step(lone, _request(basis=ties))
+    result = _step(single, _request(basis=ties))
     _assert_close(result.gradient, gradient_KL)
     np.testing.assert_allclose(result.loss, losses_K, rtol=1e-4)
 
 
-def test_bfloat16_autocast_gives_nearly_the_same_gradient(lone, literal):
+def test_bfloat16_autocast_gives_nearly_the_same_gradient(single, literal):
     _, gradient_KL = _autograd(literal, "task")
-    result = _step(lone, _request("task", autocast=True))
+    result = _step(single, _request("task", autocast=True))
     _assert_close(result.gradient, gradient_KL, rtol=0.2)
-    assert np.abs(result.gradient - _step(lone, _request("task")).gradient).max() > 0
+    assert np.abs(result.gradient - _step(single, _request("task")).gradient).max() > 0
 
 
 @pytest.mark.parametrize("granularity", list(LAYERS))
-def test_vectors_that_are_read_anew_in_every_step_are_the_same_vectors(lone, granularity):
-    whole = _step(lone, _request(granularity))
-    anew = _step(lone, _request(granularity, storage=VectorStorage(location="files")))
-    _assert_close(anew.gradient, whole.gradient, rtol=1e-5)
-    np.testing.assert_allclose(anew.loss, whole.loss, rtol=1e-5)
+def test_streamed_vectors_give_the_gradient_of_pinned_ones(single, granularity):
+    whole = _step(single, _request(granularity))
+    streamed = _step(single, _request(granularity, storage=VectorStorage(location="files")))
+    _assert_close(streamed.gradient, whole.gradient, rtol=1e-5)
+    np.testing.assert_allclose(streamed.loss, whole.loss, rtol=1e-5)
 
 
 @pytest.mark.parametrize("location", ["host", "disk"])
-def test_where_the_vectors_lie_changes_no_bit(lone, tmp_path, location):
-    whole = _step(lone, _request())
-    elsewhere = _step(lone, _request(storage=VectorStorage("float32", location, str(tmp_path))))
+def test_the_location_of_the_vectors_changes_no_bit(single, tmp_path, location):
+    whole = _step(single, _request())
+    elsewhere = _step(single, _request(storage=VectorStorage("float32", location, str(tmp_path))))
     assert np.array_equal(elsewhere.gradient, whole.gradient)
     assert np.array_equal(elsewhere.loss, whole.loss)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_vectors_in_bfloat16_give_the_gradient_of_the_rounded_vectors(lone, literal):
-    """Not merely nearly: autograd through the merge of V rounded to bfloat16."""
+def test_vectors_in_bfloat16_give_the_gradient_of_the_rounded_vectors(single, literal):
+    """It is as close to autograd through the merge of V rounded to bfloat16 as in float32."""
     exact = literal.vectors
     literal.vectors = [
         {name: t.float().bfloat16().double() for name, t in v.items()} for v in exact
@@ -259,10 +261,10 @@ def test_vectors_in_bfloat16_give_the_gradient_of_the_rounded_vectors(lone, lite
         losses_K, gradient_KL = _autograd(literal, "tensor")
     finally:
         literal.vectors = exact
-    result = _step(lone, _request(storage=VectorStorage("bfloat16")))
+    result = _step(single, _request(storage=VectorStorage("bfloat16")))
     _assert_close(result.gradient, gradient_KL)
     np.testing.assert_allclose(result.loss, losses_K, rtol=1e-4)
-    assert np.abs(result.gradient - _step(lone, _request()).gradient).max() > 0
+    assert np.abs(result.gradient - _step(single, _request()).gradient).max() > 0
 
 
 # --- other objectives ---------------------------------------------------------------------------
@@ -307,7 +309,7 @@ def _assert_flat_gradient(
 
 
 def _marginals() -> np.ndarray:
-    """(M, C) with C of the task with the most classes; a task with fewer has zeros at the end."""
+    """(M, C), C classes of the task with the most; a task with fewer has zeros at the end."""
     marginals_MC = np.random.default_rng(3).dirichlet(np.ones(CLASSES), K)
     for task, entry in enumerate(COUNTS):
         marginals_MC[task, entry:] = 0.0
@@ -323,13 +325,13 @@ def test_every_task_has_as_many_probabilities_as_classes(config):
 
 @pytest.fixture(scope="module")
 def teachers(config, literal) -> list[dict[str, Tensor]]:
-    """Every expert's own weights, as its file has them."""
+    """Every expert's own weights, from its file."""
     experts = [load_file(task.checkpoint) for task in config.tasks]
     return [{name: e[f"visual.{name}"].double() for name in literal.base} for e in experts]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
-def test_kl_is_the_divergence_from_each_tasks_own_expert(lone, literal, teachers, temperature):
+def test_kl_is_the_divergence_from_each_tasks_own_expert(single, literal, teachers, temperature):
     def definition(task: int, logits_BC: Tensor) -> Tensor:
         with torch.no_grad():
             expert_BC = literal.logits(teachers[task], task, 1, IMAGES)
@@ -338,26 +340,28 @@ def test_kl_is_the_divergence_from_each_tasks_own_expert(lone, literal, teachers
         return temperature**2 * (q_BC * (q_BC / p_BC).log()).sum(1)
 
     request = _request(objective=Objective("kl", temperature))
-    _assert_flat_gradient(lone["worker"], literal, request, definition)
+    _assert_flat_gradient(single["worker"], literal, request, definition)
 
 
-def test_kls_teachers_are_the_experts_on_all_images_that_will_be_shown(lone, literal, teachers):
-    """Once for all steps; and whatever the coefficients then are, an expert teaches itself 0."""
-    _load(lone["worker"], _request("task", objective=Objective("kl"), slots_per_step=50))
-    targets = lone["worker"]._shard._targets
+def test_the_targets_of_kl_are_the_experts_logits_on_all_images_of_the_steps(
+    single, literal, teachers
+):
+    """At the coefficients of one expert alone, its own loss is 0 and the others' are not."""
+    _load(single["worker"], _request("task", objective=Objective("kl"), slots_per_step=50))
+    targets = single["worker"]._shard._targets
     for task in range(K):
         assert targets[task].examples.tolist() == list(range(12))
         expected_BC = literal.logits(teachers[task], task, 0, 50).numpy()
         np.testing.assert_allclose(
             torch.cat(list(targets[task].values)).numpy(), expected_BC, rtol=0, atol=1e-4
         )
-        alone = lone["worker"].step(StepRequest(0, np.eye(K)[:, [task]]))
+        alone = single["worker"].step(StepRequest(0, np.eye(K)[:, [task]]))
         assert abs(alone.loss[task]) < 1e-6
         assert np.delete(alone.loss, task).min() > 5e-6
 
 
 @pytest.mark.parametrize("normalise", [False, True])
-def test_infomax_compares_with_the_marginals_of_the_request(lone, literal, normalise):
+def test_infomax_compares_with_the_marginals_of_the_request(single, literal, normalise):
     marginals_MC = _marginals()
 
     def definition(task: int, logits_BC: Tensor) -> Tensor:
@@ -366,27 +370,27 @@ def test_infomax_compares_with_the_marginals_of_the_request(lone, literal, norma
         return -(p_BC * (p_BC / m_C).log()).sum(1) / (np.log(classes) if normalise else 1.0)
 
     request = _request(objective=Objective("infomax", normalise=normalise))
-    _assert_flat_gradient(lone["worker"], literal, request, definition, marginals=marginals_MC)
+    _assert_flat_gradient(single["worker"], literal, request, definition, marginals=marginals_MC)
 
 
-def test_infomax_without_marginals_is_entropy(lone, literal):
-    """As in the first step, before any prediction is known."""
+def test_infomax_without_marginals_is_entropy(single, literal):
+    """So it is in the first step, before any prediction is known."""
     request = _request(objective=Objective("infomax"))
-    _assert_flat_gradient(lone["worker"], literal, request, lambda task, z_BC: _entropy(z_BC))
+    _assert_flat_gradient(single["worker"], literal, request, lambda task, z_BC: _entropy(z_BC))
 
 
-def test_normalised_each_task_is_divided_by_log_c(lone, literal):
+def test_normalise_divides_each_tasks_loss_by_log_c(single, literal):
     request = _request(objective=Objective(normalise=True))
 
     def definition(task: int, logits_BC: Tensor) -> Tensor:
         return _entropy(logits_BC) / np.log(COUNTS[task])
 
-    _assert_flat_gradient(lone["worker"], literal, request, definition)
+    _assert_flat_gradient(single["worker"], literal, request, definition)
 
 
-def test_weights_multiply_the_tasks_losses_and_zero_leaves_a_task_out(lone, literal):
+def test_weights_multiply_the_tasks_losses_and_zero_leaves_a_task_out(single, literal):
     weights_M = np.array([1.0, 0.5, 0.0, 2.0])
-    worker = lone["worker"]
+    worker = single["worker"]
     _assert_flat_gradient(
         worker, literal, _request(), lambda task, z_BC: _entropy(z_BC), weights=weights_M
     )
@@ -400,7 +404,7 @@ def test_weights_multiply_the_tasks_losses_and_zero_leaves_a_task_out(lone, lite
 FILTER = 0.9
 
 
-def test_filtered_only_sure_images_count_the_surer_the_more(lone, literal):
+def test_the_filter_counts_only_images_of_low_entropy_the_lower_the_more(single, literal):
     """The weights are constants; the mean is over all images, also those that do not count."""
     kept: list[bool] = []
 
@@ -411,13 +415,13 @@ def test_filtered_only_sure_images_count_the_surer_the_more(lone, literal):
         return weights_B * entropy_B
 
     request = _request(objective=Objective(filter=FILTER), slots_per_step=12)
-    _assert_flat_gradient(lone["worker"], literal, request, definition)
+    _assert_flat_gradient(single["worker"], literal, request, definition)
     assert 0 < sum(kept) < len(kept)
 
 
 @pytest.fixture(scope="module", params=["as listed", "reversed"])
 def labelled(world, request) -> Config:
-    """Adapting on images that lie in a folder for each class."""
+    """A config whose adapt images lie in a folder for each class."""
     tasks = [dict(task, adapt=task["test"]) for task in world.config["tasks"]]
     if request.param == "reversed":
         tasks = [dict(task, classnames=task["classnames"][::-1]) for task in tasks]
@@ -428,7 +432,7 @@ def _label(config: Config, task: int, path: Path) -> int:
     return config.tasks[task].classnames.index(path.parent.name)
 
 
-def test_labels_follow_the_folders_whatever_the_order_of_classes(labelled):
+def test_labels_follow_the_folders_in_any_order_of_classes(labelled):
     worker = _worker(labelled, _request(objective=Objective("cross_entropy")))
     for task, entry in enumerate(labelled.tasks):
         paths = sorted(Path(entry.adapt).rglob("*.png"))
@@ -459,7 +463,7 @@ def test_an_image_outside_the_class_folders_has_no_label(labelled, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["kl", "infomax", "cross_entropy"])
-def test_the_shares_of_other_objectives_sum_to_one_workers_step(labelled, objective):
+def test_the_parts_of_other_objectives_sum_to_one_workers_step(labelled, objective):
     request = _request(
         objective=Objective(objective, normalise=True, filter=FILTER), slots_per_step=6
     )
@@ -475,17 +479,17 @@ def test_the_shares_of_other_objectives_sum_to_one_workers_step(labelled, object
 
 
 @pytest.mark.parametrize("location", ["device", "files"])
-def test_the_wanted_rows_are_those_of_the_whole_gradient(lone, location):
+def test_the_requested_rows_are_those_of_the_whole_gradient(single, location):
     request = _request(storage=VectorStorage(location=location))
-    whole = _step(lone, request)
-    some = lone["worker"].step(StepRequest(0, _lambdas(), rows=(1, 3)))
+    whole = _step(single, request)
+    some = single["worker"].step(StepRequest(0, _lambdas(), rows=(1, 3)))
     _assert_close(some.gradient[[1, 3]], whole.gradient[[1, 3]], rtol=1e-5)
     assert location == "device" or not some.gradient[[0, 2]].any()
 
 
-def test_the_models_are_those_of_the_request_not_of_the_tasks(lone, literal):
-    """Two of the four checkpoints, in another order: two rows."""
-    worker = lone["worker"]
+def test_the_models_are_those_of_the_request_not_of_the_tasks(single, literal):
+    """Two of the four checkpoints, in another order, are two rows."""
+    worker = single["worker"]
     whole = _load(worker, _request())
     lambdas_KL = np.zeros((K, LAYERS["tensor"]))
     lambdas_KL[[3, 1]] = _lambdas()[:2]
@@ -500,20 +504,22 @@ def test_the_models_are_those_of_the_request_not_of_the_tasks(lone, literal):
 
 
 def test_a_task_without_images_has_neither_loss_nor_predictions(config):
-    silent = config.tasks[2].model_copy(update={"adapt": None, "classnames": (), "test": None})
-    some = config.model_copy(update={"tasks": (*config.tasks[:2], silent, config.tasks[3])})
+    without_images = config.tasks[2].model_copy(
+        update={"adapt": None, "classnames": (), "test": None}
+    )
+    some = config.model_copy(update={"tasks": (*config.tasks[:2], without_images, config.tasks[3])})
     whole = _worker(config, _request()).step(StepRequest(0, _lambdas()))
     result = _worker(some, _request()).step(StepRequest(0, _lambdas()))
     assert result.gradient.shape == (K, LAYERS["tensor"])
-    assert result.gradient[2].any()  # its expert is merged all the same
+    assert result.gradient[2].any()  # its expert is merged nevertheless
     assert result.loss[2] == result.entropy[2] == 0
     assert not result.probabilities[2].any()
     np.testing.assert_allclose(result.loss[[0, 1, 3]], whole.loss[[0, 1, 3]], rtol=1e-5)
 
 
-def test_details_are_the_products_of_whole_vectors(lone, literal):
+def test_details_are_the_products_of_whole_vectors(single, literal):
     """⟨∂ℒ/∂θ, θ₀⟩, ‖∂ℒ/∂θ‖², ‖θ‖² and ‖θ_k‖² of every layer."""
-    worker = lone["worker"]
+    worker = single["worker"]
     _load(worker, _request())
     details = worker.step(StepRequest(0, _lambdas(), details=True)).details
     theta = literal.theta(torch.from_numpy(_lambdas()))
@@ -536,9 +542,9 @@ def test_details_are_the_products_of_whole_vectors(lone, literal):
 # --- one worker ---------------------------------------------------------------------------------
 
 
-def test_a_step_keeps_no_state(lone):
-    """Idempotent: the same request gives the same bits, whatever was asked in between."""
-    worker = lone["worker"]
+def test_a_step_keeps_no_state(single):
+    """The same request gives the same bits, whatever is requested in between."""
+    worker = single["worker"]
     _load(worker, _request())
     first = worker.step(StepRequest(1, _lambdas()))
     worker.step(StepRequest(0, 2 * _lambdas()))
@@ -549,17 +555,19 @@ def test_a_step_keeps_no_state(lone):
 
 
 def test_a_request_of_an_abandoned_generation_is_refused(config):
-    """It was on its way when the group was built anew."""
+    """It was sent before the group was built anew."""
     worker = _worker(config, _request())
     worker.abort(3)
-    with pytest.raises(RunError, match="step 1: of generation 2, and this is 3"):
+    with pytest.raises(
+        RunError, match="step 1: the request is of generation 2, this worker is in generation 3"
+    ):
         worker.step(StepRequest(0, _lambdas(), generation=2))
     assert worker.step(StepRequest(0, _lambdas(), generation=3)).generation == 3
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 100, "all"])
-def test_micro_batches_sum_to_the_whole_batch(lone, config, micro_batch):
-    whole = _step(lone, _request())
+def test_micro_batches_sum_to_the_whole_batch(single, config, micro_batch):
+    whole = _step(single, _request())
     cut = _worker(config, _request(), micro_batch=micro_batch).step(StepRequest(0, _lambdas()))
     _assert_close(cut.gradient, whole.gradient, rtol=1e-5)
     np.testing.assert_allclose(cut.loss, whole.loss, rtol=1e-5)
@@ -587,11 +595,11 @@ def test_a_step_before_load_is_refused(config):
         )
 
 
-def test_the_report_says_what_is_held(lone, config):
-    report = _load(lone["worker"], _request())
+def test_the_load_report_counts_bytes_and_tasks(single, config):
+    report = _load(single["worker"], _request())
     layout = open_pretrained(resolve_model(config.model))[0].layout
     assert report.vector_bytes == 4 * K * layout.columns
-    in_bfloat16 = _load(lone["worker"], _request(storage=VectorStorage("bfloat16")))
+    in_bfloat16 = _load(single["worker"], _request(storage=VectorStorage("bfloat16")))
     assert in_bfloat16.vector_bytes == 2 * K * layout.columns
     assert report.tasks == config.task_names
     assert report.rank == 0
@@ -601,8 +609,8 @@ def test_the_report_says_what_is_held(lone, config):
 
 
 @pytest.mark.parametrize("workers", [2, 5])
-def test_the_shares_of_all_workers_sum_to_one_workers_step(lone, config, workers):
-    whole = _step(lone, _request())
+def test_the_parts_of_all_workers_sum_to_one_workers_step(single, config, workers):
+    whole = _step(single, _request())
     parts = [
         _worker(config, _request(), rank, workers).step(StepRequest(0, _lambdas()))
         for rank in range(workers)
@@ -622,38 +630,39 @@ def test_workers_pin_only_the_images_of_their_own_slots(config):
 
 
 @pytest.mark.parametrize("shards", [2, 3])
-def test_shards_give_the_gradient_of_the_whole(lone, config, shards):
-    """The collectives done by hand: gather θ, sum ∂ℒ/∂θ, and each takes its own columns."""
-    whole = _step(lone, _request())
+def test_shards_give_the_gradient_of_the_whole(single, config, shards):
+    """With the collectives by hand: gather θ, sum ∂ℒ/∂θ, and give each shard its columns."""
+    whole = _step(single, _request())
     source = ClipSource(config.model, config.tasks)
     specs = [WorkerSpec(rank, shards, shards) for rank in range(shards)]
     models = [source.serve(spec, {}) for spec in specs]
-    shares = [
-        WorkerShard(spec, source.task_names, _of(source, _request()), model)
+    worker_shards = [
+        WorkerShard(spec, source.task_names, _with_models(source, _request()), model)
         for spec, model in zip(specs, models, strict=True)
     ]
     width = models[0].theta_P.numel() // shards
     columns = [slice(rank * width, (rank + 1) * width) for rank in range(shards)]
 
-    held = sum(share.store.nbytes for share in shares)
-    assert held == 4 * K * models[0].layout.shard(0, shards).padded_columns
-    for share, model, here in zip(shares, models, columns, strict=True):
-        share.merge(_lambdas(), model.theta_P[here])
+    pinned_bytes = sum(shard.store.nbytes for shard in worker_shards)
+    assert pinned_bytes == 4 * K * models[0].layout.shard(0, shards).padded_columns
+    for shard, model, here in zip(worker_shards, models, columns, strict=True):
+        shard.merge(_lambdas(), model.theta_P[here])
     gathered = torch.cat([m.theta_P[here] for m, here in zip(models, columns, strict=True)])
     losses, request = [], StepRequest(0, _lambdas())
-    for share, model in zip(shares, models, strict=True):
+    for shard, model in zip(worker_shards, models, strict=True):
         model.theta_P.copy_(gathered)
-        losses.append(share.backward(request).loss)
+        losses.append(shard.backward(request).loss)
     summed_P = sum(model.gradient_P for model in models)
     gradient_KL = sum(
-        share.inner_products(summed_P[here]) for share, here in zip(shares, columns, strict=True)
+        shard.inner_products(summed_P[here])
+        for shard, here in zip(worker_shards, columns, strict=True)
     )
     _assert_close(gradient_KL, whole.gradient, rtol=1e-5)
     np.testing.assert_allclose(sum(losses), whole.loss, rtol=1e-5)
 
 
-def test_slots_are_counted_by_the_population(lone, config):
-    _load(lone["worker"], _request(slots_per_step=50))
+def test_slots_are_counted_by_the_population(single, config):
+    _load(single["worker"], _request(slots_per_step=50))
     counts = slot_counts([12] * K, 50)
-    slots = lone["worker"]._shard.slots
+    slots = single["worker"]._shard.slots
     assert [(s.task, s.start, s.stop) for s in slots] == [(k, 0, counts[k]) for k in range(K)]

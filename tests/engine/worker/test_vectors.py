@@ -1,5 +1,4 @@
-"""Memory for the task vectors: zeros of the right kind; a mapped file that leaves nothing. Vectors
-that are pinned, and vectors that are read anew in every step, are the same vectors.
+"""The task-vector stores: their memory and mapped files; pinned and streamed ones give the same.
 
 Legend: K models, L layers, P columns of the flat vector, N of a shard, C cells.
 """
@@ -37,7 +36,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("location", ["device", "host", "disk"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_is_zeros_that_can_be_written(tmp_path, dtype, location):
+def test_allocated_memory_is_zero_and_writable(tmp_path, dtype, location):
     vectors_CKn = allocate(VectorStorage(dtype, location, str(tmp_path)), 3, 2, CPU)
     assert vectors_CKn.shape == (3, 2, CELL)
     assert vectors_CKn.dtype == getattr(torch, dtype)
@@ -51,7 +50,7 @@ def _mappings(folder: str) -> list[str]:
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if folder in line]
 
 
-def test_a_file_on_disk_has_no_name(tmp_path):
+def test_a_mapped_file_is_unlinked_and_freed(tmp_path):
     vectors_CKn = allocate(VectorStorage("float32", "disk", str(tmp_path)), 4, 2, CPU)
     assert list(tmp_path.iterdir()) == []
     (mapped,) = _mappings(str(tmp_path))
@@ -69,25 +68,25 @@ def test_two_workers_in_one_folder_do_not_share(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_room_is_a_run_error_and_leaves_nothing(tmp_path, monkeypatch, dtype):
-    asked = []
+    sizes = []
 
     def full(handle: int, start: int, size: int) -> None:
-        asked.append(size)
+        sizes.append(size)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(RunError, match=r"no room for 0\.\d GB of task vectors \(No space left"):
         allocate(VectorStorage(dtype, "disk", str(tmp_path)), 5000, 2, CPU)
-    assert asked == [5000 * 2 * CELL * (4 if dtype == "float32" else 2)]
+    assert sizes == [5000 * 2 * CELL * (4 if dtype == "float32" else 2)]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_not_there_is_a_run_error(tmp_path):
+def test_a_missing_folder_is_a_run_error(tmp_path):
     with pytest.raises(RunError, match=r"vectors\.folder .*/gone: cannot be written: No such file"):
         allocate(VectorStorage("float32", "disk", str(tmp_path / "gone")), 1, 1, CPU)
 
 
-def test_no_cells_at_all(tmp_path):
+def test_a_shard_without_cells_needs_no_memory(tmp_path):
     for location in ("device", "disk"):
         storage = VectorStorage("float32", location, str(tmp_path))
         assert allocate(storage, 0, 2, CPU).shape == (0, 2, CELL)
@@ -113,7 +112,7 @@ BASES: dict[str, Basis | None] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> list[dict[str, Tensor]]:
-    """The pretrained one, then K experts."""
+    """The pretrained model, then K experts."""
     generator = torch.Generator().manual_seed(0)
     return [
         {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
@@ -132,7 +131,7 @@ def files(tmp_path_factory, models) -> list[VisualCheckpoint]:
     return [_save(root / f"{i}.safetensors", state) for i, state in enumerate(models)]
 
 
-def _hold(location: str, files, basis, rank: int = 0, shards: int = 1) -> TaskVectorStore:
+def _store(location: str, files, basis, rank: int = 0, shards: int = 1) -> TaskVectorStore:
     shard = LAYOUT.shard(rank, shards)
     storage = VectorStorage(location=location)
     return open_task_vector_store(storage, files[0], files[1:], basis, shard, LAYERS, CPU)
@@ -143,7 +142,7 @@ def _merged(location: str, files, basis, shards: int, lambdas_KL: Tensor = LAMBD
     parts = []
     for rank in range(shards):
         parts.append(torch.zeros(LAYOUT.shard(rank, shards).columns))
-        _hold(location, files, basis, rank, shards).merge(lambdas_KL, parts[-1])
+        _store(location, files, basis, rank, shards).merge(lambdas_KL, parts[-1])
     return torch.cat(parts)[: LAYOUT.columns]
 
 
@@ -154,12 +153,12 @@ def _products(location: str, files, basis, shards: int, rows=None) -> Tensor:
     for rank in range(shards):
         shard = LAYOUT.shard(rank, shards)
         gradient_N = gradient_P[shard.start : shard.start + shard.columns]
-        parts.append(_hold(location, files, basis, rank, shards).inner_products(gradient_N, rows))
+        parts.append(_store(location, files, basis, rank, shards).inner_products(gradient_N, rows))
     return torch.cat(parts)[: LAYOUT.columns // CELL]
 
 
 def _gradient(shards: int = 1) -> Tensor:
-    """As autograd leaves it: anything where a tensor is, zero in the padding."""
+    """A gradient as autograd leaves it: random in the tensors, zero in the padding."""
     gradient_P = torch.zeros(LAYOUT.shard(0, shards).padded_columns)
     generator = torch.Generator().manual_seed(9)
     for view in LAYOUT.views(gradient_P).values():
@@ -196,15 +195,15 @@ def test_raw_vectors_are_the_differences_to_the_pretrained_model(files, models, 
 @pytest.mark.parametrize("shards", [1, 2, 3])
 @pytest.mark.parametrize("basis", BASES.values(), ids=BASES)
 def test_shards_pin_the_same_columns_bit_for_bit(files, basis, shards):
-    """A basis of whole matrices and one of random masks do not see the cut."""
+    """A basis of whole matrices and one of random masks do not depend on the cut."""
     (whole,) = _pinned(files, basis, 1)
     assert torch.equal(torch.cat(_pinned(files, basis, shards))[: len(whole)], whole)
 
 
 def _pinned(files, basis, shards: int) -> list[Tensor]:
-    vectors = [_hold("device", files, basis, rank, shards) for rank in range(shards)]
-    assert all(isinstance(held, PinnedTaskVectorStore) for held in vectors)
-    return [held.vectors_CKn for held in vectors]  # type: ignore[attr-defined]
+    stores = [_store("device", files, basis, rank, shards) for rank in range(shards)]
+    assert all(isinstance(store, PinnedTaskVectorStore) for store in stores)
+    return [store.vectors_CKn for store in stores]  # type: ignore[attr-defined]
 
 
 def test_a_matrix_basis_pins_the_function_of_whole_matrices_and_the_mean_of_the_rest(files, models):
@@ -218,9 +217,9 @@ def test_a_matrix_basis_pins_the_function_of_whole_matrices_and_the_mean_of_the_
             torch.testing.assert_close(views[k][name], expected[k], rtol=0, atol=1e-5)
 
 
-def test_the_products_of_the_pretrained_model_are_the_same_as_well(files, models):
+def test_base_products_are_those_of_the_pretrained_model(files, models):
     for location in ("device", "files"):
-        base_C1 = _hold(location, files, None).base_products(_gradient())
+        base_C1 = _store(location, files, None).base_products(_gradient())
         gradient = LAYOUT.views(_gradient())
         expected = sum((models[0][name] * gradient[name]).sum().item() for name in SHAPES)
         assert base_C1.shape == (LAYOUT.columns // CELL, 1)
@@ -228,18 +227,18 @@ def test_the_products_of_the_pretrained_model_are_the_same_as_well(files, models
 
 
 def test_streamed_vectors_hold_nothing(files):
-    assert isinstance(_hold("files", files, None), StreamedTaskVectorStore)
-    assert _hold("files", files, None).nbytes == 0
-    pinned_bytes = _hold("device", files, None).nbytes
+    assert isinstance(_store("files", files, None), StreamedTaskVectorStore)
+    assert _store("files", files, None).nbytes == 0
+    pinned_bytes = _store("device", files, None).nbytes
     assert pinned_bytes == 4 * K * LAYOUT.columns
 
 
-# --- what a step does not need is not read -----------------------------------------------------
+# --- a step reads only the files that it needs ----------------------------------------------------
 
 
 @pytest.fixture
 def poisoned(files, models, tmp_path) -> list[VisualCheckpoint]:
-    """With an expert that fails as soon as it is read."""
+    """The files, with one expert that fails as soon as it is read."""
     state = {name: torch.full_like(tensor, torch.nan) for name, tensor in models[2].items()}
     return [*files[:2], _save(tmp_path / "poison.safetensors", state), files[3]]
 
@@ -278,7 +277,7 @@ def test_without_any_coefficient_only_the_pretrained_model_is_read(poisoned, mod
 
 
 @pytest.mark.parametrize("rows", [(0, 2), (2,), ()])
-def test_only_the_wanted_rows_are_read_and_the_others_are_zero(files, poisoned, read, rows):
+def test_only_the_requested_rows_are_read_and_the_others_are_zero(files, poisoned, read, rows):
     products_CK = _products("files", poisoned, None, 2, rows)
     assert set(read) == {"0.safetensors", *(f"{1 + k}.safetensors" for k in rows)}
     expected_CK = _products("files", files, None, 2)
@@ -290,7 +289,7 @@ def test_only_the_wanted_rows_are_read_and_the_others_are_zero(files, poisoned, 
 
 
 def test_a_basis_makes_its_rows_of_all_models(files, read):
-    """Each row may depend on every model: nothing can be left out."""
+    """Each row may depend on every model, so none can be left out."""
     lambdas_KL = torch.zeros_like(LAMBDAS)
     lambdas_KL[0] = 1.0
     _merged("files", files, BASES["tsv"], 1, lambdas_KL)
@@ -298,10 +297,10 @@ def test_a_basis_makes_its_rows_of_all_models(files, read):
 
 
 def test_one_step_reads_every_column_of_every_model_twice(files, read):
-    """The merge and the products; nothing is read when the vectors are made."""
-    held = _hold("files", files, None)
+    """The merge and the products read; opening the store does not."""
+    store = _store("files", files, None)
     assert read == []
-    held.merge(LAMBDAS, torch.zeros(LAYOUT.columns))
+    store.merge(LAMBDAS, torch.zeros(LAYOUT.columns))
     once = sorted(read)
-    held.inner_products(_gradient())
+    store.inner_products(_gradient())
     assert sorted(read) == sorted(2 * once)
