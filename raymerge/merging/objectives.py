@@ -76,11 +76,6 @@ def mix_marginal(marginal_C: Tensor, mean_p_C: Tensor, momentum: float) -> Tenso
     return (1 - momentum) * marginal_C + momentum * mean_p_C.to(marginal_C)
 
 
-def update_marginal(marginal_C: Tensor, logits_BC: Tensor, momentum: float) -> Tensor:
-    """Return :func:`mix_marginal` with the mean prediction of one batch; detached."""
-    return mix_marginal(marginal_C, probability_sum(logits_BC) / len(logits_BC), momentum)
-
-
 def momentum_at(step: int, momentum: float) -> float:
     """Return the μ of step 1, 2, …: first that of a plain mean, which forgets the initial value."""
     return max(momentum, 1 / step)

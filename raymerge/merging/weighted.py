@@ -129,6 +129,7 @@ def merge_tasks(
     """
     weights_K1 = vectors_Kn.new_tensor(weights).unsqueeze(1)
     weighted_Kn = vectors_Kn.mul_(weights_K1)
+    # With election the divisor depends on the column, since only agreeing models are added.
     if elect:
         agreeing_Kn = _agreeing(weighted_Kn)
         if normalize:

@@ -1,4 +1,4 @@
-"""What fits where: pure decisions."""
+"""The choice of storage and the size of passes: pure decisions over bytes."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ GB = 10**9
 
 
 @pytest.mark.parametrize(
-    ("wanted", "bytes_per_image", "gpu", "expected"),
+    ("setting", "bytes_per_image", "gpu", "expected"),
     [
         ("all", 10**6, False, None),
         ("all", 10**6, True, None),
         ("auto", 10**6, True, None),
         ("auto", 1 << 20, False, 512),
-        ("auto", 1 << 40, False, 1),  # one image is always taken
+        ("auto", 1 << 40, False, 1),  # a pass has at least one image
         ("auto", 0, False, 1 << 29),
         (7, 1 << 40, False, 7),
         (7, 1, True, 7),
     ],
 )
-def test_images_of_one_pass(wanted, bytes_per_image, gpu, expected):
-    assert micro_batch(wanted, bytes_per_image, gpu) == expected
+def test_images_of_one_pass(setting, bytes_per_image, gpu, expected):
+    assert micro_batch(setting, bytes_per_image, gpu) == expected
 
 
 @pytest.mark.parametrize("most", [1, 3, 7, 64, None])
@@ -50,7 +50,7 @@ def test_passes_are_as_few_as_can_be_and_then_even(images, most):
     assert each - images / fewest < 1  # 65 with room for 64: 33 and 32, not 64 and 1
 
 
-def test_nothing_to_show_takes_no_images():
+def test_no_slots_need_no_images():
     assert pass_images(0, 5) == pass_images(0, None) == 0
 
 
@@ -67,8 +67,8 @@ def test_nothing_to_show_takes_no_images():
         (-5, -5, "float32", "disk"),
     ],
 )
-def test_the_first_place_with_room_is_taken(device, host, dtype, location):
-    """For 8 bytes in float32."""
+def test_the_first_location_with_room_is_chosen(device, host, dtype, location):
+    """The vectors take 8 bytes in float32."""
     chosen = choose_storage(VectorsConfig(folder="/f"), 8, device, host)
     assert chosen == VectorStorage(dtype, location, "/f")
 
@@ -80,21 +80,21 @@ def test_the_first_place_with_room_is_taken(device, host, dtype, location):
         ("float32", "files"),
     ],
 )
-def test_what_was_asked_for_is_taken_even_without_room(dtype, location):
-    wanted = VectorsConfig(dtype=dtype, location=location)
-    assert choose_storage(wanted, 8, 0, 0) == VectorStorage(dtype, location)
+def test_a_configured_storage_is_chosen_even_without_room(dtype, location):
+    config = VectorsConfig(dtype=dtype, location=location)
+    assert choose_storage(config, 8, 0, 0) == VectorStorage(dtype, location)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "chosen"),
+    ("settings", "chosen"),
     [
         ({"dtype": "float32"}, ("float32", "disk")),
         ({"dtype": "bfloat16"}, ("bfloat16", "disk")),
         ({"location": "host"}, ("bfloat16", "host")),
     ],
 )
-def test_what_was_left_open_gives_way(wanted, chosen):
-    storage = choose_storage(VectorsConfig(**wanted), 8, 0, 0)
+def test_without_room_only_unset_options_change(settings, chosen):
+    storage = choose_storage(VectorsConfig(**settings), 8, 0, 0)
     assert (storage.dtype, storage.location) == chosen
 
 
@@ -104,22 +104,22 @@ NEEDS = WorkerNeeds(
 
 
 def test_workers_of_one_machine_share_its_memory():
-    """92 % of 40 GB less 6 GB a worker: 30.8 GB for one, 12.4 for two, 6.26 for three."""
+    """Each has 92 % of 40 GB, divided, less 6 GB: 30.8 GB for one, 12.4 for two, 6.26 for three."""
     for workers, dtype, location in ((1, "float32", "device"), (2, "bfloat16", "device")):
         storage = storage_for(VectorsConfig(), NEEDS, 20 * GB, workers, 40 * GB, None)
         assert (storage.dtype, storage.location) == (dtype, location)
     assert storage_for(VectorsConfig(), NEEDS, 20 * GB, 3, 40 * GB, None).location == "disk"
 
 
-def test_with_a_gpu_only_the_process_and_the_images_weigh_on_the_host():
-    """24 GB: 22.08 less θ, its gradient, θ₀ and activations is 18.08 on the device."""
+def test_with_a_gpu_only_the_process_and_the_images_use_host_memory():
+    """Of 24 GB, 22.08 less θ, its gradient, θ₀ and activations leave 18.08 on the device."""
     on_device = storage_for(VectorsConfig(), NEEDS, 18 * GB, 1, 64 * GB, 24 * GB)
     on_host = storage_for(VectorsConfig(), NEEDS, 40 * GB, 1, 64 * GB, 24 * GB)
     assert (on_device.dtype, on_device.location) == ("float32", "device")
     assert (on_host.dtype, on_host.location) == ("float32", "host")
 
 
-def test_an_unknown_machine_has_room():
+def test_a_machine_of_unknown_memory_has_room():
     assert storage_for(VectorsConfig(), NEEDS, 10**15, 8, None, None) == VectorStorage()
 
 
@@ -134,10 +134,10 @@ def test_an_unknown_machine_has_room():
     ],
 )
 def test_a_worker_holds_the_sum_of_its_parts(storage, vectors):
-    held = worker_bytes(NEEDS, storage, 8)
-    assert held["task vectors"] == vectors
-    assert sum(held.values()) == 6 * GB + vectors
-    assert list(held) == [
+    parts = worker_bytes(NEEDS, storage, 8)
+    assert parts["task vectors"] == vectors
+    assert sum(parts.values()) == 6 * GB + vectors
+    assert list(parts) == [
         *("process", "weights and gradient", "pretrained", "task vectors", "images"),
         *("coefficients", "activations"),
     ]

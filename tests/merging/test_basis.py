@@ -1,4 +1,4 @@
-"""The rows that λ multiplies: of whole matrices, and of what is there already."""
+"""The rows that λ multiplies: of whole matrices, and constant ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _vectors(columns: int = 30) -> Tensor:
 
 
 def _transposed(matrices_KMN: Tensor) -> Tensor:
-    """Of the shape that the function is given, whatever it is."""
+    """Return matrices that show the order of their entries."""
     assert matrices_KMN.shape == (3, *SHAPE)
     return matrices_KMN.flip(0, 1)
 
@@ -43,14 +43,14 @@ def test_a_function_that_merges_leaves_one_row():
 @pytest.mark.parametrize("shape", [(30,), (), (2, 3, 5), (5, 3, 2, 1)])
 @pytest.mark.parametrize("separate", [True, False])
 def test_tensors_that_are_no_matrix_are_averaged(separate, shape):
-    """Whether as K rows that sum to the mean, or as the mean itself."""
+    """They become K rows that sum to the mean, or the mean itself."""
     basis = MatrixBasis(lambda matrices_KMN: matrices_KMN * torch.nan, separate)
     rows_JN = basis.rows(_vectors(), PIECE, shape)
     assert len(rows_JN) == (3 if separate else 1)
     torch.testing.assert_close(rows_JN.sum(0), _vectors().mean(0))
 
 
-def test_given_is_its_own_columns_whatever_is_merged():
+def test_a_constant_row_does_not_depend_on_the_models():
     delta_P = torch.arange(2.0 * CELL)
     basis, piece = ConstantRow(delta_P), Piece(1, CELL, CELL + 30)
     for models in (0, 1, 3):

@@ -1,4 +1,4 @@
-"""DARE: what is dropped is random, seeded and independent of how the vector is cut."""
+"""DARE: the dropped entries are random, seeded and independent of how the vector is cut."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_another_seed_is_another_mask_and_the_same_seed_the_same():
 
 
 def test_a_mask_is_the_same_on_every_machine_and_release():
-    """Pinned: a merge is reproduced from its seed."""
+    """A merge can be reproduced from its seed, so these numbers must not change."""
     kept_KN = drop_and_rescale(torch.ones(1, CELL), ("cars",), 7, 3 * CELL, 0.25)
     assert kept_KN[0].nonzero().flatten()[:8].tolist() == [1, 8, 10, 14, 19, 20, 26, 27]
 
@@ -126,8 +126,8 @@ def test_dare_without_election_is_drop_and_rescale():
     assert torch.equal(dare.phi(vectors_KN, 4 * CELL), expected_KN)
 
 
-def test_with_election_what_is_left_agrees_with_the_columns_sum():
-    """Entry by entry, of the dropped and rescaled vectors."""
+def test_with_election_the_remaining_entries_have_the_sign_of_the_columns_sum():
+    """The sum is that of the dropped and rescaled vectors."""
     vectors_KN = (3 * _vectors(3 * CELL)).round()  # so that columns cancel
     kept_KN = _drop(vectors_KN, density=0.5)
     phi_KN = Dare(NAMES, 0, 0.5, elect_sign=True).phi(vectors_KN, 0)

@@ -1,4 +1,4 @@
-"""The diagonal Fisher information against its definition, and the average it weights."""
+"""The diagonal Fisher information against its definition, and the average that it weights."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_chunks_change_nothing(samples, chunk):
 
 
 def _error(samples: int) -> float:
-    """Of the sampled estimate, relative, root mean square over eight seeds."""
+    """Return the sampled estimate's relative root-mean-square error over eight seeds."""
     exact = fisher_diagonal(_mlp, MLP, X_ND)["w1"]
     total = 0.0
     for seed in range(8):
@@ -111,14 +111,14 @@ def _tower() -> tuple[VisionTransformer, Tensor]:
 
 
 @pytest.mark.filterwarnings("error")
-def test_it_runs_through_open_clips_attention():
-    """Without falling back to a slow path (torch would warn), and without building a graph."""
+def test_the_diagonal_is_right_through_open_clips_attention():
+    """It takes no slow path (torch would warn) and builds no graph."""
     tower, images = _tower()
     parameters = dict(tower.named_parameters())
-    found = fisher_diagonal(lambda p, x: functional_call(tower, p, (x,)), parameters, images)
+    diagonal = fisher_diagonal(lambda p, x: functional_call(tower, p, (x,)), parameters, images)
     expected = _by_definition(lambda p, x: functional_call(tower, p, (x,)), parameters, images)
-    assert not any(t.requires_grad for t in found.values())
-    assert_close(found, {name: t.detach() for name, t in expected.items()}, rtol=1e-6, atol=1e-9)
+    assert not any(t.requires_grad for t in diagonal.values())
+    assert_close(diagonal, {name: t.detach() for name, t in expected.items()}, rtol=1e-6, atol=1e-9)
 
 
 # --- the average -------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_equal_information_gives_the_mean():
 
 
 def test_the_merged_model_is_the_weighted_average_of_the_experts():
-    """With a normalised over the tasks, on θ_k instead of task vectors."""
+    """The expected average has a normalised over the tasks, and θ_k instead of task vectors."""
     fishers_KP, vectors_KP = _problem()
     pretrained_P = _normal(P, seed=2).float()
     a_K = 1 / (fishers_KP.norm(dim=1) + EPSILON)

@@ -1,4 +1,4 @@
-"""The collapse guard: it trips where the answers crowd into one class, and only there."""
+"""The collapse guard: it reports predictions that concentrate on one class, and only those."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _adapt(classes: int, *, collapse: bool, steps: int = 200) -> tuple[Tensor, T
 
 
 @pytest.mark.parametrize("classes", [2, 10, 397])
-def test_it_trips_on_a_collapse_before_the_end_and_stays_tripped(classes):
+def test_a_collapse_is_reported_before_the_end_and_from_then_on(classes):
     entropy_T1, marginal_T1, _ = _adapt(classes, collapse=True)
     _, verdicts = _observe(CollapseGuard(), entropy_T1, marginal_T1)
     first = _first(verdicts)
@@ -71,7 +71,7 @@ def test_it_trips_on_a_collapse_before_the_end_and_stays_tripped(classes):
 
 
 @pytest.mark.parametrize("classes", [2, 10, 397])
-def test_it_is_silent_where_the_entropy_falls_and_the_marginal_stays(classes):
+def test_nothing_is_reported_where_the_entropy_falls_and_the_marginal_stays(classes):
     entropy_T1, marginal_T1, _ = _adapt(classes, collapse=False)
     assert entropy_T1[-1] < 0.1 * entropy_T1[0]
     state, verdicts = _observe(CollapseGuard(), entropy_T1, marginal_T1)
@@ -80,7 +80,7 @@ def test_it_is_silent_where_the_entropy_falls_and_the_marginal_stays(classes):
 
 
 def test_single_batches_of_few_images_would_warn_of_a_healthy_task():
-    """Why the marginal is to be averaged over steps: 16 images fill at most 16 of 397 classes."""
+    """So the marginal is averaged over steps: 16 images fill at most 16 of 397 classes."""
     entropy_T1, _, batch_T1 = _adapt(397, collapse=False)
     assert _first(_observe(CollapseGuard(), entropy_T1, batch_T1)[1]) is not None
 
@@ -95,7 +95,7 @@ def test_the_values_after_the_warm_up_are_the_mean_then_the_moving_average():
     assert (state.entropy.item(), state.marginal.item()) == pytest.approx((expected, 2 * expected))
 
 
-def test_no_one_batch_trips_it_but_seven_in_a_row_do():
+def test_one_batch_is_not_a_collapse_but_seven_in_a_row_are():
     """0.9⁶ = 0.531 > 0.5 > 0.9⁷ = 0.478."""
     level_TK = _constant(40, math.log(10))
     level_TK[20] = 0.0
@@ -104,7 +104,7 @@ def test_no_one_batch_trips_it_but_seven_in_a_row_do():
     assert _first(_observe(CollapseGuard(), level_TK, level_TK)[1]) == 27
 
 
-def test_it_names_the_collapsing_tasks_alone_and_only_while_they_are():
+def test_only_collapsing_tasks_are_reported_and_only_while_they_are():
     marginal_TK = _constant(100, 2.0, 2.0, 2.0)
     marginal_TK[20:50, [0, 2]] = 0.1
     entropy_TK = _constant(100, 1.0, 1.0, 1.0)
@@ -121,13 +121,13 @@ def test_a_marginal_that_falls_without_the_entropy_is_no_collapse():
     assert not any(_observe(CollapseGuard(), _constant(60, 0.2), marginal_TK)[1])
 
 
-def test_the_warm_up_is_not_judged():
+def test_no_collapse_is_reported_during_the_warm_up():
     falling_TK = torch.linspace(2.0, 0.0, 10, dtype=torch.float64)[:, None]
     guard = CollapseGuard(momentum=1.0)
     assert not any(_observe(guard, falling_TK, falling_TK)[1])
 
 
-def test_no_scale_of_the_entropies_matters():
+def test_the_scale_of_the_entropies_does_not_matter():
     entropy_T1, marginal_T1, _ = _adapt(10, collapse=True)
     _, verdicts = _observe(CollapseGuard(), entropy_T1, marginal_T1)
     _, scaled = _observe(CollapseGuard(), entropy_T1 / 8, marginal_T1 / 8)

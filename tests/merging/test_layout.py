@@ -168,12 +168,14 @@ def test_shards_partition_every_parameter_in_order(layout, shards):
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 7, 20])
 def test_shards_are_equal_runs_of_whole_cells_and_fill_the_padded_buffer(layout, shards):
-    held = [layout.shard(rank, shards) for rank in range(shards)]
-    assert {(s.cells, s.columns) for s in held} == {(held[0].cells, held[0].cells * CELL)}
-    assert [s.start for s in held] == [rank * held[0].columns for rank in range(shards)]
-    assert held[0].padded_columns == shards * held[0].columns >= layout.columns
-    assert held[0].padded_columns - layout.columns < shards * CELL
-    for s in held:
+    all_shards = [layout.shard(rank, shards) for rank in range(shards)]
+    assert {(s.cells, s.columns) for s in all_shards} == {
+        (all_shards[0].cells, all_shards[0].cells * CELL)
+    }
+    assert [s.start for s in all_shards] == [rank * all_shards[0].columns for rank in range(shards)]
+    assert all_shards[0].padded_columns == shards * all_shards[0].columns >= layout.columns
+    assert all_shards[0].padded_columns - layout.columns < shards * CELL
+    for s in all_shards:
         assert all(s.start <= p.start and p.stop <= s.start + s.columns for p in s.pieces())
 
 
@@ -191,7 +193,7 @@ def test_one_tensor_is_a_layout_too():
 
 
 def test_the_maths_never_imports_ray_or_a_model():
-    """Style habit 1. In a fresh interpreter, since this one may have imported them already."""
+    """The check needs a fresh interpreter, since this one may have imported them already."""
     code = (
         "import sys, pkgutil, importlib, raymerge.merging as m\n"
         "[importlib.import_module(f'raymerge.merging.{x.name}') for x in "

@@ -26,7 +26,7 @@ TENSORS = LAYOUT.layers("tensor")
 
 
 def _unpadded(flat: Tensor) -> Tensor:
-    """The same with zeros in the padding, as every flat vector has them."""
+    """Return the vector with zeros in the padding, as every flat vector has them."""
     out = torch.zeros_like(flat)
     for start, size in zip(LAYOUT.offsets, LAYOUT.sizes, strict=False):
         out[..., start : start + size] = flat[..., start : start + size]
@@ -47,7 +47,7 @@ def _padded(flat: Tensor, shards: int) -> Tensor:
 
 
 def _cells(vectors_KN: Tensor) -> Tensor:
-    """(K, N) → (C, K, CELL), in memory of its own, as a worker holds it."""
+    """(K, N) → (C, K, CELL), in its own memory, as a worker stores it."""
     return vectors_KN.unflatten(1, (-1, CELL)).transpose(0, 1).contiguous()
 
 
@@ -65,7 +65,7 @@ def _merged(pretrained_P: Tensor, vectors_KP: Tensor, lambdas_KT: Tensor, shards
 def _products(
     gradient_P: Tensor, vectors_KP: Tensor, shards: int = 1, layers: LayerMap = TENSORS
 ) -> list[Tensor]:
-    """Per layer, of each shard."""
+    """Return the inner products per layer, one tensor for each shard."""
     gradient, vectors = _padded(gradient_P, shards), _padded(vectors_KP, shards)
     out = []
     for rank in range(shards):
@@ -116,7 +116,7 @@ def test_gradient_is_autograd_through_the_merge(granularity):
 
 @pytest.mark.parametrize("granularity", ["task", "block", "tensor"])
 def test_gradient_is_the_central_difference(granularity):
-    """Without autograd through the merge."""
+    """This check does not differentiate through the merge."""
     pretrained_P, vectors_KP, _ = _problem()
     layers = LAYOUT.layers(granularity)
     lambdas_KL = torch.full((K, len(layers.names)), 0.3, dtype=torch.float64)
@@ -226,7 +226,7 @@ def test_merge_over_shards_is_the_whole_merge(shards, dtype):
 @pytest.mark.parametrize("shards", [2, 3, 4, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inner_products_over_shards_sum_to_the_whole(shards, dtype):
-    """Cells are summed alike whoever holds them: far closer than float32's own rounding."""
+    """Cells are summed in the same way in any shard, so the sums agree beyond float32."""
     pretrained_P, vectors_KP, _ = _problem(dtype)
     whole_KT = _products(pretrained_P, vectors_KP)[0]
     sum_KT = sum(_products(pretrained_P, vectors_KP, shards))
@@ -234,7 +234,7 @@ def test_inner_products_over_shards_sum_to_the_whole(shards, dtype):
 
 
 def test_shards_of_one_cell_sum_to_the_whole_within_the_rounding_of_a_cell():
-    """A lone cell is multiplied by another routine."""
+    """A shard of one cell is multiplied by another routine."""
     pretrained_P, vectors_KP, _ = _problem(torch.float32)
     whole_KT = _products(pretrained_P, vectors_KP)[0]
     sum_KT = sum(_products(pretrained_P, vectors_KP, P // CELL))
@@ -244,10 +244,10 @@ def test_shards_of_one_cell_sum_to_the_whole_within_the_rounding_of_a_cell():
 def test_tensors_of_other_shards_get_an_exact_zero():
     pretrained_P, vectors_KP, _ = _problem()
     for rank, part_KT in enumerate(_products(pretrained_P, vectors_KP, shards=3)):
-        held = {piece.tensor for piece in LAYOUT.shard(rank, 3).pieces()}
-        others = [t for t in range(T) if t not in held]
+        own = {piece.tensor for piece in LAYOUT.shard(rank, 3).pieces()}
+        others = [t for t in range(T) if t not in own]
         assert part_KT[:, others].count_nonzero() == 0
-        assert part_KT[:, sorted(held)].count_nonzero() == K * len(held)
+        assert part_KT[:, sorted(own)].count_nonzero() == K * len(own)
 
 
 def test_cells_are_summed_beyond_float32():

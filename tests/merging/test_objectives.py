@@ -1,4 +1,4 @@
-"""The per-image losses, their gradients, and what weighs them."""
+"""The per-image losses, their gradients and their weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from raymerge.merging.objectives import (
     momentum_at,
     probability_sum,
     task_scale,
-    update_marginal,
 )
 
 
@@ -162,6 +161,11 @@ def test_cross_entropy_is_minus_log_p_of_the_label_with_gradient_p_minus_one_hot
     one_hot_BC = torch.nn.functional.one_hot(labels_B, 7)
     gradient_BC = _gradient(lambda z: cross_entropy(z, labels_B), logits_BC)
     torch.testing.assert_close(gradient_BC, p_BC - one_hot_BC)
+
+
+def update_marginal(marginal_C: Tensor, logits_BC: Tensor, momentum: float) -> Tensor:
+    """Return the marginal with one whole batch added."""
+    return mix_marginal(marginal_C, probability_sum(logits_BC) / len(logits_BC), momentum)
 
 
 def _marginal(classes: int) -> Tensor:

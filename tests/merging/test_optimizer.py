@@ -57,7 +57,7 @@ def _trajectory(adam: Adam, start_KL: Tensor, gradients: list[Tensor]) -> list[A
 @pytest.mark.parametrize("clamp", ["projected", "forward", "none"])
 @pytest.mark.parametrize("lr", [1e-3, 0.02])
 def test_the_first_step_moves_every_active_lambda_by_lr_along_the_sign(clamp, lr):
-    """However large or small the gradient (far above eps)."""
+    """The size of the gradient does not matter, as long as it is far above eps."""
     (gradient_KL,) = _gradients(1)
     gradient_KL[0, 0] = 0.0
     after = Adam(lr=lr, eps=1e-16, clamp=clamp).update(AdamState.start(_start()), gradient_KL)
@@ -131,7 +131,7 @@ def test_forward_is_torch_adam_through_a_clamp_in_the_forward_pass():
 
 
 def test_forward_lambda_outside_is_stuck_once_its_moments_are_spent():
-    """The released code's trap: no gradient reaches a λ below 0, so it never comes back."""
+    """In the released code no gradient reaches a λ below 0, so it never comes back."""
     adam = Adam(lr=0.05, betas=(0.0, 0.0), clamp="forward")
     state = AdamState.start(torch.tensor([[-0.1]]))
     for _ in range(50):
@@ -147,7 +147,7 @@ def test_forward_lambda_outside_is_stuck_once_its_moments_are_spent():
         ("none", [-0.1, 0.0, 0.5, 1.0, 1.1]),
     ],
 )
-def test_what_the_merge_sees(clamp, seen):
+def test_the_effective_lambdas_of_each_clamp(clamp, seen):
     lambdas = torch.tensor([-0.1, 0.0, 0.5, 1.0, 1.1], dtype=torch.float64)
     assert Adam(clamp=clamp).effective(lambdas).tolist() == seen
 
@@ -164,13 +164,13 @@ def test_update_changes_nothing_of_the_old_state():
     adam, (g1, g2) = Adam(), _gradients(2)
     state = adam.update(AdamState.start(_start()), g1)
     before = [t.clone() for t in (state.lambdas, state.mean, state.square)]
-    given = g2.clone()
+    original = g2.clone()
     once, twice = adam.update(state, g2), adam.update(state, g2)
     assert all(
         torch.equal(a, b)
         for a, b in zip((state.lambdas, state.mean, state.square), before, strict=True)
     )
-    assert torch.equal(g2, given)
+    assert torch.equal(g2, original)
     assert torch.equal(once.lambdas, twice.lambdas)
     assert (state.step, once.step) == (1, 2)
 

@@ -1,4 +1,4 @@
-"""Every method by name, and what it is as constant coefficients over a basis."""
+"""The rows of the registry: coefficients, images, granularity and titles."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_images_that_a_method_needs(config, images):
         (FwHard(name="fw_hard", granularity="task"), "tensor"),  # its start may be of a finer run
     ],
 )
-def test_what_one_coefficient_covers(config, granularity):
+def test_the_granularity_of_a_methods_coefficients(config, granularity):
     assert method_of(config).granularity(config) == granularity
 
 
@@ -112,5 +112,5 @@ def test_only_adamerging_learns_and_only_individual_does_not_merge():
         (FwSoft(name="fw_soft"), "FW-Merging (soft, task-wise, 15 iterations)"),
     ],
 )
-def test_a_method_in_words(config, words):
+def test_the_title_shows_the_options(config, words):
     assert describe(config) == words

@@ -1,4 +1,4 @@
-"""RegMean's closed form against least squares, and what its ridge does."""
+"""RegMean's closed form against least squares, and the effect of its ridge."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_with_the_diagonal_alone_each_feature_is_a_weighted_mean():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.95, 1.0])
 @pytest.mark.parametrize("ridge", [1e-6, 10.0])
-def test_what_all_experts_share_is_a_fixed_point(alpha, ridge):
-    """Also with a large ridge, which pulls towards the mean and not towards zero."""
+def test_a_weight_that_all_experts_share_is_a_fixed_point(alpha, ridge):
+    """A large ridge keeps it too, because it pulls towards the mean and not towards zero."""
     same_KIO = WEIGHTS_KIO[:1].expand(TASKS, INPUTS, OUTPUTS)
     assert_close(_merged(INPUTS_KNI, same_KIO, alpha, ridge), WEIGHTS_KIO[0])
 
@@ -119,7 +119,7 @@ def test_larger_inputs_weigh_more():
     assert_close(_merged(scaled_KNI, WEIGHTS_KIO), WEIGHTS_KIO[0], rtol=0, atol=1e-4)
     twice = _merged(INPUTS_KNI * (2.0**0.5), WEIGHTS_KIO)
     assert_close(twice, _merged(INPUTS_KNI, WEIGHTS_KIO))
-    repeated = [0, 0, 1, 2]  # a task given twice is a task with √2 the inputs
+    repeated = [0, 0, 1, 2]  # a repeated task equals one with √2 times the inputs
     scale_K = torch.tensor([2.0**0.5, 1.0, 1.0], dtype=torch.float64)
     assert_close(
         _merged(INPUTS_KNI[repeated], WEIGHTS_KIO[repeated], ridge=1e-13),

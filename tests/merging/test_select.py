@@ -1,4 +1,4 @@
-"""The k-th smallest magnitude over parts is the one of the whole, exactly."""
+"""The k-th smallest magnitude over parts equals that of the whole vector exactly."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def test_parts_may_be_a_new_generator_each_time():
         calls.append(1)
         yield from vector.split(9)
 
-    found = kth_smallest_magnitude(parts, 50, 100, vector)
-    assert found == float(vector.abs().kthvalue(50).values)
+    value = kth_smallest_magnitude(parts, 50, 100, vector)
+    assert value == float(vector.abs().kthvalue(50).values)
     assert len(calls) == 1  # a fair sample: one pass over the files, no more
 
 
@@ -91,7 +91,7 @@ def test_the_input_is_not_changed():
     assert torch.equal(vector, before)
 
 
-# --- the sample decides how much is read and kept, never the answer ----------------------------
+# --- the sample decides how much is read and kept, never the result ---------------------------
 
 SAMPLES = {
     "far too high": torch.full((500,), 1e9),
@@ -114,12 +114,12 @@ LONG = {
 
 @pytest.mark.parametrize("vector", LONG)
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_any_sample_gives_the_same_answer(sample, vector):
+def test_any_sample_gives_the_same_result(sample, vector):
     values = LONG[vector]
     ordered = values.abs().sort().values
     for k in (1, 2, 24_999, 25_000, 25_001, 40_000, 49_999, 50_000):
-        found = kth_smallest_magnitude(lambda: values.split(7001), k, len(values), SAMPLES[sample])
-        assert found == float(ordered[k - 1]), k
+        value = kth_smallest_magnitude(lambda: values.split(7001), k, len(values), SAMPLES[sample])
+        assert value == float(ordered[k - 1]), k
 
 
 @pytest.mark.parametrize("k", [50, 400_000, 800_000, 999_999])
@@ -140,8 +140,8 @@ def test_little_of_the_vector_is_kept(monkeypatch, k, vector):
     sample = values[
         torch.randperm(len(values), generator=torch.Generator().manual_seed(1))[:100_000]
     ]
-    found = kth_smallest_magnitude(lambda: values.split(99_999), k, len(values), sample)
-    assert found == float(values.abs().kthvalue(k).values)
+    value = kth_smallest_magnitude(lambda: values.split(99_999), k, len(values), sample)
+    assert value == float(values.abs().kthvalue(k).values)
     assert len(kept) == 1
     assert kept[0] < 0.035 * len(values)
 

@@ -1,4 +1,4 @@
-"""TSV-Merge, Iso-C and Iso-CTS: facts about singular values and vectors."""
+"""TSV-Merge, Iso-C and Iso-CTS: properties of their singular values and vectors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METHODS = [*BASES, iso_c]
 
 
 def _matrices(tasks: int, shape: tuple[int, int], rank: int | None = None, seed: int = 0) -> Tensor:
-    """Of full rank, or of the given rank, without shared directions."""
+    """Return random matrices of full rank, or of ``rank``, without shared directions."""
     generator = torch.Generator().manual_seed(seed)
     if rank is None:
         return torch.randn(tasks, *shape, generator=generator)
@@ -41,7 +41,7 @@ def _merged(method: Callable[[Tensor], Tensor], matrices_KMN: Tensor) -> Tensor:
 
 
 def _close(actual: Tensor, expected: Tensor, rtol: float = 2e-5) -> None:
-    """Relative to the largest entry: singular vectors are only as good as that."""
+    """Compare relative to the largest entry, which limits the accuracy of singular vectors."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * float(expected.abs().max()))
 
 
@@ -80,7 +80,7 @@ def test_transposing_the_tasks_transposes_the_result(method, shape):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rotating_inputs_and_outputs_rotates_the_result(method):
-    """The methods know no coordinates."""
+    """The methods do not depend on the coordinates."""
     matrices_KMN = _matrices(3, (9, 14))
     left_MM = torch.linalg.qr(_matrices(1, (9, 9), seed=1)[0])[0]
     right_NN = torch.linalg.qr(_matrices(1, (14, 14), seed=2)[0])[0]
@@ -110,7 +110,7 @@ def test_any_shape_rank_and_number_of_tasks_gives_numbers(method, shape, tasks, 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_does_not_converge_in_float32_is_done_in_float64(method, monkeypatch):
+def test_an_svd_that_does_not_converge_in_float32_is_repeated_in_float64(method, monkeypatch):
     svd = torch.linalg.svd
 
     def only_float64(matrix: Tensor, full_matrices: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +132,7 @@ def test_what_does_not_converge_in_float32_is_done_in_float64(method, monkeypatc
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tsv_of_tasks_in_orthogonal_spaces_is_each_task(shape, rank):
-    """So its sum is that of the tasks, where each rank is at most r/K."""
+    """The rank of each task is at most r/K, so the sum is that of the tasks."""
     matrices_KMN = _orthogonal_tasks(3, shape, rank)
     _close(tsv(matrices_KMN), matrices_KMN)
     _close(tsv(matrices_KMN).sum(0), matrices_KMN.sum(0))
@@ -175,12 +175,12 @@ def test_tsv_uses_the_nearest_orthonormal_vectors():
 
 
 def test_tsv_of_a_task_twice_is_that_task_once():
-    """They share their directions, each with 1/√2 of either vector."""
+    """The two share their directions, each with 1/√2 of either vector."""
     matrix_MN = _matrices(1, (8, 10), rank=3)[0]
     _close(tsv(torch.stack([matrix_MN, matrix_MN])), torch.stack([matrix_MN, matrix_MN]) / 2)
 
 
-def test_a_task_that_did_not_move_has_no_say_in_tsv():
+def test_a_task_that_did_not_move_does_not_change_tsv():
     matrices_KMN = _orthogonal_tasks(2, (12, 12), rank=3)
     with_zero = tsv(torch.stack([matrices_KMN[0], torch.zeros(12, 12), matrices_KMN[1]]))
     assert not with_zero[1].any()
@@ -212,7 +212,7 @@ def test_iso_c_is_a_fixed_point():
 
 
 def test_iso_c_of_low_rank_stays_in_its_directions():
-    """Directions that an SVD completes at will get nothing; the rest share what there is."""
+    """Directions that an SVD chooses freely get zero; the others get the mean."""
     matrices_KMN = _matrices(1, (12, 15), rank=2)
     values_r = torch.linalg.svdvals(matrices_KMN[0])
     expected_r = torch.zeros(12)
@@ -229,7 +229,7 @@ def test_tasks_that_cancel_to_rounding_merge_to_zero():
 
 
 def _literal_iso_cts(matrices_KMN: Tensor, common_fraction: float) -> Tensor:
-    """As the paper's algorithm and its released code, in float64, one matrix."""
+    """Return the merged matrix by the paper's algorithm and its released code, in float64."""
     matrices_KMN = matrices_KMN.double()
     tasks, rank = len(matrices_KMN), min(matrices_KMN.shape[1:])
     specific = round((rank - int(rank * common_fraction)) / tasks)
@@ -265,7 +265,7 @@ def test_iso_cts_all_common_is_iso_c_shared_equally(shape):
 
 @pytest.mark.parametrize("common_fraction", [0.0, 0.3, 0.8])
 def test_iso_cts_of_one_task_is_iso_c(common_fraction):
-    """What is specific to it is just the rest of its triplets."""
+    """Its specific directions are the rest of its triplets."""
     matrices_1MN = _matrices(1, (9, 14))
     _close(iso_cts(matrices_1MN, common_fraction)[0], iso_c(matrices_1MN))
 
@@ -289,7 +289,7 @@ def test_iso_cts_gives_everything_to_the_common_space_if_the_rest_does_not_reach
     _close(iso_cts(matrices_KMN, 0.8).sum(0), iso_c(matrices_KMN))
 
 
-def test_iso_cts_never_asks_for_more_directions_than_there_are():
+def test_iso_cts_uses_no_more_directions_than_there_are():
     """round(3/2) = 2 each of 3 is capped at 1 each, and the third is common."""
     matrices_KMN = _matrices(2, (3, 8))
     values_r = torch.linalg.svdvals(iso_cts(matrices_KMN, 0.0).sum(0))
@@ -297,7 +297,7 @@ def test_iso_cts_never_asks_for_more_directions_than_there_are():
 
 
 def test_a_task_within_the_common_space_has_nothing_specific():
-    """What projecting leaves of it is rounding, not a direction."""
+    """The projection leaves only its rounding, which is not a direction."""
     large_MN = 10 * _orthogonal_tasks(1, (12, 12), rank=4)[0]
     within_MN = 0.1 * large_MN
     basis_KMN = iso_cts(torch.stack([large_MN, within_MN]), common_fraction=0.5)

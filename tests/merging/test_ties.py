@@ -157,7 +157,7 @@ def test_entries_count_the_tasks_that_agree_and_are_at_least_one():
 
 
 def test_statistics_give_the_same_phi_on_any_slice():
-    """All that a column needs of the whole is in the statistics."""
+    """The statistics contain all that a column needs of the whole vectors."""
     vectors_KN = _vectors(tasks=3, columns=90)
     thresholds = tuple((_threshold(row, 0.3), 0.0) for row in vectors_KN)
     statistics = TiesStatistics(thresholds, majority=-1.0)

@@ -1,4 +1,4 @@
-"""Weighted models: which entries are the largest, and identities of the sums."""
+"""Weighted models: the choice of the largest entries, and identities of the sums."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def test_largest_keeps_exactly_so_many_and_of_equal_ones_the_first(keep: int, pa
     )
     cut = largest(lambda: vector.chunk(parts), keep, 100)
     order = vector.abs().argsort(descending=True, stable=True)
-    wanted = torch.zeros(100, dtype=torch.bool)
-    wanted[order[:keep]] = True
-    assert torch.equal(cut.kept(vector, 0), wanted)
+    expected = torch.zeros(100, dtype=torch.bool)
+    expected[order[:keep]] = True
+    assert torch.equal(cut.kept(vector, 0), expected)
     pieces = [cut.kept(piece, start) for piece, start in ((vector[:30], 0), (vector[30:], 30))]
-    assert torch.equal(torch.cat(pieces), wanted)
+    assert torch.equal(torch.cat(pieces), expected)
 
 
-def test_zeros_are_not_counted_out() -> None:
+def test_a_cut_among_zeros_keeps_everything() -> None:
     vector = torch.tensor([0.0, 0.0, 3.0, 0.0])
     assert largest(lambda: [vector], 2, 4) == EVERYTHING
     assert not NOTHING.kept(vector, 0).any()

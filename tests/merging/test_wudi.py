@@ -74,7 +74,7 @@ def test_many_iterations_reach_the_least_squares_solution():
     assert _autograd(best_MN, matrices_KMN).abs().max() < 1e-12
 
 
-def test_it_is_torchs_adam_on_the_definition():
+def test_wudi_is_torchs_adam_on_the_definition():
     matrices_KMN = _matrices()
     merged_MN = matrices_KMN.sum(0).requires_grad_(True)
     adam = torch.optim.Adam([merged_MN], lr=1e-3)
@@ -97,14 +97,14 @@ def test_one_task_stays_where_it_is_bit_for_bit(dtype):
 
 
 def test_tasks_that_read_separate_inputs_do_not_disturb_each_other():
-    """Their sum is a minimum already, with no disturbance, and stays put bit for bit."""
+    """Their sum is already a minimum without disturbance, so it stays bit for bit."""
     matrices_KMN = _separate_inputs()
     assert _disturbance(matrices_KMN.sum(0), matrices_KMN) == 0
     assert torch.equal(wudi(matrices_KMN), matrices_KMN.sum(0))
 
 
 def test_the_first_step_moves_every_entry_by_lr():
-    """Against the sign of its gradient."""
+    """Every entry moves against the sign of its gradient."""
     matrices_KMN = _matrices()
     gradient_MN = _autograd(matrices_KMN.sum(0), matrices_KMN)
     assert gradient_MN.abs().min() > 1e-3
@@ -126,7 +126,7 @@ def test_the_order_of_tasks_does_not_matter():
 
 
 def test_rotating_the_outputs_of_the_objective_changes_nothing():
-    """It sees the outputs only through norms: the minimiser rotates with them."""
+    """The objective uses only norms of the outputs, so the minimiser rotates with them."""
     matrices_KMN = _matrices(3, (6, 8))
     rotation_MM = torch.linalg.qr(_matrices(1, (6, 6), seed=1)[0])[0]
     curvature_NN, pull_MN = quadratic(matrices_KMN)

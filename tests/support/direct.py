@@ -1,4 +1,4 @@
-"""What raymerge computes, with open_clip and torch alone: one model, its heads, its images."""
+"""A reference for raymerge by open_clip and torch alone: one model, its heads, its images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Direct:
 
     @torch.no_grad()
     def head(self, task: Mapping[str, Any]) -> Tensor:
-        """(D, C): e^s times the normalised text features."""
+        """Return the head (D, C): e^s times the normalised text features."""
         if task["name"] not in self.heads:
             texts = self._tokenizer([f"a photo of a {name}." for name in task["classnames"]])
             rows_CD = normalize(self.model.encode_text(texts), dim=-1)
@@ -40,14 +40,14 @@ class Direct:
         return self.heads[task["name"]]
 
     def images(self, folder: str) -> Tensor:
-        """(N, 3, H, W) of every image below, in sorted order."""
+        """Return every image below the folder, (N, 3, H, W), in sorted order."""
         return torch.stack([self._preprocess(Image.open(p)) for p in paths(folder)]).double()
 
     def logits(self, state: State, images: Tensor, head_DC: Tensor) -> Tensor:
         return normalize(functional_call(self.visual, dict(state), (images,)), dim=-1) @ head_DC
 
     def gradient(self, state: State, tasks: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """∂/∂θ of the sum of the tasks' mean cross-entropies on their labelled adapt images."""
+        """Return ∂/∂θ of the sum of the tasks' mean cross-entropies on their adapt images."""
         leaves = {name: t.double().clone().requires_grad_() for name, t in state.items()}
         loss = sum(
             cross_entropy(
@@ -67,7 +67,7 @@ def labels(task: Mapping[str, Any]) -> Tensor:
 
 
 def tower(file: Path | str) -> dict[str, Tensor]:
-    """The visual tensors of a checkpoint, in float64."""
+    """Return the visual tensors of a checkpoint, in float64."""
     return {
         key.removeprefix("visual."): t.double()
         for key, t in load_file(file).items()

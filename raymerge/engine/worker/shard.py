@@ -98,6 +98,7 @@ class WorkerShard:
 
         A damaged checkpoint stops the loading of the examples.
         """
+        # The loading thread asks after every example whether it is still needed.
         stopped = Event()
 
         def advance(count: int) -> None:
@@ -109,6 +110,7 @@ class WorkerShard:
         needed = {part.task: self._needed(part) for part in self.slots}
         with ThreadPoolExecutor(1) as executor:
             loading = executor.submit(self._model.pin, needed, advance, torch.get_num_threads())
+            # This thread opens the store meanwhile; its error ends the loading at once.
             try:
                 store = store or open_task_vector_store(
                     self.request.storage,

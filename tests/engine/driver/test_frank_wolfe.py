@@ -259,7 +259,7 @@ def test_a_start_over_other_vectors_is_refused(run: Run, tmp_path: Path) -> None
 def test_a_model_without_images_is_a_candidate(
     world: World, direct: Direct, pretrained: dict[str, Tensor], run: Run, tmp_path: Path
 ) -> None:
-    """It lies straight down the gradient of the others' tasks, so it must be chosen."""
+    """The model lies straight down the gradient of the others' tasks, so it must be chosen."""
     tasks = _tasks(world)[:2]
     g = direct.gradient(pretrained, tasks)
     base = load_file(world.root / "pretrained" / WEIGHTS)

@@ -99,14 +99,14 @@ def test_fisher_is_the_sum_of_diagonals_of_open_clips_own_modules(
     for task, expert in zip(small.config["tasks"], _experts(small), strict=True):
         chosen = np.sort(step_images(1, task["name"], 0, min(images, 12), 12))
         head_DC = direct.head(task)
-        found = fisher_diagonal(
+        diagonal = fisher_diagonal(
             lambda state, some, head_DC=head_DC: direct.logits(state, some, head_DC),
             expert,
             direct.images(task["adapt"])[chosen],
             samples=None if samples == "exact" else int(samples),
             generator=torch.Generator().manual_seed(1),
         )
-        fisher_P = torch.cat([found[name].flatten() for name in expert]).float()
+        fisher_P = torch.cat([diagonal[name].flatten() for name in expert]).float()
         vector_P = torch.cat([t.flatten() for t in expert.values()]).float()
         total = total or FisherSum(len(vector_P))
         total.add(fisher_P, vector_P, task_weight(fisher_P))
@@ -115,7 +115,7 @@ def test_fisher_is_the_sum_of_diagonals_of_open_clips_own_modules(
     got_P = torch.cat([got[name].flatten() for name in expert])
     mean_P = torch.cat([t.flatten() for t in _mean(_experts(small)).values()])
     assert_close(got_P, total.delta().double(), rtol=0, atol=1e-5)
-    assert (got_P - mean_P).abs().max() > 1e-2  # it is no mere average
+    assert (got_P - mean_P).abs().max() > 1e-2  # it is not the plain average
 
 
 @pytest.mark.parametrize("name", ["fisher", "regmean", "regmean_pp"])
@@ -223,7 +223,7 @@ def test_regmean_pp_feeds_each_layer_what_is_merged_before_it(
 def test_regmean_pp_is_regmean_where_all_share_the_stem(
     small: World, merged: Merge, tmp_path: Path
 ) -> None:
-    """With one block, and experts that differ in it alone."""
+    """The tower has one block, and the experts differ in it alone."""
     pretrained = load_file(small.root / "pretrained" / WEIGHTS)
     checkpoints = []
     for k, task in enumerate(small.config["tasks"]):
@@ -255,14 +255,14 @@ def test_regmean_pp_is_regmean_where_all_share_the_stem(
 def test_identical_experts_are_reproduced(
     small: World, merged: Merge, method: dict[str, Any]
 ) -> None:
-    """Whatever their images weigh."""
+    """Equal experts give that expert, however the images weigh them."""
     path = Path(small.config["tasks"][0]["checkpoint"])
     got, expert = merged([path] * 3, **method), tower(path)
     for name in expert:
         assert_close(got[name], expert[name], rtol=0, atol=2e-6)
 
 
-def test_a_reference_that_is_only_tested_has_no_part_in_it(
+def test_a_task_that_is_only_tested_does_not_change_the_merge(
     small: World, merged: Merge, tmp_path: Path
 ) -> None:
     whole = merged(name="fisher")
@@ -288,11 +288,11 @@ def test_plan_refuses_towers_without_transformer_blocks(
     tasks = [
         {**t, "checkpoint": str(tmp_path / "expert.safetensors")} for t in small.config["tasks"]
     ]
-    given = {"model": f"local-dir:{tmp_path / 'other'}", "tasks": tasks}
-    config = small.parse(tmp_path / "out", method={"name": method}, **given)
+    settings = {"model": f"local-dir:{tmp_path / 'other'}", "tasks": tasks}
+    config = small.parse(tmp_path / "out", method={"name": method}, **settings)
     with pytest.raises(UserError, match=rf"method\.name: {method} .*vision transformers.*fisher"):
         make_plan(config, Resources(cpus=2))
     with pytest.raises(UserError, match="choose another method"):
         merge(config)
     assert not (tmp_path / "out").exists()
-    make_plan(small.parse(method={"name": "fisher"}, **given), Resources(cpus=2))
+    make_plan(small.parse(method={"name": "fisher"}, **settings), Resources(cpus=2))

@@ -1,4 +1,4 @@
-"""Scores do not depend on who computed which chunk; they equal open_clip's, image by image."""
+"""Scores equal open_clip's image by image, and do not depend on how chunks are dealt."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def test_chunks_are_dealt_once_each_contiguously_and_evenly(workers):
     dealt = deal_chunks(SIZES, workers)
     assert len(dealt) == workers
     in_rank_order = [
-        (s.task, c) for shares in dealt for s in shares for c in range(s.start, s.stop)
+        (s.task, c) for ranges in dealt for s in ranges for c in range(s.start, s.stop)
     ]
     assert in_rank_order == [
         (task, c) for task, n in SIZES.items() for c in range((n + CHUNK - 1) // CHUNK)
     ]
-    counts = [sum(s.stop - s.start for s in shares) for shares in dealt]
+    counts = [sum(s.stop - s.start for s in ranges) for ranges in dealt]
     assert max(counts) - min(counts) <= 1
 
 
@@ -50,7 +50,7 @@ def _chunks() -> list[ChunkScore]:
     ]
 
 
-def test_the_summary_is_the_same_bits_in_whatever_order_chunks_arrive():
+def test_the_summary_is_bitwise_equal_in_any_order_of_chunks():
     chunks, names = _chunks(), ["a", "b", "c"]
     expected = summarise(chunks, names)
     assert list(expected) == ["a", "c"]
@@ -98,7 +98,7 @@ def test_only_tasks_with_a_test_folder_are_scored_and_errors_name_the_key(world,
         labelled_test_images(world.parse(tasks=tasks).tasks)
 
 
-# --- the real thing ----------------------------------------------------------------------------
+# --- a real model ---------------------------------------------------------------------------
 
 
 def _chunk_scores(config: Config, rank: int = 0, workers: int = 1) -> list[ChunkScore]:
@@ -108,7 +108,7 @@ def _chunk_scores(config: Config, rank: int = 0, workers: int = 1) -> list[Chunk
 
 
 def _literally(config: Config, task: int, checkpoint: str) -> TaskScore:
-    """One class at a time through open_clip's own model and transform."""
+    """Return the scores from open_clip's own model and transform, one class at a time."""
     model, _, transform = open_clip.create_model_and_transforms(config.model.arch)
     tokenizer = open_clip.get_tokenizer(config.model.arch)
     model.eval()
@@ -159,7 +159,7 @@ def test_three_workers_score_the_chunks_of_one_each_once_and_evenly(world, monke
     assert [score for scores in three for score in scores] == one
 
 
-def test_evaluating_again_gives_the_same_and_another_checkpoint_another(world):
+def test_evaluating_again_gives_equal_scores_and_another_checkpoint_others(world):
     config = world.parse()
     worker = MergeWorker(ClipSource(config.model, config.tasks), WorkerSpec())
     first, second = (config.tasks[i].checkpoint for i in (0, 1))
@@ -168,5 +168,5 @@ def test_evaluating_again_gives_the_same_and_another_checkpoint_another(world):
         return worker.evaluate(EvaluateRequest(dict.fromkeys(config.task_names, checkpoint)))
 
     before = score(first)
-    assert score(second) != before  # the kept pixels are not kept scores
+    assert score(second) != before  # cached pixels are not cached scores
     assert score(first) == before

@@ -60,7 +60,7 @@ def _gram(inputs: Tensor) -> Tensor:
 
 
 def _hooked(tower: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
-    """What hooks see in one forward pass: all but the fused attention's own projection."""
+    """Return the Grams that hooks see in one pass; the fused attention hides its projection's."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, value: Tensor) -> None:
@@ -93,19 +93,19 @@ def _hooked(tower: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_gram_is_that_of_the_inputs_which_hooks_see(kind, images):
     tower = _tower(kind)
-    found, seen = grams(tower, images, chunk=4), _hooked(tower, images)
+    by_name, seen = grams(tower, images, chunk=4), _hooked(tower, images)
     assert len(seen) in (9, 12)
-    assert_close({name: found[name] for name in seen}, seen)
+    assert_close({name: by_name[name] for name in seen}, seen)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_there_is_one_for_every_linear_weight(kind, images):
-    """In the shape of its weight's input; nothing stays hooked."""
+def test_every_linear_weight_has_a_gram(kind, images):
+    """Each has the shape of its weight's input, and no hook remains."""
     tower = _tower(kind)
-    found = grams(tower, images)
+    by_name = grams(tower, images)
     names = [f"transformer.resblocks.{i}.{weight}" for i in range(3) for weight in WEIGHTS]
-    assert sorted(found) == sorted([*names, "proj"])
-    for name, gram_II in found.items():
+    assert sorted(by_name) == sorted([*names, "proj"])
+    for name, gram_II in by_name.items():
         inputs = in_by_out(name, tower.get_parameter(name)).shape[0]
         assert gram_II.shape == (inputs, inputs)
         assert_close(gram_II, gram_II.t())
@@ -139,7 +139,7 @@ def test_the_output_projections_gram_predicts_the_energy_of_its_output(images):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_at_the_end_stand_the_towers_features(kind, images):
+def test_after_the_last_block_come_the_towers_features(kind, images):
     tower = _tower(kind)
     states = HiddenStates(tower, images, chunk=3)
     for i in range(states.blocks):
@@ -182,13 +182,13 @@ def _block_by_block(expert: VisionTransformer, prefix: VisionTransformer, images
     """RegMean++ for one task: the expert's Grams behind the prefix's blocks."""
     tower = _tower()
     tower.load_state_dict(prefix.state_dict())
-    states, found = HiddenStates(tower, images), {}
+    states, by_name = HiddenStates(tower, images), {}
     for i, block in enumerate(tower.transformer.resblocks):
         block.load_state_dict(expert.transformer.resblocks[i].state_dict())
-        found |= states.block_grams(i)
+        by_name |= states.block_grams(i)
         block.load_state_dict(prefix.transformer.resblocks[i].state_dict())
         states.advance(i)
-    return found | states.head_grams()
+    return by_name | states.head_grams()
 
 
 def test_block_by_block_on_unmerged_weights_is_one_pass(images):
@@ -199,7 +199,7 @@ def test_block_by_block_on_unmerged_weights_is_one_pass(images):
 def test_each_block_sees_the_prefixs_output_through_its_own_weights(images):
     """The prefix decides what enters a block, the expert what happens inside."""
     expert, prefix = _tower(seed=1), _tower(seed=2)
-    found = _block_by_block(expert, prefix, images)
+    by_name = _block_by_block(expert, prefix, images)
     for i in range(3):
         mixed = _tower()
         mixed.load_state_dict(prefix.state_dict())
@@ -207,8 +207,8 @@ def test_each_block_sees_the_prefixs_output_through_its_own_weights(images):
         block.load_state_dict(expert.transformer.resblocks[i].state_dict())
         here = {name: g for name, g in grams(mixed, images).items() if f"blocks.{i}." in name}
         assert len(here) == 4
-        assert_close({name: found[name] for name in here}, here)
-    assert_close(found["proj"], grams(prefix, images)["proj"])
+        assert_close({name: by_name[name] for name in here}, here)
+    assert_close(by_name["proj"], grams(prefix, images)["proj"])
 
 
 def test_another_block_than_the_next_is_refused(images):
@@ -228,11 +228,11 @@ def test_another_block_than_the_next_is_refused(images):
 
 def test_bfloat16_inputs_are_summed_in_float32(images):
     tower = _tower().bfloat16()
-    found = grams(tower, images.bfloat16())
-    assert {gram_II.dtype for gram_II in found.values()} == {torch.float32}
+    by_name = grams(tower, images.bfloat16())
+    assert {gram_II.dtype for gram_II in by_name.values()} == {torch.float32}
 
 
-def test_a_tower_of_open_clips_own_making_will_do(tmp_path, images):
+def test_a_tower_built_by_open_clip_is_accepted(tmp_path, images):
     visual = open_clip.model._build_vision_tower(24, MODEL_CFG["vision_cfg"]).eval()
     assert len(grams(visual, images.float())) == 4 * 2 + 1
 
