@@ -20,7 +20,7 @@ Reference = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 
 def _check_betas(betas: tuple[float, float]) -> tuple[float, float]:
     if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must each lie in [0, 1), got {betas}")
+        raise ValueError(f"must each lie in [0, 1), got {betas}")
     return betas
 
 

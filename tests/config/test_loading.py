@@ -181,7 +181,10 @@ def test_only_frank_wolfe_learns_for_a_task_that_no_model_was_trained_for(name: 
         (_data(optimizer={"lr": "1e-3x"}), "optimizer.lr: "),
         (_data(optimizer={"name": "sgd"}), "optimizer.name: "),
         (_data(optimizer={"betas": [0.9]}), "optimizer.betas"),
-        (_data(optimizer={"betas": [0.9, 1.0]}), "optimizer.betas: betas (0.9, 1.0)"),
+        (
+            _data(optimizer={"betas": [0.9, 1.0]}),
+            "optimizer.betas: must each lie in [0, 1), got (0.9, 1.0)",
+        ),
         (_data(optimizer={"steps": 0}), "optimizer.steps: "),
         (_data(optimizer={"steps": 2.5}), "optimizer.steps: "),
         (_data(optimizer={"batch_size": 0}), "optimizer.batch_size: "),
