@@ -1137,7 +1137,7 @@ def test_vectors_folder_that_is_none(attempt: Attempt, folder: str) -> None:
     path = str(attempt.folder / folder)
     attempt.data["vectors"] = {"location": "disk", "folder": path}
     for command in ("plan", "merge"):
-        attempt.refused("vectors.folder", path, "is no writable folder", command=command)
+        attempt.refused("vectors.folder", path, "is not a writable folder", command=command)
 
 
 def test_vectors_folder_without_room(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:

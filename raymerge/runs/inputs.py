@@ -1,17 +1,22 @@
 """A run's config and files in terms of the maths: θ₀, experts, basis, layers and a first λ.
 
+The method's row says what it needs; this module opens it and builds the inputs of the loop. Running
+the loop and writing the folder are left to ``runs.merge`` and ``runs.merge_module``.
+
 Legend: K models, J rows of coefficients (K, or one), L layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from raymerge.config import Config, OptimizerConfig
+from raymerge.config import Config, MethodConfig, OptimizerConfig
 from raymerge.engine.driver.groups import WorkerGroup
 from raymerge.engine.driver.loop import Learning
 from raymerge.engine.driver.monitor import Monitor
@@ -33,7 +38,11 @@ from raymerge.runs.workers import known_resources
 
 
 class MergeInputs:
-    """A config and its files as θ₀, experts, basis, layers and a first λ."""
+    """A config and its files as θ₀, experts, basis, layers and a first λ.
+
+    ``slots``: the images of one step, None without steps. ``plan``: made from the config by
+    default. Raises :class:`UserError` if a file does not fit.
+    """
 
     def __init__(self, config: Config, plan: Plan | None = None) -> None:
         plan = plan or make_plan(config, known_resources(config))
@@ -52,8 +61,8 @@ class MergeInputs:
         inputs = BasisInputs(config.model_names, config.seed, ties)
         self.basis: Basis | None = self.method.basis(self.options, inputs)
 
-    def gather(self, group: WorkerGroup) -> None:
-        """Find the merged vector of a method of statistics."""
+    def solve_statistics(self, group: WorkerGroup) -> None:
+        """Compute the merged vector of a method with statistics; it becomes the basis."""
         assert self.method.statistics is not None
         tasks = [k for k, task in enumerate(self.config.tasks) if task.checkpoint is not None]
         delta_P = merged_delta(
@@ -63,58 +72,46 @@ class MergeInputs:
         self.basis, self._experts = ConstantRow(delta_P), []
 
     def require_finite(self) -> None:
-        """Raise :class:`UserError` for NaN and Inf that would be found only after long work."""
+        """Raise :class:`UserError` for NaN and Inf in tensors that a merge reads last or never."""
+        # Writing the model reads the tensors that are not merged, after all learning.
         if self.needs_images or not self.method.merges:
             for _ in unmerged_tensors(self.pretrained):
                 pass
+        # A method that writes no model reads the experts only in its workers.
         if not self.method.merges:
             for expert in self._experts:
                 for piece in expert.layout.shard(0, 1).pieces():
                     expert.read(piece, torch.empty(piece.stop - piece.start))
 
     def initial_lambdas(self) -> Tensor:
-        """The method's constant λ, or the first one of learning: (J, L) float64."""
-        run = self.method.start(self.options)
-        if run is not None:
-            return read_lambdas(run, self.config.model_names, self.layers.names)
-        return first_lambdas(self.method, self.options, len(self.config.models), self.layers)
+        """Return the method's constant λ, or the first λ of its loop: (J, L) float64."""
+        earlier_run = self.method.start(self.options)
+        if earlier_run is not None:
+            return read_lambdas(earlier_run, self.config.model_names, self.layers.names)
+        return uniform_lambdas(self.method, self.options, len(self.config.models), self.layers)
 
     def learning(self, group: WorkerGroup) -> Learning:
-        """The inputs of the method's loop."""
-        config, options = self.config, self.options
-        names = config.model_names
-        objective = self.method.objective(options)
-        monitor = Monitor(
-            config.task_names,
-            [names.index(t.name) if t.checkpoint is not None else -1 for t in config.tasks],
-            self.method.monitoring(options, config.optimizer),
-            infomax=objective.name == "infomax",
-        )
-        return Learning(
-            group=group,
-            options=options,
-            optimizer=make_optimizer(self.method, options, config.optimizer),
-            steps=schedule_of(config).steps,
-            inner_steps=config.optimizer.steps,
-            monitor=monitor,
+        """Return the inputs of the method's loop."""
+        config, names, optimizer = self.config, self.config.model_names, self.config.optimizer
+        return make_learning(
+            self.method,
+            self.options,
+            optimizer,
+            group,
+            tasks=config.task_names,
+            rows=[names.index(t.name) if t.checkpoint is not None else -1 for t in config.tasks],
             adapted_tasks=[m for m, task in enumerate(config.tasks) if task.adapt is not None],
             load=self.load_request(),
-            inner_load=self._load_request(Objective(), self._inner_schedule()),
+            inner=Schedule(optimizer.steps, optimizer.images_per_step, optimizer.batches),
         )
 
     def load_request(self) -> LoadRequest:
-        return self._load_request(self.method.objective(self.options), schedule_of(self.config))
-
-    def _inner_schedule(self) -> Schedule:
-        """AdaMerging's own steps."""
-        given = self.config.optimizer
-        return Schedule(given.steps, given.images_per_step, given.batches)
-
-    def _load_request(self, objective: Objective, schedule: Schedule) -> LoadRequest:
+        """Return the request that makes the workers ready for the method's loop."""
+        schedule = schedule_of(self.config)
         return LoadRequest(
             models=merged_checkpoints(self.config),
             granularity=self.granularity,
-            objective=objective,
+            objective=self.method.objective(self.options),
             slots_per_step=schedule.images,
             batches=schedule.batches,
             steps=schedule.steps,
@@ -129,20 +126,55 @@ class MergeInputs:
         write_merged(path, self.pretrained, self._experts, lambdas_JL, self.layers, self.basis)
 
 
-def first_lambdas(method: Method, options: object, models: int, layers: LayerMap) -> Tensor:
-    """(J, L) float64 of the method's one scaling."""
+def uniform_lambdas(method: Method, options: object, models: int, layers: LayerMap) -> Tensor:
+    """Return λ (J, L) float64 with the method's one scaling everywhere."""
     rows = models if method.rows else 1
     scaling = method.scaling(options, models)
     return torch.full((rows, len(layers.names)), scaling, dtype=torch.float64)
 
 
-def make_optimizer(method: Method, options: object, optimizer: OptimizerConfig) -> Adam:
+def make_learning(
+    method: Method,
+    options: MethodConfig,
+    optimizer: OptimizerConfig,
+    group: WorkerGroup,
+    *,
+    tasks: Sequence[str],
+    rows: Sequence[int],
+    adapted_tasks: Sequence[int],
+    load: LoadRequest,
+    inner: Schedule,
+) -> Learning:
+    """Return the inputs of the method's loop over tasks of any kind of model.
+
+    ``rows``: the row of λ of each task, -1 for a task that is not merged. ``adapted_tasks``: the indices
+    of the tasks with examples. ``load``: the request for the loop's own steps; ``inner``: the
+    schedule of the optimizer's steps within each of them.
+    """
+    infomax = load.objective.name == "infomax"
     decay_steps = optimizer.steps if optimizer.schedule == "cosine" else None
-    return Adam(
-        optimizer.lr,
-        optimizer.betas,
-        optimizer.eps,
-        method.clamp(options),
-        decay_steps,
-        optimizer.sharpness,
+    return Learning(
+        group=group,
+        options=options,
+        optimizer=Adam(
+            optimizer.lr,
+            optimizer.betas,
+            optimizer.eps,
+            method.clamp(options),
+            decay_steps,
+            optimizer.sharpness,
+        ),
+        steps=load.steps,
+        inner_steps=optimizer.steps,
+        monitor=Monitor(tasks, rows, method.monitoring(options, optimizer), infomax=infomax),
+        adapted_tasks=adapted_tasks,
+        load=load,
+        # The inner steps minimise the entropy, whatever objective chooses the directions.
+        inner_load=replace(
+            load,
+            objective=Objective(),
+            slots_per_step=inner.images,
+            batches=inner.batches,
+            steps=inner.steps,
+        ),
     )

@@ -1,6 +1,7 @@
-"""One run, start to end: check → workers → learn λ → export → evaluate → report.
+"""One run from config to output folder: check, start workers, learn λ, export, evaluate, report.
 
-``merge`` and ``evaluate`` are the Python API; the commands are thin layers over them.
+``merge`` and ``evaluate`` are the Python API, and the commands call them. What the config means for
+the maths is left to ``runs.inputs``, the files of the output folder to ``runs.folder``.
 
 Legend: K models, J rows of coefficients (K, or one), L layers.
 """
@@ -35,18 +36,22 @@ from raymerge.models.convert import Also, require_also, write_also
 from raymerge.models.pretrained import open_pretrained
 from raymerge.runs.folder import Recorder, RunFolder
 from raymerge.runs.inputs import MergeInputs
-from raymerge.runs.plan.checks import require_one_group
+from raymerge.runs.plan.checks import check_one_group
 from raymerge.runs.plan.make import make_plan
 from raymerge.runs.state import fingerprint, learning_states
 from raymerge.runs.tracking import Tracking
-from raymerge.runs.workers import group_or_new, known_resources, open_group
+from raymerge.runs.workers import known_resources, open_group, reuse_or_open_group
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge gave. ``lambdas``: (K, L) float64, None where nothing was merged."""
+    """The result of a merge.
+
+    ``lambdas``: (K, L) float64; None if nothing was merged, or if the method has no row for each
+    model. ``seconds``: by phase. ``scores``: of the tasks with test images.
+    """
 
     config: Config
     layers: tuple[str, ...]
@@ -57,7 +62,7 @@ class MergeResult:
 
     @property
     def top1(self) -> float | None:
-        """Unweighted mean top-1 over the tasks with test images, in [0, 1]."""
+        """Return the mean top-1 of the tasks with test images, in [0, 1]; None without any."""
         rows = self.scores.values()
         return sum(row.top1 for row in rows) / len(rows) if rows else None
 
@@ -72,11 +77,13 @@ def merge(
 ) -> MergeResult:
     """Merge as the config says and write the output folder.
 
-    ``also``: further formats of the merged model: a folder ``hf``, a file ``state_dict.pt``.
-    ``group``: workers already open for the same model and tasks (``open_group``), to be reused.
-    Raises :class:`UserError` before anything is written when the input is wrong, and
-    :class:`~raymerge.errors.RunError` later; then the output folder holds a state for ``resume``.
+    ``resume``: continue the run in the output folder; ``overwrite``: replace it. ``group``: open
+    workers of the same model and tasks (``open_group``), which stay open. ``also``: further formats
+    of the merged model: a folder ``hf``, a file ``state_dict.pt``. Raises :class:`UserError` before
+    anything is written if the input is wrong, and :class:`~raymerge.errors.RunError` later; the
+    output folder then holds a state for ``resume``.
     """
+    # Check all input before starting workers or writing anything.
     if config.output is None:
         raise UserError("output: missing; name a folder in the config or with --output")
     folder = RunFolder(Path(config.output))
@@ -85,9 +92,14 @@ def merge(
     require_also(plan.resolved, also)
     inputs = MergeInputs(config, plan)
     if also and not inputs.method.merges:
-        raise UserError(f"--also {also[0]}: method {config.method.name} writes no model")
+        raise UserError(
+            f"--also {also[0]}: method {config.method.name} writes no model; drop --also"
+        )
+    # A static merge without test images needs no workers.
     needs_workers = inputs.needs_images or any(task.test for task in config.tasks)
-    workers = group_or_new(group, config, inputs.slots) if needs_workers else nullcontext(None)
+    workers = (
+        reuse_or_open_group(group, config, inputs.slots) if needs_workers else nullcontext(None)
+    )
     with (
         workers as group,
         Tracking(config, folder.path, group, schedule_of(config).steps) as tracking,
@@ -102,25 +114,28 @@ def _run(
     tracking: Tracking,
     *,
     resume: bool,
-    also: Sequence[Also] = (),
+    also: Sequence[Also],
 ) -> MergeResult:
+    """Learn, export and evaluate; every phase ends with a lap of the clock."""
     config, clock = inputs.config, _Clock()
+    # On a cluster the number of workers is known only now.
     if group is not None:
-        require_one_group(config, group.workers)
+        check_one_group(config, group.workers)
     inputs.require_finite()
     lambdas_JL = inputs.initial_lambdas()
+    # Find λ, or the merged vector, from images; for other methods both are known already.
     if inputs.needs_images:
         assert group is not None
         if inputs.method.statistics is not None:
-            inputs.gather(group)
+            inputs.solve_statistics(group)
             clock.lap("statistics")
         else:
             _load(inputs, group)
             clock.lap("load")
             lambdas_JL = _learn(inputs, folder, group, tracking, lambdas_JL, resume=resume)
             clock.lap("steps")
+    # Export. Every file is read before a file of an earlier run is replaced.
     if inputs.method.merges:
-        # Every file is read before anything is replaced.
         with stage_file(folder.weights, nearest_folder(folder.path)) as (temporary, commit):
             inputs.write(temporary, lambdas_JL)
             folder.prepare(config, resume=resume, keep=temporary)
@@ -131,10 +146,12 @@ def _run(
             folder.write_lambdas(config.model_names, inputs.layers.names, lambdas_JL)
         clock.lap("export")
     folder.prepare(config, resume=resume)
+    # Score the written files, as a user of the folder would load them.
     scores: dict[str, TaskScore] = {}
     if group is not None and any(task.test for task in config.tasks):
         scores = _score_written(config, group, str(folder.path) if inputs.method.merges else None)
         clock.lap("evaluate")
+    # Write the results, the model card and the report.
     incidents = () if group is None else group.incidents
     folder.write_results(config, inputs.plan, scores, clock.laps, incidents)
     tracking.finish(scores)
@@ -149,16 +166,17 @@ def _run(
 
 
 def _score_written(config: Config, group: WorkerGroup, model: str | None) -> dict[str, TaskScore]:
-    """As ``score``; what is wrong with an image now was found after the model was written."""
+    """Call :func:`score`. Errors are run errors: the model is already written."""
     try:
         return score(config, group, model)
     except UserError as error:
         raise RunError(
-            f"{error}; this was found after the merge: mend it, then run `raymerge eval`"
+            f"{error}; the merged model is already written: correct this, then run `raymerge eval`"
         ) from error
 
 
 def _load(inputs: MergeInputs, group: WorkerGroup) -> None:
+    """Load the vectors and images of the steps into the workers."""
     with progress_bar("loading", unit="img") as progress:
         reports = group.load(inputs.load_request(), progress)
     for report in reports:
@@ -174,9 +192,10 @@ def _learn(
     *,
     resume: bool,
 ) -> Tensor:
-    """The adaptive loop with state, metrics and a progress bar; the effective λ (K, L)."""
+    """Run the method's loop with saved states, metrics and a progress bar; return λ (K, L)."""
     config, loop = inputs.config, inputs.method.loop
     assert loop is not None
+    # Continue from the newest state that this config may continue from.
     store = learning_states(
         folder.state,
         fingerprint(config),
@@ -189,11 +208,12 @@ def _learn(
     if state.step > steps:
         raise UserError(
             f"{key}: {steps}, but the run in {folder.path} has taken {state.step}; "
-            "resume with at least that many"
+            f"set {key} to at least {state.step} to resume it"
         )
     if resume:
-        how = f"after step {state.step}" if state.step else "at step 0, for it has no saved state"
-        logger.warning("%s: the run goes on %s", folder.path, how)
+        start = f"after step {state.step}" if state.step else "at step 0: it has no saved state"
+        logger.warning("%s: the run continues %s", folder.path, start)
+    # The folder is this run's from here on: an older driver can no longer save a state.
     folder.prepare(config, resume=resume)
     store.claim()
     tracking.start(state.step)
@@ -206,16 +226,18 @@ def _learn(
 def evaluate(config: Config, model: str | None = None) -> dict[str, TaskScore]:
     """Score a checkpoint (default: the pretrained model) on the config's test images.
 
-    ``model``: an output folder, any checkpoint that raymerge opens, or ``individual`` for every
-    task on its own expert. Raises :class:`UserError` where the input is wrong.
+    ``model``: an output folder, any checkpoint that raymerge opens, or ``individual`` for each task
+    on its own expert. Raises :class:`UserError` if the input is wrong.
     """
     if all(task.test is None for task in config.tasks):
         raise UserError("no task has a test folder; name one in tasks[].test to evaluate")
+    # A config of the tests alone, which writes nothing.
     own = model == "individual"
     tasks = tuple(task.model_copy(update={"adapt": None}) for task in config.tasks)
     method = Individual(name="individual") if own else ZeroShot(name="zero_shot")
-    untold = {"output": None, "tracking": TrackingConfig()}
-    config = config.model_copy(update={"tasks": tasks, "method": method, **untold})
+    unwritten = {"output": None, "tracking": TrackingConfig()}
+    config = config.model_copy(update={"tasks": tasks, "method": method, **unwritten})
+    # Check the config and the model before starting workers.
     plan = make_plan(config, known_resources(config), experts=own)
     if model is not None and not own:
         pretrained, _ = open_pretrained(plan.resolved)
@@ -226,13 +248,13 @@ def evaluate(config: Config, model: str | None = None) -> dict[str, TaskScore]:
         return score(config, group, None if own else scored)
 
 
-def _for_workers(reference: str, found: Path) -> str:
-    """A local file by its path; what is behind a URL each node fetches for itself."""
-    return reference if is_remote(reference) else str(found.absolute())
+def _for_workers(reference: str, path: Path) -> str:
+    """Return a local file's path, or the URL, which each node fetches for itself."""
+    return reference if is_remote(reference) else str(path.absolute())
 
 
 def score(config: Config, group: WorkerGroup, model: str | None) -> dict[str, TaskScore]:
-    """Every test image once; each task on ``model``, or on its own expert if that is None."""
+    """Return the scores of each task on ``model``, or on its own expert if that is None."""
     tested = [task for task in config.tasks if task.test and (model or task.checkpoint)]
     request = EvaluateRequest(
         checkpoints={task.name: str(model or task.checkpoint) for task in tested},
@@ -242,13 +264,9 @@ def score(config: Config, group: WorkerGroup, model: str | None) -> dict[str, Ta
         return summarise(group.evaluate(request, progress), config.task_names)
 
 
-# --- the merge in terms of the maths -----------------------------------------------------------
-
-
-# --- workers -----------------------------------------------------------------------------------
-
-
 class _Clock:
+    """The seconds of each phase of a run."""
+
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._last = perf_counter()

@@ -1,6 +1,8 @@
 """Merge models of any kind: a user's ``nn.Module``, batches, and a function that gives logits.
 
-The maths and the loop are those of the CLIP merges; what a user brings replaces images and heads.
+The maths, the workers and the loop are those of the CLIP merges: a batch takes the place of an
+image, and the user's function that of the encoder and heads. Serving the module in a worker is left
+to ``engine.worker.module_model``.
 
 Legend: K models, L layers, T tensors, P columns of the flat vector, B examples, C classes.
 """
@@ -22,7 +24,6 @@ from raymerge.distributed.placement import Placement
 from raymerge.engine.driver.groups import LocalGroup, WorkerGroup
 from raymerge.engine.driver.loop import Learning, StepRecord
 from raymerge.engine.driver.loops import learn_lambdas
-from raymerge.engine.driver.monitor import Monitor
 from raymerge.engine.driver.state import LearningState
 from raymerge.engine.driver.statistics import merged_delta
 from raymerge.engine.messages import Incident, LoadRequest, WorkerSpec
@@ -41,20 +42,21 @@ from raymerge.errors import UserError
 from raymerge.files.progress import progress_bar
 from raymerge.merging.basis import Basis, BasisInputs, ConstantRow
 from raymerge.merging.layout import LayerMap
-from raymerge.merging.method import Method, Objective, Schedule
+from raymerge.merging.method import Method, Schedule
 from raymerge.merging.registry import method_of
 from raymerge.models.checkpoints.task_vectors import ties_statistics
 from raymerge.models.checkpoints.visual_tower import VisualCheckpoint
-from raymerge.runs.inputs import first_lambdas, make_optimizer
+from raymerge.runs.inputs import make_learning, uniform_lambdas
 
 
 @dataclass(frozen=True)
 class MergedModule:
-    """``state_dict``: of the whole model, merged where it was to be, else the pretrained values.
+    """The result of :func:`merge_module`.
 
-    ``lambdas``: (K, L) float64, one row a model in the order of ``experts``; (1, L) where the
-    method has merged them into one vector. ``records``: one a step, of methods that learn.
-    ``incidents``: the failures of workers that were survived.
+    ``state_dict``: the whole model's, with the pretrained values where nothing was merged.
+    ``lambdas``: (K, L) float64, one row per model in the order of ``experts``; (1, L) for a method
+    that merges the models into one vector. ``records``: one per step of a method that learns.
+    ``incidents``: the worker failures from which the run recovered.
     """
 
     state_dict: Mapping[str, Tensor]
@@ -79,37 +81,39 @@ def merge_module(
     """Merge fine-tuned copies of ``model``, which holds the pretrained weights and is not changed.
 
     ``experts``: by task, a module, a state dict, or a checkpoint file. ``method``: as in a config;
-    every method that needs the checkpoints alone, and ``adamerging``, which learns λ on
-    ``batches`` (by task, unlabeled; a step uses one of each) with ``logits``. ``merged``: which
-    tensors of the state dict are merged (say, all but the tasks' own heads); default: all floating
-    point ones. ``workers``: 0 for this process, else so many Ray actors among which the tasks are
-    split; then everything given must be picklable. A worker that is lost is replaced, and its step
-    repeated.
+    see docs/modules.md for the methods that work. ``batches``: by task, unlabeled, for methods that
+    learn; ``logits``: gives the logits (B, C) of a batch. ``merged``: says of a tensor's name
+    whether it is merged (for example, all but the tasks' own heads); default: every floating-point
+    tensor. ``workers``: 0 for this process, else the number of Ray actors among which the tasks are
+    split; all arguments must then be picklable. A lost worker is replaced, and its step repeated.
 
-    A batch takes the place of an image: ``optimizer.batch_size`` counts for nothing, and
+    A batch takes the place of an image: ``optimizer.batch_size`` is ignored, and
     ``optimizer.batches`` batches of each task make a step; ``method.images`` of Fisher merging and
-    FW-Merging counts batches. Raises :class:`UserError` before any work where the input is wrong.
+    FW-Merging counts batches. Raises :class:`UserError` before any work if the input is wrong.
     """
+    # Check the arguments.
     options = _method_options(method)
     row = method_of(options)
-    optimizer_options = _validated(_Optimizer, {"optimizer": optimizer or {}}).optimizer
+    optimizer_options = _validate(_Optimizer, {"optimizer": optimizer or {}}).optimizer
     _require_experts(experts)
     if row.whole_gradient(options) and workers > 1:
         raise UserError(
             f"method.oracle: cosine needs the whole gradient in one worker, and workers is "
             f"{workers}; use workers: 1 or 0, or method.oracle: inner"
         )
+    # Open the experts and compare them with the model.
     parts = ModuleParts(model, experts, merged, logits)
     files = ModuleFiles.open(parts)
     opened = [files.experts[name] for name in experts]
     ties = partial(ties_statistics, files.pretrained, opened)
     basis = row.basis(options, BasisInputs(tuple(experts), seed, ties))
     layers = files.layout.layers(row.granularity(options))
-    lambdas_JL = first_lambdas(row, options, len(experts), layers)
+    lambdas_JL = uniform_lambdas(row, options, len(experts), layers)
+    # Find λ, or the merged vector, from the batches; for other methods both are known already.
     records: list[StepRecord] = []
     incidents: Sequence[Incident] = ()
     if row.images(options) != "none":
-        source = _source(parts, files, batches)
+        source = _make_source(parts, files, batches)
         with _open_group(source, workers) as group:
             if row.statistics is not None:
                 tasks = range(len(experts))
@@ -121,24 +125,30 @@ def merge_module(
                 learning = _learning(row, options, optimizer_options, group, basis, seed)
                 lambdas_JL = _learn(row, learning, lambdas_JL, records)
             incidents = tuple(group.incidents)
+    # Merge into a copy of the module.
     state = _merged_state(parts, files, opened, basis, layers, lambdas_JL)
     return MergedModule(state, lambdas_JL, layers.names, records, incidents)
 
 
-# --- the user's input --------------------------------------------------------------------------
+# --- the user's input ----------------------------------------------------------------------------
 
 
 class _Method(BaseModel):
+    """The schema of the argument ``method``, so that errors name its keys as in a config."""
+
     model_config = ConfigDict(extra="forbid")
     method: MethodConfig
 
 
 class _Optimizer(BaseModel):
+    """The schema of the argument ``optimizer``."""
+
     model_config = ConfigDict(extra="forbid")
     optimizer: OptimizerConfig
 
 
-def _validated(schema: Any, data: Mapping[str, Any]) -> Any:
+def _validate(schema: Any, data: Mapping[str, Any]) -> Any:
+    """Return ``data`` as a ``schema``. Raises :class:`UserError` that names the wrong key."""
     try:
         return schema.model_validate(data)
     except ValidationError as error:
@@ -146,20 +156,23 @@ def _validated(schema: Any, data: Mapping[str, Any]) -> Any:
 
 
 def _method_options(method: str | Mapping[str, Any] | MethodConfig) -> MethodConfig:
-    """The method's options. Raises :class:`UserError` for a method that needs what a module has
-    not: labels, CLIP's own layers, or an earlier run's folder."""
+    """Return the method's options.
+
+    Raises :class:`UserError` for a method that needs what a module does not have: labels,
+    open_clip's layers, or an earlier run's folder.
+    """
     data = {"name": method} if isinstance(method, str) else method
-    options: MethodConfig = _validated(_Method, {"method": data}).method
+    options: MethodConfig = _validate(_Method, {"method": data}).method
     row = method_of(options)
     if row.reference or not row.merges:
         raise UserError(
-            f"method: {options.name} merges nothing of these experts; merge_module needs a method "
-            "that does"
+            f"method: {options.name} does not merge the experts; choose a method that does, "
+            "such as adamerging"
         )
     if row.open_clip_linears:
         raise UserError(
             f"method: {options.name} solves for the linear layers of open_clip's vision "
-            "transformers, which merge_module cannot know in other modules; use fisher"
+            "transformers, which other modules do not have; use fisher"
         )
     if row.images(options) == "labelled":
         raise UserError(
@@ -167,33 +180,35 @@ def _method_options(method: str | Mapping[str, Any] | MethodConfig) -> MethodCon
             "use entropy (or, with adamerging, kl or infomax)"
         )
     if row.start(options) is not None:
-        raise UserError("method.start: names a run folder, which merge_module cannot read; drop it")
+        raise UserError("method.start: merge_module cannot start from a run folder; drop this key")
     return options
 
 
 def _require_experts(experts: object) -> None:
     if not isinstance(experts, Mapping):
         raise UserError(
-            f"experts: a {type(experts).__name__}, not a mapping from a task's name to its model"
+            f"experts must be a mapping from each task's name to its model, got a "
+            f"{type(experts).__name__}"
         )
     if not experts:
-        raise UserError("experts: is empty; give at least one fine-tuned model by its task's name")
+        raise UserError("experts is empty; give at least one fine-tuned model by its task's name")
 
 
-def _source(
+def _make_source(
     parts: ModuleParts, files: ModuleFiles, batches: Mapping[str, Sequence[Batch]] | None
 ) -> ModuleSource:
-    """The module and its batches, each task's first batch tried. Raises :class:`UserError`."""
+    """Return the module and its batches as a source, after one forward pass of every task.
+
+    Raises :class:`UserError` for missing or unknown tasks, and for logits that cannot be used.
+    """
     names = tuple(parts.experts)
     if batches is None or parts.logits is None:
-        raise UserError("this method learns from data: give batches and logits")
+        raise UserError("this method learns from data; give batches and logits")
     missing = [name for name in names if not batches.get(name)]
     unknown = sorted(batches.keys() - set(names))
     if missing or unknown:
-        raise UserError(
-            f"batches: {f'none for {missing[0]!r}' if missing else f'{unknown[0]!r} is no expert'};"
-            f" give some of each task ({', '.join(names)})"
-        )
+        problem = f"none for {missing[0]!r}" if missing else f"{unknown[0]!r} is not an expert"
+        raise UserError(f"batches: {problem}; give some of each task ({', '.join(names)})")
     source = ModuleSource(
         task_names=names,
         parts=Value(parts),
@@ -201,6 +216,7 @@ def _source(
         populations=tuple(len(batches[name]) for name in names),
         classes=0,
     )
+    # The number of classes is known only from the logits, here at the pretrained weights.
     served = source.serve(WorkerSpec(), {})
     served.theta_P.copy_(files.pretrained.flat(len(served.theta_P)))
     classes = [_classes(served.module, name, batches[name][0], parts.logits) for name in names]
@@ -208,25 +224,30 @@ def _source(
 
 
 def _classes(module: nn.Module, name: str, batch: Batch, logits: Logits) -> int:
-    """The number of classes of one task's logits. Raises :class:`UserError` where they are none."""
+    """Return the number of classes of one task's logits.
+
+    Raises :class:`UserError` unless they are (B, C) and differentiable.
+    """
     out = logits(module, batch, name)
     if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] < 2:
-        what = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise UserError(f"logits of task {name!r}: {what}, not (examples, at least 2 classes)")
+        what = f"shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise UserError(
+            f"logits of task {name!r} must be (examples, at least 2 classes), got {what}"
+        )
     if not out.requires_grad:
         raise UserError(
-            f"logits of task {name!r} do not depend on the merged tensors of the module that the "
-            "function is given (a detach, no_grad, or another module); nothing can be learned"
+            f"logits of task {name!r} do not depend on the merged tensors, so nothing can "
+            "be learned; use the module that the function gets, without detach or no_grad"
         )
     return out.shape[1]
 
 
-# --- learning ----------------------------------------------------------------------------------
+# --- learning ------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _open_group(source: ModuleSource, workers: int) -> Iterator[WorkerGroup]:
-    """One worker in this process, or as many actors as there are tasks to share among them."""
+    """Open one worker in this process, or up to ``workers`` actors, at most one per task."""
     if workers == 0:
         yield LocalGroup(source, WorkerSpec())
         return
@@ -251,45 +272,37 @@ def _learning(
     basis: Basis | None,
     seed: int,
 ) -> Learning:
-    """The inputs of the method's loop: every task is merged and has batches."""
+    """Return the inputs of the method's loop: every task is merged and has batches."""
     names = group.source.task_names
-    objective = row.objective(options)
-
-    def load_request(objective: Objective, schedule: Schedule) -> LoadRequest:
-        return LoadRequest(
-            models=names,
-            granularity=row.granularity(options),
-            objective=objective,
-            slots_per_step=schedule.images,
-            batches=schedule.batches,
-            steps=schedule.steps,
-            seed=seed,
-            basis=basis,
-        )
-
     # A step of AdaMerging shows one batch of the user for each of its own.
     inner = Schedule(optimizer.steps, optimizer.batches, optimizer.batches)
     schedule = inner if row.loop == "adam" else row.schedule(options, optimizer)
-    return Learning(
-        group=group,
-        options=options,
-        optimizer=make_optimizer(row, options, optimizer),
+    load = LoadRequest(
+        models=names,
+        granularity=row.granularity(options),
+        objective=row.objective(options),
+        slots_per_step=schedule.images,
+        batches=schedule.batches,
         steps=schedule.steps,
-        inner_steps=optimizer.steps,
-        monitor=Monitor(
-            names,
-            range(len(names)),
-            row.monitoring(options, optimizer),
-            infomax=objective.name == "infomax",
-        ),
-        adapted_tasks=range(len(names)),
-        load=load_request(objective, schedule),
-        inner_load=load_request(Objective(), inner),
+        seed=seed,
+        basis=basis,
+    )
+    every = range(len(names))
+    return make_learning(
+        row,
+        options,
+        optimizer,
+        group,
+        tasks=names,
+        rows=every,
+        adapted_tasks=every,
+        load=load,
+        inner=inner,
     )
 
 
 def _learn(row: Method, learning: Learning, start_KL: Tensor, records: list[StepRecord]) -> Tensor:
-    """λ (K, L) after the loop's steps; every step's record goes into ``records``."""
+    """Return λ (K, L) after the loop's steps; append each step's record to ``records``."""
     assert row.loop is not None
     learning.group.load(learning.load)
     with progress_bar("merging", unit="step", total=learning.steps) as progress:
@@ -301,7 +314,7 @@ def _learn(row: Method, learning: Learning, start_KL: Tensor, records: list[Step
         return learn_lambdas(row.loop, learning, LearningState.initial(start_KL), observe)
 
 
-# --- the merge ---------------------------------------------------------------------------------
+# --- the merge -----------------------------------------------------------------------------------
 
 
 def _merged_state(
@@ -312,7 +325,7 @@ def _merged_state(
     layers: LayerMap,
     lambdas_JL: Tensor,
 ) -> dict[str, Tensor]:
-    """The model's state dict with θ in it, in the model's own dtypes; tied tensors stay tied."""
+    """Return the merged model's state dict in the model's own dtypes; tied tensors stay tied."""
     module, theta_P, _ = flat_copy(parts.module, files.layout)
     shard = files.layout.shard(0, 1)
     vectors = StreamedTaskVectorStore(files.pretrained, experts, basis, shard, layers)

@@ -1,4 +1,8 @@
-"""The model card: what was merged, how, and how well it does, for whoever finds the folder."""
+"""The model card: the README.md of an output folder, in the form that model hubs read.
+
+It says which models were merged, by which method and from which images, and the scores. The account
+of the images comes from the method's row; the files and hashes are given by ``runs.folder``.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ _CARD = """---
 
 # {title}
 
-{what}
+{summary}
 
 ```python
 import open_clip
@@ -51,12 +55,15 @@ def model_card(
     hashes: Mapping[str, str],
     lambdas: Mapping[str, Sequence[float]],
 ) -> str:
-    """Markdown with YAML front matter, as model hubs read it. ``lambdas``: each model's, if any."""
+    """Return Markdown with YAML front matter.
+
+    ``hashes``: the SHA-256 of each file. ``lambdas``: each model's (L,), empty without any.
+    """
     front = yaml.safe_dump(_front(config, scores), sort_keys=False, allow_unicode=True)
     return _CARD.format(
         front=front,
         title=_title(config),
-        what=_what(config, plan),
+        summary=_summary(config, plan),
         folder=Path(str(config.output)).name,
         table=_table(config, scores, lambdas),
         note=_note(config, plan),
@@ -81,23 +88,24 @@ def _title(config: Config) -> str:
     return f"{_count(config)} merged by {describe(config.method)}"
 
 
-def _what(config: Config, plan: Plan) -> str:
+def _summary(config: Config, plan: Plan) -> str:
+    """Return one or two sentences on the models, the method and its paper."""
     method, model = method_of(config.method), f"`{Path(plan.model).name}`"
-    text = f"the text tower is that of the pretrained model, {model}."
+    text_tower = f"the text tower is that of the pretrained model, {model}."
     if method.reference:
         return (
             f"{method.reference}: a reference ({method.paper}).\n"
-            f"Only its image encoder is used; {text}"
+            f"Only its image encoder is used; {text_tower}"
         )
     return (
         f"{_count(config).replace(' ', ' fine-tuned ')} merged into one by "
         f"**{describe(config.method)}** ({method.paper}) with raymerge.\n"
-        f"Only the image encoder is merged; {text}"
+        f"Only the image encoder is merged; {text_tower}"
     )
 
 
 def _front(config: Config, scores: Mapping[str, TaskScore]) -> dict[str, Any]:
-    """What the hub reads: https://huggingface.co/docs/hub/model-cards#model-card-metadata."""
+    """Return the front matter, see https://huggingface.co/docs/hub/model-cards#model-card-metadata."""
     front: dict[str, Any] = {}
     if config.card.license is not None:
         front["license"] = config.card.license
@@ -110,12 +118,13 @@ def _front(config: Config, scores: Mapping[str, TaskScore]) -> dict[str, Any]:
     front["tags"] = ["model-merging", "raymerge", config.method.name]
     if scores:
         name = Path(str(config.output)).name
-        front["model-index"] = [{"name": name, "results": [*map(_result, scores.items())]}]
+        front["model-index"] = [
+            {"name": name, "results": [_result(*item) for item in scores.items()]}
+        ]
     return front
 
 
-def _result(scored: tuple[str, TaskScore]) -> dict[str, Any]:
-    task, score = scored
+def _result(task: str, score: TaskScore) -> dict[str, Any]:
     return {
         "task": {"type": "zero-shot-image-classification"},
         "dataset": {"name": task, "type": task},
@@ -124,23 +133,22 @@ def _result(scored: tuple[str, TaskScore]) -> dict[str, Any]:
 
 
 def hub_models(config: Config) -> list[str]:
-    """The pretrained model and the experts that come from the Hugging Face hub, as ORG/NAME."""
-    given = [config.model.reference, *merged_checkpoints(config)]
-    found = [_HUB_MODEL.match(str(reference)) for reference in given]
-    names = [match.group(1) for match in found if match]
-    tagged = _tagged(config)
-    return list(dict.fromkeys([*([tagged] if tagged else []), *names]))
+    """Return the pretrained model and the experts that are on the Hugging Face hub, as ORG/NAME."""
+    references = [config.model.reference, *merged_checkpoints(config)]
+    matches = [_HUB_MODEL.match(str(reference)) for reference in references]
+    names = [_hub_model_of_tag(config), *(match.group(1) for match in matches if match)]
+    return list(dict.fromkeys(name for name in names if name))
 
 
-def _tagged(config: Config) -> str | None:
-    """Where the hub keeps open_clip's pretrained tag."""
+def _hub_model_of_tag(config: Config) -> str | None:
+    """Return the hub's ORG/NAME of open_clip's pretrained tag, if the config names one."""
     if config.model.pretrained is None or re.search("[./]", config.model.pretrained):
         return None
     import open_clip
 
     arch = config.model.arch.replace("/", "-")
-    where = open_clip.get_pretrained_cfg(arch, config.model.pretrained).get("hf_hub", "")
-    return "/".join(str(where).split("/")[:2]).rstrip("/") or None
+    path = open_clip.get_pretrained_cfg(arch, config.model.pretrained).get("hf_hub", "")
+    return "/".join(str(path).split("/")[:2]).rstrip("/") or None
 
 
 def _authors(config: Config) -> str:
@@ -152,8 +160,9 @@ def _table(
     scores: Mapping[str, TaskScore],
     lambdas: Mapping[str, Sequence[float]],
 ) -> str:
-    shown = "mean λ (least to greatest)"
-    head = ["task", "classes", "test images", "top-1", *([shown] if lambdas else [])]
+    """Return a row for each task, and one for the mean; a column of λ if there is any."""
+    title = "mean λ (least to greatest)"
+    head = ["task", "classes", "test images", "top-1", *([title] if lambdas else [])]
     lines = [_row(head), "|---" + "|---:" * (len(head) - 1) + "|"]
     for task in config.tasks:
         score = scores.get(task.name)
@@ -178,6 +187,6 @@ def _spread(lambdas_L: Sequence[float]) -> str:
 
 
 def _note(config: Config, plan: Plan) -> str:
-    """Where the numbers come from, and which images were used."""
+    """Return how the coefficients were found, and from which images."""
     account = method_of(config.method).account(config.method, config)
     return account + "".join(f" It {note}." for note in plan.notes)

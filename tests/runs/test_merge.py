@@ -645,9 +645,9 @@ def test_resume_says_where_the_run_goes_on(
     options: dict[str, Any] = {"untested": True, "resume": True}
     run(optimizer={"steps": 1}, **options)
     run(optimizer={"steps": 2}, **options)
-    where = f"{tmp_path / 'out'}: the run goes on"
+    where = f"{tmp_path / 'out'}: the run continues"
     assert [line for line in caplog.messages if line.startswith(where)] == [
-        f"{where} at step 0, for it has no saved state",
+        f"{where} at step 0: it has no saved state",
         f"{where} after step 1",
     ]
 

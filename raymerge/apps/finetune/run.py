@@ -6,10 +6,8 @@ are the same. One target's training is :mod:`raymerge.apps.finetune.trainer`.
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -22,11 +20,10 @@ from raymerge.apps.finetune.targets import Target, make_targets, training_images
 from raymerge.apps.finetune.trainer import TrainingJob, train_target
 from raymerge.config import Config, dump_config
 from raymerge.config.methods import ZeroShot
-from raymerge.data.decoding import check_image
-from raymerge.data.images import ImageList, Item
+from raymerge.data.images import ImageList
 from raymerge.distributed.placement import Placement, choose_placement
 from raymerge.engine.scores import TaskScore, results_json
-from raymerge.errors import DataError, RunError, UserError
+from raymerge.errors import RunError, UserError
 from raymerge.files.atomic import write_json, write_text
 from raymerge.files.attempts import claim_attempt
 from raymerge.files.output_folder import require_output
@@ -34,7 +31,7 @@ from raymerge.files.progress import Progress, progress_bar
 from raymerge.models.pretrained import open_pretrained
 from raymerge.models.resolve import resolve_model
 from raymerge.runs.merge import evaluate
-from raymerge.runs.plan.checks import check_heads
+from raymerge.runs.plan.checks import check_heads, check_images
 from raymerge.runs.plan.make import make_plan
 from raymerge.runs.workers import known_resources
 
@@ -106,12 +103,7 @@ def _check_inputs(config: Config, listed: Mapping[int, ImageList]) -> None:
         resolved = resolve_model(config.model)
         open_pretrained(resolved)
         check_heads(config, resolved)
-    items: Iterable[Item] = chain.from_iterable(images.items for images in listed.values())
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        problems = [problem for problem in pool.map(check_image, items) if problem]
-    if problems:
-        more = f" (and {len(problems) - 1} more images)" if len(problems) > 1 else ""
-        raise DataError(f"{problems[0]}{more}")
+    check_images(chain.from_iterable(images.items for images in listed.values()))
 
 
 def _test_config(config: Config, experts: Mapping[str, Path] | None = None) -> Config:

@@ -1,26 +1,27 @@
-"""The checks of a run's inputs, each of which raises one line that names the key and the remedy."""
+"""The checks of a run's inputs. Each raises one line that names the key and the remedy.
+
+They read headers, folder listings and image headers, and write nothing. What a run needs in memory
+and time is left to ``estimates``; the order of the checks and the collection of their errors to
+``make``.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from raymerge.config import Config, TaskConfig
 from raymerge.data.decoding import check_image
-from raymerge.data.images import ImageList, Item
+from raymerge.data.images import Item
 from raymerge.data.sources import labelled_images, unlabeled_images
 from raymerge.distributed.placement import Placement, Resources
 from raymerge.errors import CheckpointError, DataError, UserError
 from raymerge.files.output_folder import nearest_folder
-from raymerge.merging.registry import (
-    merged_checkpoints,
-    method_of,
-    needed_images,
-)
+from raymerge.merging.registry import merged_checkpoints, method_of, needed_images
 from raymerge.models.checkpoints.opening import open_checkpoint
 from raymerge.models.checkpoints.visual_tower import VisualCheckpoint, open_visual
 from raymerge.models.heads import saved_head
@@ -28,22 +29,23 @@ from raymerge.models.resolve import WEIGHTS_FILE, ResolvedModel
 from raymerge.runs.lambdas import read_lambdas
 from raymerge.runs.plan.plan import Plan, human_bytes
 
-_LABELS = (
+_LABELS_REMEDY = (
     "method.objective: cross_entropy needs one folder per class; sort the images so, or use "
     "objective: entropy"
 )
 
 
-def check_heads(config: Config, resolved: ResolvedModel) -> None:
-    """Raises :class:`CheckpointError` for a saved head that does not fit its task."""
-    for k, task in enumerate(config.tasks):
-        if task.head is not None:
-            saved_head(task, f"tasks[{k}]", resolved.features)
+# --- models and images ---------------------------------------------------------------------------
 
 
-def _open_expert(
-    task: TaskConfig, k: int, pretrained: VisualCheckpoint | None
+def open_expert(
+    task: TaskConfig, key: str, pretrained: VisualCheckpoint | None
 ) -> VisualCheckpoint | None:
+    """Open a task's expert and compare it with the pretrained model.
+
+    Return None if there is no pretrained model to compare it with. ``key``: the task's config key.
+    Raises :class:`CheckpointError`.
+    """
     reference = str(task.checkpoint)
     try:
         if pretrained is None:
@@ -51,18 +53,18 @@ def _open_expert(
             return None
         return open_visual(reference, pretrained.layout, pretrained)
     except CheckpointError as error:
-        raise CheckpointError(f"tasks[{k}] ({task.name}): {error}") from error
+        raise CheckpointError(f"{key} ({task.name}): {error}") from error
 
 
-def _adapt_images(task: TaskConfig, k: int) -> ImageList:
-    return unlabeled_images(str(task.adapt), f"tasks[{k}].adapt")
+def check_heads(config: Config, resolved: ResolvedModel) -> None:
+    """Raise :class:`CheckpointError` for a saved head that does not fit its task."""
+    for k, task in enumerate(config.tasks):
+        if task.head is not None:
+            saved_head(task, f"tasks[{k}]", resolved.features)
 
 
-def _test_images(task: TaskConfig, k: int) -> ImageList:
-    return labelled_images(str(task.test), task.classnames, f"tasks[{k}].test")
-
-
-def _check_images(items: Sequence[Item]) -> None:
+def check_images(items: Iterable[Item]) -> None:
+    """Raise :class:`DataError` that names the first unreadable image and counts the others."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         problems = [problem for problem in pool.map(check_image, items) if problem]
     if problems:
@@ -70,8 +72,11 @@ def _check_images(items: Sequence[Item]) -> None:
         raise DataError(f"{problems[0]}{more}")
 
 
-def _check_method(config: Config) -> None:
-    """What the method needs and the config does not give."""
+# --- the method ----------------------------------------------------------------------------------
+
+
+def check_method(config: Config) -> None:
+    """Raise :class:`UserError` if the tasks lack checkpoints or images that the method needs."""
     method, needed = method_of(config.method), needed_images(config)
     if not config.models and not method.reference:
         raise UserError("no task has a checkpoint; merging needs at least one")
@@ -85,15 +90,37 @@ def _check_method(config: Config) -> None:
             "method that needs no images"
         )
     if needed == "labelled":
-        _require_labels(config)
+        _check_labels(config)
     if not method.merges and all(task.test is None for task in config.tasks):
         raise DataError(
-            f"method {config.method.name} merges nothing; it needs a test folder to report on"
+            f"method {config.method.name} only reports scores, but no task has a test folder; "
+            "name one in tasks[].test"
         )
 
 
-def _check_fit(config: Config, pretrained: VisualCheckpoint) -> None:
-    """What the method needs of the model, and of the runs that it goes on from."""
+def _check_labels(config: Config) -> None:
+    """Raise :class:`DataError` unless every image to adapt on lies in a folder of its class."""
+    for k, task in enumerate(config.tasks):
+        if task.adapt is None:
+            continue
+        key = f"tasks[{k}].adapt"
+        try:
+            labelled = labelled_images(task.adapt, task.classnames, key)
+        except DataError as error:
+            raise DataError(f"{error}; {_LABELS_REMEDY}") from error
+        unlabelled = len(unlabeled_images(task.adapt, key)) - len(labelled)
+        if unlabelled:
+            raise DataError(
+                f"{key}: {task.adapt}: {unlabelled} images lie in no class folder; {_LABELS_REMEDY}"
+            )
+
+
+def check_fit(config: Config, pretrained: VisualCheckpoint) -> None:
+    """Raise :class:`UserError` if the model does not fit the method or the run that it continues.
+
+    The method may read a checkpoint of its own, start from an earlier run's λ, or need open_clip's
+    vision transformer.
+    """
     method, options, layout = method_of(config.method), config.method, pretrained.layout
     checkpoint, start = method.checkpoint(options), method.start(options)
     if checkpoint is not None:
@@ -112,32 +139,22 @@ def _check_fit(config: Config, pretrained: VisualCheckpoint) -> None:
         )
 
 
-def _require_labels(config: Config) -> None:
-    """Every image to adapt on lies in a folder of its class."""
-    for k, task in enumerate(config.tasks):
-        if task.adapt is not None:
-            where = f"tasks[{k}].adapt"
-            try:
-                labelled = labelled_images(task.adapt, task.classnames, where)
-            except DataError as error:
-                raise DataError(f"{error}; {_LABELS}") from error
-            others = len(unlabeled_images(task.adapt, where)) - len(labelled)
-            if others:
-                raise DataError(
-                    f"{where}: {task.adapt}: {others} images lie in no class folder; {_LABELS}"
-                )
+# --- workers -------------------------------------------------------------------------------------
 
 
-def _check_groups(config: Config, placement: Placement | None) -> None:
+def check_declared_workers(config: Config, placement: Placement | None) -> None:
+    """Call :func:`check_one_group` with the number of workers, if it is known before the run."""
     if placement is not None:
-        require_one_group(config, placement.processes)
+        check_one_group(config, placement.processes)
     elif config.cluster.workers != "auto":
-        require_one_group(config, max(1, int(config.cluster.workers)))
+        check_one_group(config, max(1, int(config.cluster.workers)))
 
 
-def require_one_group(config: Config, workers: int) -> None:
-    """Raise :class:`UserError` where cosines are wanted of a gradient that is in parts: norms of
-    the parts do not add up."""
+def check_one_group(config: Config, workers: int) -> None:
+    """Raise :class:`UserError` if a method that needs the whole gradient gets several groups.
+
+    Each group has the gradient of its own images; norms and cosines of these parts do not add up.
+    """
     shards = config.cluster.shards
     if method_of(config.method).whole_gradient(config.method) and workers > shards:
         raise UserError(
@@ -147,56 +164,63 @@ def require_one_group(config: Config, workers: int) -> None:
         )
 
 
-def _require_memory(plan: Plan, resources: Resources | None) -> None:
-    """On this machine alone; a cluster's nodes are not asked."""
+# --- memory and disk -----------------------------------------------------------------------------
+
+
+def check_memory(plan: Plan, resources: Resources | None) -> None:
+    """Raise :class:`UserError` if the workers need more memory than this machine has.
+
+    Workers on GPUs and on the nodes of a cluster are not checked.
+    """
     if resources is None or not resources.is_elastic or plan.placement is None:
         return
     if plan.placement.gpus_per_worker:
         return
     each = sum(plan.bytes_per_worker.values())
-    need, have = each * plan.placement.processes, resources.memory_bytes
-    if have is not None and need > have:
+    need, memory = each * plan.placement.processes, resources.memory_bytes
+    if memory is not None and need > memory:
         raise UserError(
             f"cluster.workers: {plan.placement.processes} workers x {human_bytes(each)} = "
-            f"{human_bytes(need)}, but this machine has {human_bytes(have)}; use fewer workers, "
+            f"{human_bytes(need)}, but this machine has {human_bytes(memory)}; use fewer workers, "
             "more cluster.shards, vectors.dtype: bfloat16 or vectors.location: disk"
         )
 
 
-def _require_separate_output(config: Config, resolved: ResolvedModel) -> None:
-    """A merge never replaces a file that it reads."""
+def check_separate_output(config: Config, resolved: ResolvedModel) -> None:
+    """Raise :class:`UserError` if the merge would replace a file that it reads."""
     if config.output is None:
         return
-    written = (Path(config.output) / WEIGHTS_FILE).resolve()
-    for read in (resolved.weights, *map(Path, merged_checkpoints(config))):
-        if written in (read.resolve(), (read / WEIGHTS_FILE).resolve()):
+    output = (Path(config.output) / WEIGHTS_FILE).resolve()
+    for path in (resolved.weights, *map(Path, merged_checkpoints(config))):
+        if output in (path.resolve(), (path / WEIGHTS_FILE).resolve()):
             raise UserError(
-                f"output {config.output}: holds {written.name}, which this merge reads; choose "
+                f"output {config.output}: holds {output.name}, which this merge reads; choose "
                 "another folder"
             )
 
 
-def _require_disk(plan: Plan, output: str | None) -> None:
+def check_disk(plan: Plan, output: str | None) -> None:
+    """Raise :class:`UserError` if the output folder is not writable or lacks space."""
     if output is None or not plan.output_bytes:
         return
     folder = nearest_folder(Path(output))
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    if not _is_writable(folder):
         raise UserError(f"output {output}: {folder} is not writable; choose another folder")
     free = shutil.disk_usage(folder).free
     if free < plan.output_bytes:
         raise UserError(
             f"output {output}: needs {human_bytes(plan.output_bytes)}, but {folder} has "
-            f"{human_bytes(free)} free"
+            f"{human_bytes(free)} free; choose another folder"
         )
 
 
-def _require_scratch(plan: Plan, config: Config) -> None:
-    """Room for vectors that are kept on disk, on this machine."""
+def check_vector_folder(plan: Plan, config: Config) -> None:
+    """Raise :class:`UserError` if task vectors kept on this machine's disk do not fit there."""
     if plan.storage.location != "disk" or plan.placement is None:
         return
     folder = Path(config.vectors.folder or tempfile.gettempdir())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"vectors.folder: {folder} is no writable folder; name another")
+    if not _is_writable(folder):
+        raise UserError(f"vectors.folder: {folder} is not a writable folder; name another")
     need, free = plan.vector_bytes * plan.placement.processes, shutil.disk_usage(folder).free
     if need > free:
         halve = ", or use vectors.dtype: bfloat16" if plan.storage.dtype == "float32" else ""
@@ -204,3 +228,7 @@ def _require_scratch(plan: Plan, config: Config) -> None:
             f"vectors.folder: {folder} has {human_bytes(free)} free, but the task vectors take "
             f"{human_bytes(need)}; name another folder{halve}"
         )
+
+
+def _is_writable(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK)

@@ -1,4 +1,8 @@
-"""Estimates of a run's memory and time, from headers and a short measurement of this machine."""
+"""Estimates of a run's memory and time, from headers and a short measurement of this machine.
+
+The bytes are those of the largest worker, and come from the shapes of the model and the images of a
+step; the rules for micro-batches and storage are in ``engine.memory``.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +35,13 @@ from raymerge.models.resolve import ResolvedModel
 from raymerge.runs.plan.plan import TaskPlan
 
 _FLOAT_BYTES = 4
+_EFFICIENCY = 0.8  # of the probe's FLOPs, which a whole model reaches
 _COEFFICIENT_BYTES = 4 + 4 + 4 + 8  # λ twice, ∂ℒ/∂λ, and ∂ℒ/∂λ as it is summed
 
 
 @dataclass(frozen=True)
-class _Memory:
-    """What each worker holds, and the choices that follow from it."""
+class MemoryEstimate:
+    """The bytes of each worker by purpose, and the storage and micro-batch that follow."""
 
     bytes_per_worker: dict[str, int]
     storage: VectorStorage = field(default_factory=VectorStorage)
@@ -44,13 +49,15 @@ class _Memory:
     micro_batch: int | None = None
 
 
-def _static_memory(config: Config, layout: ParameterLayout, resolved: ResolvedModel) -> _Memory:
-    """A merge without steps: the merged model, and the blocks that stream through it.
+def static_memory(
+    config: Config, layout: ParameterLayout, resolved: ResolvedModel
+) -> MemoryEstimate:
+    """Return the estimate for a merge without steps: the merged model and the blocks read into it.
 
     Statistics are about as large as the model: those of one task, and two sums.
     """
     sums = 3 if method_of(config.method).statistics is not None else 0
-    return _Memory(
+    return MemoryEstimate(
         {
             **({"statistics": sums * layout.columns * _FLOAT_BYTES} if sums else {}),
             "process": psutil.Process().memory_info().rss,
@@ -60,27 +67,31 @@ def _static_memory(config: Config, layout: ParameterLayout, resolved: ResolvedMo
     )
 
 
-def _learned_memory(
+def learning_memory(
     config: Config,
     pretrained: VisualCheckpoint,
     resolved: ResolvedModel,
-    rows: Sequence[TaskPlan],
+    tasks: Sequence[TaskPlan],
     placement: Placement | None,
     resources: Resources | None,
-) -> _Memory:
-    from raymerge.data.preprocess import make_preprocess
-    from raymerge.models.skeleton import activation_bytes, build_skeleton
+) -> MemoryEstimate:
+    """Return the estimate for a merge with steps, and the storage of its task vectors."""
+    from raymerge.models.skeleton import activation_bytes, build_skeleton  # imports open_clip
 
+    # The shapes of the model and of one image.
     visual = build_skeleton(resolved, "meta").visual
     height, width = make_preprocess(visual).size
     processes = placement.processes if placement else 1
     shard = pretrained.layout.shard(0, config.cluster.shards)
     gpu = bool(resources and resources.gpus and config.cluster.gpus_per_worker != 0)
     per_image = activation_bytes(visual)
-    slots = -(-sum(row.images_per_step for row in rows) // processes)
+    # A worker pins every image that the steps use; a pass holds the activations of one micro-batch.
+    slots = -(-sum(task.images_per_step for task in tasks) // processes)
     batch = micro_batch(config.cluster.micro_batch, per_image, gpu)
-    shown = max(schedule_of(config).steps * schedule_of(config).images, _merging_images(config))
-    pinned = sum(min(row.adapt_images, shown) for row in rows)
+    schedule = schedule_of(config)
+    images = max(schedule.steps * schedule.images, _inner_images(config))
+    pinned = sum(min(task.adapt_images, images) for task in tasks)
+    # Writing the merged model takes place in the worker's process if there is only one.
     export = 0 if gpu or processes > 1 else STREAM_BYTES + _largest_tensor(pretrained)
     needs = WorkerNeeds(
         process=psutil.Process().memory_info().rss,
@@ -90,6 +101,7 @@ def _learned_memory(
         images=-(-pinned // processes) * 3 * height * width,
         activations=max(export, pass_images(slots, batch) * per_image),
     )
+    # The task vectors go where they fit beside the rest.
     vectors = len(config.models) * shard.columns * _FLOAT_BYTES
     storage = storage_for(
         config.vectors,
@@ -99,53 +111,57 @@ def _learned_memory(
         resources.memory_bytes if resources else None,
         _gpu_share(config, resources) if gpu else None,
     )
-    held = worker_bytes(needs, storage, vectors)
-    return _Memory(held, storage, vector_bytes(storage.dtype, vectors), batch)
+    return MemoryEstimate(
+        worker_bytes(needs, storage, vectors), storage, vector_bytes(storage.dtype, vectors), batch
+    )
 
 
 def _largest_tensor(model: VisualCheckpoint) -> int:
-    """Bytes of the largest tensor of the whole file in float32: what writing it holds at once."""
+    """Return the float32 bytes of the file's largest tensor, which writing the model holds."""
     specs = model.checkpoint.specs.values()
     return max(math.prod(spec.shape) for spec in specs) * _FLOAT_BYTES
 
 
-def _merging_images(config: Config) -> int:
-    """Of each task, in the mergings within soft Frank-Wolfe."""
-    given = config.optimizer
-    return given.images_per_step * given.steps if method_of(config.method).inner_steps else 0
-
-
-def _step_seconds(
-    config: Config, resolved: ResolvedModel, images: int, memory: _Memory, placement: Placement
-) -> float:
-    """About, by a short probe of this machine, whose cores all its workers share."""
-    import torch
-
-    from raymerge.models.skeleton import build_skeleton
-
-    processes = placement.processes
-    sharing = 1 if placement.gpus_per_worker else processes
-    return step_seconds(
-        forward_flops(build_skeleton(resolved, "meta").visual),
-        -(-images // processes) * sharing,
-        memory.vector_bytes * sharing,
-        torch.bfloat16 if config.precision == "bfloat16" else torch.float32,
-    )
+def _inner_images(config: Config) -> int:
+    """Return the images of each task in the inner steps; 0 for a method without inner steps."""
+    optimizer = config.optimizer
+    inner = method_of(config.method).inner_steps
+    return optimizer.images_per_step * optimizer.steps if inner else 0
 
 
 def _gpu_share(config: Config, resources: Resources | None) -> int | None:
-    """What one worker may fill of a GPU's memory; several workers may share one."""
+    """Return the bytes of a GPU's memory that one worker may fill; several may share a GPU."""
     if resources is None or resources.gpu_bytes is None:
         return None
     each = config.cluster.gpus_per_worker
     return resources.gpu_bytes if each == "auto" else int(min(1.0, each) * resources.gpu_bytes)
 
 
-_EFFICIENCY = 0.8
+def step_seconds(
+    config: Config,
+    resolved: ResolvedModel,
+    images: int,
+    memory: MemoryEstimate,
+    placement: Placement,
+) -> float:
+    """Return about how long a step takes on this machine, by a short probe.
+
+    A worker does a forward and a backward pass (the work of three forward passes) of its images,
+    and reads its task vectors twice. Workers without a GPU share this machine's cores.
+    """
+    from raymerge.models.skeleton import build_skeleton  # imports open_clip
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    flops_s, bytes_s = _rates(device, dtype)
+    sharing = 1 if placement.gpus_per_worker else placement.processes
+    shared_images = -(-images // placement.processes) * sharing
+    flops = 3 * _forward_flops(build_skeleton(resolved, "meta").visual) * shared_images
+    return flops / (_EFFICIENCY * flops_s) + 2 * memory.vector_bytes * sharing / bytes_s
 
 
-def forward_flops(visual: nn.Module) -> int:
-    """Of one image; ``visual`` is the tower on ``meta``."""
+def _forward_flops(visual: nn.Module) -> int:
+    """Return the FLOPs of one image; ``visual`` is the tower on the ``meta`` device."""
     from torch.utils.flop_counter import FlopCounterMode
 
     height, width = make_preprocess(visual).size
@@ -155,16 +171,8 @@ def forward_flops(visual: nn.Module) -> int:
     return flops
 
 
-def step_seconds(flops_per_image: int, images: int, vector_bytes: int, dtype: torch.dtype) -> float:
-    """Seconds of one worker's step on this machine: a forward and a backward pass (three forward
-    passes' work) of its images, and two reads of its task vectors."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    flops_s, bytes_s = _rates(device, dtype)
-    return 3 * flops_per_image * images / (_EFFICIENCY * flops_s) + 2 * vector_bytes / bytes_s
-
-
 def _rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOPs and bytes per second of a ViT-B's largest product and of a long sum."""
+    """Return the FLOPs per second of a ViT-B's largest product, and bytes per second of a sum."""
     a_BW = torch.ones(800, 768, device=device, dtype=dtype)
     w_VW = torch.ones(3072, 768, device=device, dtype=dtype)
     long_N = torch.ones(8_000_000, device=device)
@@ -173,6 +181,7 @@ def _rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _fastest(work: Callable[[], Tensor], device: torch.device) -> float:
+    """Return the seconds of the fastest of four calls."""
     seconds = []
     for _ in range(4):
         if device.type == "cuda":

@@ -1,21 +1,21 @@
-"""Everything that can be checked before work starts, from headers and folder listings alone.
+"""A run's plan: all checks, then the estimates, from headers and folder listings alone.
 
-``check`` collects every problem; ``make_plan`` raises the first. ``merge`` runs the same checks.
+``check`` collects every problem; ``make_plan`` raises the first. ``raymerge plan`` and ``merge``
+run the same checks. The checks themselves are in ``checks``, the estimates in ``estimates``.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from dataclasses import replace
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from raymerge.config import Config
 from raymerge.data.slots import slot_counts
+from raymerge.data.sources import labelled_images, unlabeled_images
 from raymerge.distributed.placement import Placement, Resources, choose_placement, require_work
-from raymerge.engine.memory import (
-    machine_bytes,
-)
+from raymerge.engine.memory import machine_bytes
 from raymerge.errors import UserError
 from raymerge.files.urls import redact_url
 from raymerge.merging.layout import ParameterLayout
@@ -28,53 +28,35 @@ from raymerge.merging.registry import (
 )
 from raymerge.models.checkpoints.visual_tower import VisualCheckpoint
 from raymerge.models.pretrained import open_pretrained, whole_bytes
-from raymerge.models.resolve import resolve_model
+from raymerge.models.resolve import ResolvedModel, resolve_model
 from raymerge.runs.plan.checks import (
-    _adapt_images,
-    _check_fit,
-    _check_groups,
-    _check_images,
-    _check_method,
-    _open_expert,
-    _require_disk,
-    _require_memory,
-    _require_scratch,
-    _require_separate_output,
-    _test_images,
+    check_declared_workers,
+    check_disk,
+    check_fit,
     check_heads,
+    check_images,
+    check_memory,
+    check_method,
+    check_separate_output,
+    check_vector_folder,
+    open_expert,
 )
-from raymerge.runs.plan.estimates import _learned_memory, _static_memory, _step_seconds
+from raymerge.runs.plan.estimates import learning_memory, static_memory, step_seconds
 from raymerge.runs.plan.plan import Plan, TaskPlan
 from raymerge.runs.plan.remote_headers import (
-    Outlined,
+    HeaderConfig,
     fetch_checkpoints,
-    outlined,
+    fetch_headers,
     remote_checkpoints,
 )
 from raymerge.runs.tracking import require_trackers
 
-
-@dataclass
-class _Findings:
-    """Problems in the order they were found."""
-
-    problems: list[UserError] = field(default_factory=list)
-
-    def attempt(self, check: Callable[[], _T]) -> _T | None:
-        try:
-            return check()
-        except UserError as problem:
-            self.problems.append(problem)
-        except OSError as error:  # no permission on the way, or too long a name
-            self.problems.append(UserError(f"{error.filename}: {error.strerror}"))
-        return None
-
-
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
 def local_resources() -> Resources:
-    """This machine's cores and GPUs, before any Ray is started."""
+    """Return this machine's cores, memory and GPUs, before any Ray is started."""
     import torch
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -86,9 +68,14 @@ def local_resources() -> Resources:
 
 
 def make_plan(config: Config, resources: Resources | None = None, *, experts: bool = True) -> Plan:
-    """Check everything; raises the first problem found, saying how many more there are."""
+    """Return the plan, with every checkpoint behind a URL fetched.
+
+    ``experts``: whether to check the tasks' checkpoints. Raises the first problem as a
+    :class:`UserError` that says how many more there are.
+    """
+    # A mistake in the config is reported before gigabytes are fetched.
     if remote_checkpoints(config):
-        with outlined(config) as headers:
+        with fetch_headers(config) as headers:
             _raise_first(check(headers.config, resources, experts=experts)[1], headers)
         fetch_checkpoints(config)
     plan, problems = check(config, resources, experts=experts)
@@ -97,32 +84,31 @@ def make_plan(config: Config, resources: Resources | None = None, *, experts: bo
     return plan
 
 
-def _raise_first(problems: Sequence[UserError], headers: Outlined | None = None) -> None:
+def _raise_first(problems: Sequence[UserError], headers: HeaderConfig | None = None) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more: see `raymerge plan`)" if len(problems) > 1 else ""
-        text = headers.named(str(problems[0])) if headers else problems[0]
+        text = headers.restore_urls(str(problems[0])) if headers else problems[0]
         raise type(problems[0])(f"{text}{more}")
 
 
 def check_headers(
     config: Config, resources: Resources | None = None, *, probe: bool = False
 ) -> tuple[Plan | None, list[UserError]]:
-    """As ``check``, with no more of remote checkpoints than their headers."""
+    """Return the result of :func:`check` with only the headers of remote checkpoints fetched."""
     urls = remote_checkpoints(config)
     if not urls:
         return check(config, resources, probe=probe)
-    with outlined(config) as headers:
+    with fetch_headers(config) as headers:
         plan, problems = check(headers.config, resources, probe=probe)
-        problems = [type(problem)(headers.named(str(problem))) for problem in problems]
+        problems = [type(problem)(headers.restore_urls(str(problem))) for problem in problems]
         if plan is not None:
             tasks = tuple(
                 replace(row, checkpoint=task.checkpoint and redact_url(task.checkpoint))
                 for row, task in zip(plan.tasks, config.tasks, strict=True)
             )
             note = f"fetches what is new of {len(urls)} remote checkpoints before it merges"
-            plan = replace(
-                plan, tasks=tasks, model=headers.named(plan.model), notes=(*plan.notes, note)
-            )
+            model = headers.restore_urls(plan.model)
+            plan = replace(plan, tasks=tasks, model=model, notes=(*plan.notes, note))
         return plan, problems
 
 
@@ -133,82 +119,80 @@ def check(
     experts: bool = True,
     probe: bool = False,
 ) -> tuple[Plan | None, list[UserError]]:
-    """The plan, or every problem that stands in its way. ``resources``: None if not known yet.
+    """Return the plan (None if the pretrained model cannot be opened) and every problem.
 
+    ``resources``: None if not known yet. ``experts``: whether to check the tasks' checkpoints.
     ``probe``: also time this machine, for an estimate of a step's seconds.
     """
-    found = _Findings()
-    resolved = found.attempt(lambda: resolve_model(config.model))
-    pretrained = None
-    if resolved is not None:
-        opened = found.attempt(lambda: open_pretrained(resolved))
-        pretrained, leftovers = opened if opened is not None else (None, 0)
-    rows = [_check_task(config, k, pretrained, found, experts) for k in range(len(config.tasks))]
-    found.attempt(lambda: _check_method(config))
-    found.attempt(lambda: require_trackers(config.tracking))
-    if pretrained is not None:
-        fitting = pretrained
-        found.attempt(lambda: _check_fit(config, fitting))
-    if pretrained is None or resolved is None:
-        return None, found.problems
-    found.attempt(lambda: check_heads(config, resolved))
-    learned = method_of(config.method).loop is not None
-    step_images = sum(row.images_per_step for row in rows) if learned else 0
-    placement = _placement(config, resources, step_images if learned else None, found)
-    found.attempt(lambda: _check_groups(config, placement))
-    layout = pretrained.layout
-    memory = (
-        _learned_memory(config, pretrained, resolved, rows, placement, resources)
-        if learned
-        else _static_memory(config, layout, resolved)
-    )
-    step_s = None
-    if probe and learned and placement is not None and resources and resources.is_elastic:
-        step_s = _step_seconds(config, resolved, step_images, memory, placement)
-    plan = Plan(
-        method=describe(config.method),
-        model=resolved.name,
-        parameters=layout.parameters,
-        tensors=len(layout.names),
-        layers=_layer_count(config, layout),
-        models=len(merged_checkpoints(config)),
-        tasks=tuple(rows),
-        placement=placement,
-        steps=schedule_of(config).steps if learned else 0,
-        step_images=step_images,
-        bytes_per_worker=memory.bytes_per_worker,
-        storage=memory.storage,
-        vector_bytes=memory.vector_bytes,
-        micro_batch=memory.micro_batch,
-        step_s=step_s,
-        output_bytes=whole_bytes(pretrained) if method_of(config.method).merges else 0,
-        notes=_notes(config),
-        resolved=resolved,
-        leftovers=leftovers,
-    )
-    found.attempt(lambda: _require_memory(plan, resources))
-    found.attempt(lambda: _require_separate_output(config, resolved))
-    found.attempt(lambda: _require_disk(plan, config.output))
-    found.attempt(lambda: _require_scratch(plan, config))
-    return plan, found.problems
+    problems = _Problems()
+    # What is wrong with the tasks is reported even if the model cannot be opened.
+    model = problems.attempt(_open_model, config)
+    pretrained = model.pretrained if model else None
+    indices = range(len(config.tasks))
+    tasks = [_check_task(config, k, pretrained, problems, experts) for k in indices]
+    problems.attempt(check_method, config)
+    problems.attempt(require_trackers, config.tracking)
+    if model is None:
+        return None, problems.errors
+    problems.attempt(check_fit, config, model.pretrained)
+    problems.attempt(check_heads, config, model.resolved)
+    # The remaining checks compare the estimates with this machine.
+    plan = _estimate(config, model, tasks, resources, problems, probe)
+    problems.attempt(check_memory, plan, resources)
+    problems.attempt(check_separate_output, config, model.resolved)
+    problems.attempt(check_disk, plan, config.output)
+    problems.attempt(check_vector_folder, plan, config)
+    return plan, problems.errors
+
+
+class _Problems:
+    """The errors of the checks, in their order."""
+
+    def __init__(self) -> None:
+        self.errors: list[UserError] = []
+
+    def attempt(self, check: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | None:
+        """Return the check's result, or None if it raises an error, which is kept."""
+        try:
+            return check(*args, **kwargs)
+        except UserError as problem:
+            self.errors.append(problem)
+        except OSError as error:  # no permission on the way, or too long a name
+            self.errors.append(UserError(f"{error.filename}: {error.strerror}"))
+        return None
+
+
+class _Model(NamedTuple):
+    """The opened pretrained model; ``leftovers``: the size of the text parameters beside it."""
+
+    resolved: ResolvedModel
+    pretrained: VisualCheckpoint
+    leftovers: int
+
+
+def _open_model(config: Config) -> _Model:
+    resolved = resolve_model(config.model)
+    return _Model(resolved, *open_pretrained(resolved))
 
 
 def _check_task(
     config: Config,
     k: int,
     pretrained: VisualCheckpoint | None,
-    found: _Findings,
+    problems: _Problems,
     experts: bool,
 ) -> TaskPlan:
-    task = config.tasks[k]
-    expert = None
+    task, key = config.tasks[k], f"tasks[{k}]"
+    expert = adapt = test = None
     if experts and task.checkpoint is not None:
-        expert = found.attempt(lambda: _open_expert(task, k, pretrained))
-    adapt = found.attempt(lambda: _adapt_images(task, k)) if task.adapt else None
-    test = found.attempt(lambda: _test_images(task, k)) if task.test else None
+        expert = problems.attempt(open_expert, task, key, pretrained)
+    if task.adapt:
+        adapt = problems.attempt(unlabeled_images, task.adapt, f"{key}.adapt")
+    if task.test:
+        test = problems.attempt(labelled_images, task.test, task.classnames, f"{key}.test")
     for images in (adapt, test):
         if images is not None:
-            found.attempt(lambda images=images: _check_images(images.items))  # type: ignore[misc]
+            problems.attempt(check_images, images.items)
     population = len(adapt) if adapt else 0
     return TaskPlan(
         name=task.name,
@@ -221,18 +205,76 @@ def _check_task(
     )
 
 
+def _dtype(expert: VisualCheckpoint | None) -> str:
+    """Return the number types of an expert's merged tensors; ``?`` if it could not be opened."""
+    if expert is None:
+        return "?"
+    specs = expert.checkpoint.specs
+    kinds = {str(specs[expert.prefix + name].dtype) for name in expert.layout.names}
+    return "/".join(sorted(kind.removeprefix("torch.") for kind in kinds))
+
+
+def _estimate(
+    config: Config,
+    model: _Model,
+    tasks: Sequence[TaskPlan],
+    resources: Resources | None,
+    problems: _Problems,
+    probe: bool,
+) -> Plan:
+    """Return the plan from the checked tasks; problems with the workers go into ``problems``."""
+    method, layout = method_of(config.method), model.pretrained.layout
+    # Only a method with a loop loads vectors and images into its workers.
+    learns = method.loop is not None
+    step_images = sum(task.images_per_step for task in tasks) if learns else 0
+    placement = _placement(config, resources, step_images or None, problems)
+    problems.attempt(check_declared_workers, config, placement)
+    if learns:
+        memory = learning_memory(
+            config, model.pretrained, model.resolved, tasks, placement, resources
+        )
+    else:
+        memory = static_memory(config, layout, model.resolved)
+    # A probe of this machine says nothing about a cluster's nodes.
+    step_s = None
+    if probe and learns and placement is not None and resources and resources.is_elastic:
+        step_s = step_seconds(config, model.resolved, step_images, memory, placement)
+    return Plan(
+        method=describe(config.method),
+        model=model.resolved.name,
+        parameters=layout.parameters,
+        tensors=len(layout.names),
+        layers=_layer_count(config, layout),
+        models=len(merged_checkpoints(config)),
+        tasks=tuple(tasks),
+        placement=placement,
+        steps=schedule_of(config).steps if learns else 0,
+        step_images=step_images,
+        bytes_per_worker=memory.bytes_per_worker,
+        storage=memory.storage,
+        vector_bytes=memory.vector_bytes,
+        micro_batch=memory.micro_batch,
+        step_s=step_s,
+        output_bytes=whole_bytes(model.pretrained) if method.merges else 0,
+        notes=_notes(config),
+        resolved=model.resolved,
+        leftovers=model.leftovers,
+    )
+
+
 def _placement(
-    config: Config, resources: Resources | None, slots: int | None, found: _Findings
+    config: Config, resources: Resources | None, slots: int | None, problems: _Problems
 ) -> Placement | None:
+    """Return the workers' placement; None if it is decided on the cluster, or impossible."""
     if resources is None:
         if config.cluster.workers != "auto":
-            found.attempt(lambda: require_work(int(config.cluster.workers), slots or None))
+            problems.attempt(require_work, int(config.cluster.workers), slots)
         return None
-    return found.attempt(lambda: choose_placement(config.cluster, resources, slots or None))
+    return problems.attempt(choose_placement, config.cluster, resources, slots)
 
 
 def _layer_count(config: Config, layout: ParameterLayout) -> int:
-    """Coefficients of each model; 0 where the method has none."""
+    """Return the coefficients of each model; 0 if the method has none."""
     method = method_of(config.method)
     if not method.rows:
         return 0
@@ -240,6 +282,7 @@ def _layer_count(config: Config, layout: ParameterLayout) -> int:
 
 
 def _notes(config: Config) -> tuple[str, ...]:
+    """Return what a reader of the results must know about the images."""
     same = [t.name for t in config.tasks if t.adapt is not None and t.adapt == t.test]
     needed = needed_images(config)
     if not same or needed == "none":
@@ -247,11 +290,3 @@ def _notes(config: Config) -> tuple[str, ...]:
     if needed == "labelled":
         return (f"learns from the labels of the test images of {', '.join(same)}",)
     return (f"adapts on the test images of {', '.join(same)}, without labels (as the paper does)",)
-
-
-def _dtype(expert: VisualCheckpoint | None) -> str:
-    if expert is None:
-        return "?"
-    specs = expert.checkpoint.specs
-    kinds = {str(specs[expert.prefix + name].dtype) for name in expert.layout.names}
-    return "/".join(sorted(kind.removeprefix("torch.") for kind in kinds))

@@ -1,4 +1,7 @@
-"""The plan as a value, and as the text that ``raymerge plan`` prints."""
+"""The plan as a value, and as the text that ``raymerge plan`` prints.
+
+``make`` builds it; ``to_json`` is the same for programs.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from raymerge.models.resolve import ResolvedModel
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """What the checks found of one task."""
+    """One task: its checkpoint, its number type, and the counts of its classes and images."""
 
     name: str
     checkpoint: str | None
@@ -26,7 +29,7 @@ class TaskPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done, and what it takes. Bytes are estimates for the largest worker."""
+    """The work of a run and its needs. Bytes are estimates for the largest worker."""
 
     method: str
     model: str
@@ -41,16 +44,18 @@ class Plan:
     bytes_per_worker: dict[str, int]
     storage: VectorStorage
     vector_bytes: int
-    """Of one worker's task vectors, wherever they are."""
+    """The size of one worker's task vectors, wherever they are."""
     micro_batch: int | None
     step_s: float | None
-    """About, from a short probe of this machine; None without one, or on a cluster."""
+    """About how long a step takes, from a probe of this machine; None without one."""
     output_bytes: int
     notes: tuple[str, ...]
     resolved: ResolvedModel = field(repr=False)
     leftovers: int
+    """The size of the text parameters beside the pretrained tower; see ``open_pretrained``."""
 
     def to_json(self) -> dict[str, Any]:
+        """Return what ``raymerge plan --json`` prints."""
         data = asdict(self)
         del data["resolved"], data["leftovers"]
         data["total_bytes_per_worker"] = sum(self.bytes_per_worker.values())
@@ -58,6 +63,7 @@ class Plan:
 
 
 def human_bytes(count: float) -> str:
+    """Return a size in decimal units, such as ``6.8 MB``."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -66,8 +72,9 @@ def human_bytes(count: float) -> str:
 
 
 def plan_text(plan: Plan) -> str:
-    """The plan for a person."""
+    """Return what ``raymerge plan`` prints."""
     width = max(len(task.name) for task in plan.tasks)
+    # The model, the method and a line for each task.
     lines = [
         f"model      {plan.model}: {plan.parameters:,} visual parameters in {plan.tensors} tensors",
         f"method     {plan.method}: {_size_text(plan)}",
@@ -78,6 +85,7 @@ def plan_text(plan: Plan) -> str:
         f"{task.adapt_images:>6} adapt images  {task.test_images:>6} test images"
         for task in plan.tasks
     ]
+    # The work and what it takes; a merge without steps has no vectors in its workers.
     if plan.steps:
         lines.append(
             f"steps      {plan.steps}, each with {plan.step_images} images{_time_text(plan)}"
@@ -114,7 +122,7 @@ def _storage_text(plan: Plan) -> str:
     }
     batch = f"{plan.micro_batch} images a pass" if plan.micro_batch else "one pass"
     if plan.storage.location == "files":
-        return f"read from the checkpoints in every step, never held; {batch}"
+        return f"read from the checkpoints in every step, never kept; {batch}"
     return (
         f"{human_bytes(plan.vector_bytes)} per worker in {plan.storage.dtype}, "
         f"{place[plan.storage.location]}; {batch}"

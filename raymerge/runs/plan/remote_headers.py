@@ -1,6 +1,7 @@
-"""Configs whose checkpoints lie behind URLs: their headers first, then the files, all at once.
+"""Configs whose checkpoints lie behind URLs: first their headers, then the whole files.
 
-A header tells whether a model fits; a mistake is reported before gigabytes have been fetched.
+A header shows whether a model fits, so a mistake is reported before gigabytes are fetched. Opening
+and caching one URL is left to ``models.checkpoints.locate``.
 """
 
 from __future__ import annotations
@@ -21,61 +22,68 @@ _FILES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
-class Outlined:
-    """A config with stand-ins of the headers alone; ``names``: their paths → the public URLs."""
+class HeaderConfig:
+    """A config with local files of the headers alone in place of its URLs.
+
+    ``urls``: the path of each such file → its URL without secrets.
+    """
 
     config: Config
-    names: dict[str, str]
+    urls: dict[str, str]
 
-    def named(self, text: str) -> str:
-        """A text about it, with the URLs in place of the stand-ins."""
-        for path, url in self.names.items():
+    def restore_urls(self, text: str) -> str:
+        """Return a text about this config with the URLs in place of the local paths."""
+        for path, url in self.urls.items():
             text = text.replace(path, url)
         return text
 
 
 def remote_checkpoints(config: Config) -> list[str]:
-    """The URLs that a merge opens, each once."""
-    method = getattr(config.method, "checkpoint", None)
-    given = [config.model.reference, *(task.checkpoint for task in config.models), method]
-    return sorted({str(url) for url in given if url is not None and is_remote(url)})
+    """Return the URLs that a merge opens, each once."""
+    own = getattr(config.method, "checkpoint", None)
+    references = [config.model.reference, *(task.checkpoint for task in config.models), own]
+    return sorted({str(url) for url in references if url is not None and is_remote(url)})
 
 
 @contextmanager
-def outlined(config: Config) -> Iterator[Outlined]:
-    """The config with stand-ins, which are gone afterwards. What cannot be opened stays a URL."""
+def fetch_headers(config: Config) -> Iterator[HeaderConfig]:
+    """Fetch the headers of remote checkpoints; the files are removed afterwards.
+
+    A URL that cannot be opened stays in the config, so that the check of its key reports it.
+    """
     with tempfile.TemporaryDirectory(prefix="raymerge-headers-") as folder:
-        stands: dict[str, str] = {}
+        paths: dict[str, str] = {}
         for i, url in enumerate(remote_checkpoints(config)):
             own = Path(folder) / str(i)
             own.mkdir()
-            with suppress(RaymergeError):  # the check finds it, and says which key it is
-                stands[url] = str(outline(url, own))
-        yield Outlined(
-            _replaced(config, stands), {path: redact_url(url) for url, path in stands.items()}
+            with suppress(RaymergeError):
+                paths[url] = str(outline(url, own))
+        yield HeaderConfig(
+            _replace_urls(config, paths), {path: redact_url(url) for url, path in paths.items()}
         )
 
 
-def _replaced(config: Config, stands: dict[str, str]) -> Config:
+def _replace_urls(config: Config, paths: dict[str, str]) -> Config:
+    """Return the config with each URL in ``paths`` replaced by its path."""
     model = config.model
     if model.pretrained is not None:
-        model = model.model_copy(update={"pretrained": stands.get(model.pretrained)})
+        model = model.model_copy(update={"pretrained": paths.get(model.pretrained)})
         model = config.model if model.pretrained is None else model
-    elif model.arch in stands:
-        model = model.model_copy(update={"arch": f"local-dir:{stands[model.arch]}"})
+    elif model.arch in paths:
+        model = model.model_copy(update={"arch": f"local-dir:{paths[model.arch]}"})
     tasks = [
-        task.model_copy(update={"checkpoint": stands.get(str(task.checkpoint), task.checkpoint)})
+        task.model_copy(update={"checkpoint": paths.get(str(task.checkpoint), task.checkpoint)})
         for task in config.tasks
     ]
     changes: dict[str, object] = {"model": model, "tasks": tuple(tasks)}
     method = getattr(config.method, "checkpoint", None)
-    if method in stands:
-        changes["method"] = config.method.model_copy(update={"checkpoint": stands[method]})
+    if method in paths:
+        changes["method"] = config.method.model_copy(update={"checkpoint": paths[method]})
     return config.model_copy(update=changes)
 
 
 def fetch_checkpoints(config: Config) -> None:
-    """Bring all of them into the cache, several at a time; errors are left to who opens them."""
+    """Fetch the remote checkpoints into the cache; what fails is reported where it is opened."""
     urls = remote_checkpoints(config)
     if not urls:
         return
