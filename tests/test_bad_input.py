@@ -18,8 +18,8 @@ import psutil
 import pytest
 import torch
 from commands import (
+    CommandResult,
     Commands,
-    Ran,
     cache_tokenizer,
     config_data,
     process,
@@ -84,7 +84,9 @@ class Attempt:
     def output(self) -> Path:
         return self.folder / "out"
 
-    def refused(self, *mentions: str, command: str = "merge", argv: tuple[str, ...] = ()) -> Ran:
+    def refused(
+        self, *mentions: str, command: str = "merge", argv: tuple[str, ...] = ()
+    ) -> CommandResult:
         config = write_config(self.folder / "config.yaml", self.data)
         output = ("--output", str(self.output)) if command == "merge" else ()
         before = tree(self.folder, self.world.root)
@@ -1240,5 +1242,5 @@ def test_the_console_script_says_it_in_one_line_too(world: World, tmp_path: Path
     config = write_config(tmp_path / "config.yaml", data)
     before = tree(tmp_path)
     ran = process([script(), "merge", config])
-    refused(Ran(ran.returncode, ran.stdout, ran.stderr), "expert.safetensors", "NaN")
+    refused(CommandResult(ran.returncode, ran.stdout, ran.stderr), "expert.safetensors", "NaN")
     assert tree(tmp_path) == before

@@ -1,4 +1,4 @@
-"""Every method by name: through the whole path in this process, and on Ray where it uses images."""
+"""A whole run of every method in this process, and on Ray for the methods that use images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raymerge.runs.merge import MergeResult, evaluate, merge
 WEIGHTS = "open_clip_model.safetensors"
 OPTIMIZER = {"steps": 3, "batch_size": 4, "lr": 0.02}
 
-# By the words that its card must hold: what was done, and with which images.
+# The words that each method's card must have: what was done, and with which images.
 CARDS = {
     "zero_shot": ("as it is: a reference", "Nothing was merged, and no images were used."),
     "joint": ("trained on all tasks at once", "Nothing was merged, and no images were used."),
@@ -79,12 +79,12 @@ def _config(world: World, output: Path, method: dict[str, Any], **changes: Any) 
 
 
 def _method(world: World, name: str) -> dict[str, Any]:
-    given = {"checkpoint": world.config["tasks"][0]["checkpoint"]} if name == "joint" else {}
-    return {"name": name, **given, **OPTIONS.get(name, {})}
+    own = {"checkpoint": world.config["tasks"][0]["checkpoint"]} if name == "joint" else {}
+    return {"name": name, **own, **OPTIONS.get(name, {})}
 
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
-def test_every_method_leaves_a_whole_folder(
+def test_every_method_writes_a_complete_folder(
     world: World, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("raymerge.runs.workers._uses_cluster", lambda config: False)
@@ -119,10 +119,10 @@ def _require_lambdas(out: Path, result: MergeResult, rows: bool) -> None:
     assert (out / "lambdas.json").exists() == (result.lambdas is not None) == rows
     assert rows or not (out / "lambda_heatmap.png").exists()
     if result.lambdas is not None:
-        found = read_json(out / "lambdas.json")
-        assert found["values"] == result.lambdas.tolist()
-        assert found["tasks"] == list(result.config.model_names)
-        assert found["layers"] == list(result.layers)
+        written = read_json(out / "lambdas.json")
+        assert written["values"] == result.lambdas.tolist()
+        assert written["tasks"] == list(result.config.model_names)
+        assert written["layers"] == list(result.layers)
 
 
 def _require_card(out: Path, name: str, rows: bool) -> None:
@@ -134,7 +134,7 @@ def _require_card(out: Path, name: str, rows: bool) -> None:
     assert all(digest in card for digest in files.values())
 
 
-def test_every_method_that_merges_has_its_card_here() -> None:
+def test_every_method_that_merges_has_card_words_here() -> None:
     assert CARDS.keys() == {name for name, method in METHODS.items() if method.merges}
 
 
@@ -184,7 +184,7 @@ USES_IMAGES: dict[str, dict[str, Any]] = {
 def test_two_workers_do_what_one_process_does(
     world: World, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replicated; sharded where the method wants it or its vectors are whole matrices."""
+    """The vectors are sharded if the method needs it or they are whole matrices."""
     monkeypatch.setattr("raymerge.runs.folder.write_plots", lambda folder: None)
     monkeypatch.setattr("raymerge.runs.folder.write_report", lambda folder: None)
     method = USES_IMAGES[kind]

@@ -1,4 +1,4 @@
-"""A run from end to end: every method, what it exports, how it is scored, how it goes on."""
+"""A run from end to end: what every method exports, how it is scored, and how it is resumed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WEIGHTS = "open_clip_model.safetensors"
 
 @pytest.fixture(autouse=True)
 def only_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing is tested elsewhere and takes longer than these merges."""
+    """Skip the drawing, which is tested elsewhere and takes longer than these merges."""
     cache_tokenizer(monkeypatch)
     monkeypatch.setattr("raymerge.runs.folder.write_plots", lambda folder: None)
     monkeypatch.setattr("raymerge.runs.folder.write_report", lambda folder: None)
@@ -136,7 +136,7 @@ def test_task_arithmetic_adds_the_scaled_task_vectors(
 
 
 def _ties(vectors_KP: Tensor, density: float, mean: bool) -> Tensor:
-    """TIES by sorting, over one whole vector."""
+    """Return TIES by sorting, over one whole vector."""
     keep = int(density * vectors_KP.shape[1])
     thresholds = vectors_KP.abs().sort(descending=True).values[:, keep]
     trimmed = torch.where(vectors_KP.abs() >= thresholds[:, None], vectors_KP, 0)
@@ -238,23 +238,23 @@ def test_the_python_api(world: World, tmp_path: Path) -> None:
     assert raymerge.evaluate(config, str(result.output)) == result.scores
 
 
-# --- tasks and models that are not the same ----------------------------------------------------
+# --- tasks without a model and models without a task -------------------------------------------
 
 
-def _reference(task: dict[str, Any]) -> dict[str, Any]:
-    """A model that is merged, and no task: neither classes nor images."""
+def _model_only(task: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry as a model without a task: neither classes nor images."""
     return {key: task[key] for key in ("name", "checkpoint")}
 
 
-def _foreign(task: dict[str, Any]) -> dict[str, Any]:
-    """A task that the merge does not know: only tested."""
+def _task_only(task: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry as a task that is only tested."""
     return {key: task[key] for key in ("name", "classnames", "test")}
 
 
-def _mixed(world: World) -> list[dict[str, Any]]:
-    """colour is both, shade only a model, tone only a task, shape both."""
+def _mixed_tasks(world: World) -> list[dict[str, Any]]:
+    """Return colour and shape as model and task, shade as a model, tone as a task."""
     colour, shade, tone, shape = world.config["tasks"]
-    return [colour, _reference(shade), _foreign(tone), shape]
+    return [colour, _model_only(shade), _task_only(tone), shape]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def _mixed(world: World) -> list[dict[str, Any]]:
 def test_rows_of_lambda_are_models_and_rows_of_results_are_tasks(
     run: Merge, world: World, tmp_path: Path, method: dict[str, Any]
 ) -> None:
-    result = run(tasks=_mixed(world), method=method)
+    result = run(tasks=_mixed_tasks(world), method=method)
     written = read_json(tmp_path / "out" / "lambdas.json")
     assert written["tasks"] == ["colour", "shade", "shape"]
     assert result.lambdas is not None
@@ -282,10 +282,10 @@ def test_rows_of_lambda_are_models_and_rows_of_results_are_tasks(
 def test_a_task_that_is_only_tested_changes_nothing_that_is_learned(
     run: Merge, world: World, tmp_path: Path
 ) -> None:
-    """Nor does its place in the list; its score is that of the merged model on its images."""
+    """Its position in the list changes nothing either; its score is the merged model's."""
     colour, _, tone, shape = world.config["tasks"]
     method = {"objective": "infomax", "collapse": "restore"}
-    run("three", tasks=[colour, _foreign(tone), shape], method=method)
+    run("three", tasks=[colour, _task_only(tone), shape], method=method)
     run("two", tasks=[colour, shape], method=method)
     for name in (WEIGHTS, "lambdas.json"):
         assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -307,7 +307,7 @@ def test_a_model_that_is_only_merged_is_merged(
     experts: list[dict[str, Tensor]],
     tmp_path: Path,
 ) -> None:
-    run(tasks=_mixed(world), method={"name": "task_arithmetic", "scaling": 0.5})
+    run(tasks=_mixed_tasks(world), method={"name": "task_arithmetic", "scaling": 0.5})
     merged = _weights(tmp_path / "out")
     for key in experts[0]:
         vectors = sum(experts[k][key] - pretrained[key] for k in (0, 1, 3))
@@ -315,14 +315,14 @@ def test_a_model_that_is_only_merged_is_merged(
         torch.testing.assert_close(merged[key], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_experts_are_scored_where_there_is_one(run: Merge, world: World) -> None:
-    result = run(tasks=_mixed(world), method={"name": "individual"})
+def test_only_tasks_with_an_expert_are_scored_on_it(run: Merge, world: World) -> None:
+    result = run(tasks=_mixed_tasks(world), method={"name": "individual"})
     assert list(result.scores) == ["colour", "shape"]
 
 
 def test_learning_needs_images_of_every_model(run: Merge, world: World, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"adamerging learns .* task shade has no adapt folder"):
-        run(tasks=_mixed(world))
+        run(tasks=_mixed_tasks(world))
     assert not (tmp_path / "out").exists()
 
 
@@ -336,7 +336,7 @@ def test_every_objective_learns_and_lowers_its_loss(
     ]
     optimizer = {"steps": 12, "lr": 0.05, "batch_size": 24, "sharpness": 0.01}
     run(tasks=tasks, method={"objective": objective}, optimizer=optimizer)
-    losses = _column(tmp_path / "out", "loss")
+    losses = _read_metric(tmp_path / "out", "loss")
     # The loss of infomax's first step is the entropy.
     assert losses[-1] < losses[1]
 
@@ -346,7 +346,7 @@ def test_every_objective_learns_and_lowers_its_loss(
 
 @torch.no_grad()
 def _score_with_open_clip(folder: str, config: Config) -> dict[str, dict[str, float]]:
-    """As a user of the exported folder would: open_clip's loader, transform and tokenizer."""
+    """Return the scores by open_clip's own loader, transform and tokenizer."""
     model, _, preprocess = open_clip.create_model_and_transforms(folder)
     tokenizer = open_clip.get_tokenizer(folder)
     model.eval()
@@ -357,13 +357,13 @@ def _score_with_open_clip(folder: str, config: Config) -> dict[str, dict[str, fl
             texts = tokenizer([template.format(name) for template in task.templates])
             heads.append(normalize(model.encode_text(texts), dim=-1).mean(0))
         head = normalize(torch.stack(heads), dim=-1).t() * model.logit_scale.exp()
-        found = [
+        files = [
             (path, label)
             for label, name in enumerate(task.classnames)
             for path in sorted((Path(str(task.test)) / name).iterdir())
         ]
-        images = torch.stack([preprocess(Image.open(path)) for path, _ in found])
-        labels = torch.tensor([label for _, label in found])
+        images = torch.stack([preprocess(Image.open(path)) for path, _ in files])
+        labels = torch.tensor([label for _, label in files])
         logits = normalize(model.encode_image(images), dim=-1) @ head
         p = logits.softmax(-1)
         rows[task.name] = {
@@ -402,7 +402,7 @@ def test_evaluating_the_output_gives_its_results(run: Merge, world: World, tmp_p
     assert evaluate(config) != result.scores
 
 
-def test_evaluation_without_a_model_is_of_the_pretrained_one(
+def test_evaluation_without_a_model_scores_the_pretrained_one(
     run: Merge, world: World, tmp_path: Path
 ) -> None:
     before = tree(world.root)
@@ -431,7 +431,7 @@ def test_a_run_without_test_images_has_no_average(run: Merge, tmp_path: Path) ->
     assert (results["average"], results["tasks"]) == ({}, {})
 
 
-def test_a_loss_that_is_no_number_is_null(run: Merge, world: World, tmp_path: Path) -> None:
+def test_a_nan_loss_is_written_as_null(run: Merge, world: World, tmp_path: Path) -> None:
     result = run(method={"name": "task_arithmetic", "scaling": 1e30})  # finite, but useless
     results = read_json(tmp_path / "out" / "results.json")
     assert all(row.loss != row.loss for row in result.scores.values())
@@ -496,7 +496,7 @@ def test_where_the_vectors_lie_changes_no_bit(run: Merge, tmp_path: Path, locati
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_vectors_that_are_read_anew_in_every_step_give_the_same_lambda(
+def test_vectors_read_from_files_in_every_step_give_the_same_lambda(
     run: Merge, tmp_path: Path
 ) -> None:
     run("pinned", untested=True)
@@ -510,7 +510,7 @@ def test_vectors_that_are_read_anew_in_every_step_give_the_same_lambda(
 def test_vectors_in_bfloat16_learn_nearly_the_same(
     run: Merge, tmp_path: Path, location: str
 ) -> None:
-    """Five steps of 0.01; what is written is still made of the exact vectors."""
+    """Five steps of 0.01; the written model is still made of the exact vectors."""
     run("exact", untested=True)
     vectors = {"dtype": "bfloat16", "location": location, "folder": str(tmp_path)}
     run("rounded", untested=True, vectors=vectors)
@@ -528,7 +528,7 @@ def test_a_run_resumes_where_its_vectors_lie_elsewhere(
     run(untested=True, optimizer={"steps": 3}, vectors={"dtype": "float32"})
     vectors = {"dtype": "float32", "location": "disk", "folder": str(tmp_path)}
     run(resume=True, untested=True, optimizer={"steps": 6}, vectors=vectors)
-    _same_run(tmp_path / "out", undisturbed, 6)
+    _assert_same_run(tmp_path / "out", undisturbed, 6)
 
 
 def test_the_order_of_tasks_does_not_matter(run: Merge, world: World, tmp_path: Path) -> None:
@@ -539,11 +539,11 @@ def test_the_order_of_tasks_does_not_matter(run: Merge, world: World, tmp_path: 
     torch.testing.assert_close(backward.flip(0), forward, rtol=0, atol=1e-5)
 
 
-# --- going on ----------------------------------------------------------------------------------
+# --- resuming ----------------------------------------------------------------------------------
 
 
 def _stop_at(monkeypatch: pytest.MonkeyPatch, step: int, *, recorded: bool) -> None:
-    """Ctrl-C in the middle of a step, before or after its record is written."""
+    """Press Ctrl-C in the middle of a step, before or after its record is written."""
     observe = Recorder.observe
 
     def interrupted(self: Recorder, record: StepRecord, state: LearningState) -> None:
@@ -556,22 +556,22 @@ def _stop_at(monkeypatch: pytest.MonkeyPatch, step: int, *, recorded: bool) -> N
     monkeypatch.setattr(Recorder, "observe", interrupted)
 
 
-def _same_run(output: Path, reference: Path, steps: int) -> None:
+def _assert_same_run(output: Path, reference: Path, steps: int) -> None:
     assert read_steps(output / "metrics.jsonl") == list(range(1, steps + 1))
     for name in ("lambdas.json", WEIGHTS):
         assert (output / name).read_bytes() == (reference / name).read_bytes(), name
     for key in ("loss", "entropy", "lambdas"):
-        assert _column(output, key) == _column(reference, key)
+        assert _read_metric(output, key) == _read_metric(reference, key)
 
 
-def _column(output: Path, key: str) -> list[Any]:
+def _read_metric(output: Path, key: str) -> list[Any]:
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)[key] for line in lines]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps without an accident."""
+    """Return the folder of a run of six steps without an interruption."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("raymerge.runs.folder.write_plots", lambda folder: None)
@@ -595,7 +595,7 @@ def test_a_resumed_run_is_the_undisturbed_one(
         with pytest.raises(KeyboardInterrupt):
             run(**options)
     run(resume=True, **options)
-    _same_run(tmp_path / "out", undisturbed, 6)
+    _assert_same_run(tmp_path / "out", undisturbed, 6)
 
 
 def test_no_step_is_done_twice(run: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -613,17 +613,17 @@ def test_no_step_is_done_twice(run: Merge, tmp_path: Path, monkeypatch: pytest.M
     assert seen == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_stopped_twice_and_resumed_on_other_terms(
+def test_a_run_stopped_twice_and_resumed_with_other_settings(
     run: Merge, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the number of steps asked for nor how states are kept changes the course."""
+    """Neither the number of steps nor the interval of saved states changes the result."""
     for step, state in ((2, {"every_steps": 1}), (4, {"every_steps": 3})):
         with monkeypatch.context() as patch:
             _stop_at(patch, step, recorded=True)
             with pytest.raises(KeyboardInterrupt):
                 run(resume=True, untested=True, optimizer={"steps": 9}, state=state)
     run(resume=True, untested=True, optimizer={"steps": 6})
-    _same_run(tmp_path / "out", undisturbed, 6)
+    _assert_same_run(tmp_path / "out", undisturbed, 6)
 
 
 def test_a_run_resumes_in_a_folder_that_was_moved(
@@ -636,10 +636,10 @@ def test_a_run_resumes_in_a_folder_that_was_moved(
             run(**options)
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     run("elsewhere", resume=True, **options)
-    _same_run(tmp_path / "elsewhere", undisturbed, 6)
+    _assert_same_run(tmp_path / "elsewhere", undisturbed, 6)
 
 
-def test_resume_says_where_the_run_goes_on(
+def test_resume_logs_the_step_at_which_the_run_continues(
     run: Merge, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options: dict[str, Any] = {"untested": True, "resume": True}
@@ -661,13 +661,13 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(
     content[-1] ^= 1
     newest.write_bytes(content)
     run(resume=True, untested=True, optimizer={"steps": 6})
-    _same_run(tmp_path / "out", undisturbed, 6)
+    _assert_same_run(tmp_path / "out", undisturbed, 6)
 
 
 def test_a_finished_run_is_extended(run: Merge, undisturbed: Path, tmp_path: Path) -> None:
     run(untested=True, optimizer={"steps": 3})
     run(resume=True, untested=True, optimizer={"steps": 6})
-    _same_run(tmp_path / "out", undisturbed, 6)
+    _assert_same_run(tmp_path / "out", undisturbed, 6)
 
 
 def test_resuming_a_finished_run_changes_nothing_that_counts(
@@ -678,7 +678,7 @@ def test_resuming_a_finished_run_changes_nothing_that_counts(
     run(resume=True, untested=True, optimizer={"steps": 6})
     changed = {Path(p).name for p, digest in tree(tmp_path).items() if before.get(p) != digest}
     assert changed <= {"attempt-0002", "results.json"}  # who ran last, and how long it took
-    _same_run(tmp_path / "out", undisturbed, 6)
+    _assert_same_run(tmp_path / "out", undisturbed, 6)
 
 
 @pytest.mark.parametrize("stop", [2, 4, 5])
@@ -690,7 +690,7 @@ def test_resuming_a_finished_run_changes_nothing_that_counts(
         {"objective": "kl", "collapse": "restore"},
     ],
 )
-def test_what_the_loop_remembers_is_resumed_as_well(
+def test_the_state_of_the_monitor_is_resumed_as_well(
     run: Merge,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -698,8 +698,8 @@ def test_what_the_loop_remembers_is_resumed_as_well(
     method: dict[str, Any],
     stop: int,
 ) -> None:
-    """With a guard that takes any task whose entropy falls for one that collapses."""
-    _nervous(monkeypatch)
+    """The guard here takes every task whose entropy falls for a collapsing one."""
+    _use_sensitive_guard(monkeypatch)
     options = {"untested": True, "method": method, "optimizer": {"steps": 8, "lr": 0.05}}
     run("whole", **options)
     restored = [r.getMessage() for r in caplog.records if "are restored" in r.getMessage()]
@@ -709,36 +709,36 @@ def test_what_the_loop_remembers_is_resumed_as_well(
         with pytest.raises(KeyboardInterrupt):
             run(**options)
     run(resume=True, **options)
-    _same_run(tmp_path / "out", tmp_path / "whole", 8)
-    assert _column(tmp_path / "out", "marginal_entropy") == _column(
+    _assert_same_run(tmp_path / "out", tmp_path / "whole", 8)
+    assert _read_metric(tmp_path / "out", "marginal_entropy") == _read_metric(
         tmp_path / "whole", "marginal_entropy"
     )
 
 
-def _nervous(monkeypatch: pytest.MonkeyPatch, warmup_steps: int = 1) -> None:
+def _use_sensitive_guard(monkeypatch: pytest.MonkeyPatch, warmup_steps: int = 1) -> None:
     guard = CollapseGuard(2.0, momentum=0.5, warmup_steps=warmup_steps)
     monkeypatch.setattr("raymerge.runs.inputs.Monitor", partial(Monitor, guard=guard))
 
 
-def test_a_run_ends_and_reports_though_no_task_is_left(
+def test_a_run_ends_and_reports_when_every_task_was_restored(
     run: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every task was restored: λ stays where it is, and there is nothing to record of a step."""
+    """Every task was restored: λ stays as it is, and a step has no entropies to record."""
     monkeypatch.undo()  # draw the report as well
     cache_tokenizer(monkeypatch)
-    _nervous(monkeypatch)
+    _use_sensitive_guard(monkeypatch)
     method = {"collapse": "restore"}
     run(untested=True, method=method, optimizer={"steps": 25, "lr": 0.05, "batch_size": 12})
-    entropies = _column(tmp_path / "out", "entropy")
+    entropies = _read_metric(tmp_path / "out", "entropy")
     assert len(entropies[0]) == 4
     assert entropies[-1] == {}
     assert (tmp_path / "out" / "report.html").exists()
 
 
-def test_a_collapse_that_is_to_stop_the_run_leaves_its_state(
+def test_a_collapse_that_stops_the_run_leaves_its_state(
     run: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _nervous(monkeypatch)
+    _use_sensitive_guard(monkeypatch)
     options = {"untested": True, "optimizer": {"steps": 25, "lr": 0.05, "batch_size": 12}}
     with pytest.raises(RunError, match=r"step \d+: task \w+ collapses: .* set method\.collapse"):
         run(method={"collapse": "stop"}, **options)
@@ -749,17 +749,17 @@ def test_a_collapse_that_is_to_stop_the_run_leaves_its_state(
 
 def test_resume_without_a_run_starts_one(run: Merge, undisturbed: Path, tmp_path: Path) -> None:
     run(resume=True, untested=True, optimizer={"steps": 6})
-    _same_run(tmp_path / "out", undisturbed, 6)
+    _assert_same_run(tmp_path / "out", undisturbed, 6)
 
 
-def test_a_static_merge_is_resumed_by_doing_it_again(run: Merge, tmp_path: Path) -> None:
+def test_a_static_merge_is_resumed_by_repeating_it(run: Merge, tmp_path: Path) -> None:
     run(method={"name": "ties"})
     first = (tmp_path / "out" / WEIGHTS).read_bytes()
     run(resume=True, method={"name": "ties"})
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == first
 
 
-def test_a_second_driver_fences_off_the_first(
+def test_a_second_driver_locks_out_the_first(
     run: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observe = Recorder.observe

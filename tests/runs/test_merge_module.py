@@ -29,7 +29,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "modules.md"
 
 
 class Classifier(nn.Module):
-    """With a buffer that is merged, one that is not, tied weights, and half-precision ones."""
+    """A module with a buffer that is merged, one that is not, and tied weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,13 +96,13 @@ def test_files_state_dicts_and_modules_are_the_same(models, tmp_path: Path) -> N
     state = {k: t.clone() for k, t in experts["two"].state_dict().items()}
     save_file(state, tmp_path / "two.safetensors")
     torch.save(experts["three"].state_dict(), tmp_path / "three.pt")
-    given = {
+    stored = {
         "one": experts["one"].state_dict(),
         "two": tmp_path / "two.safetensors",
         "three": str(tmp_path / "three.pt"),
     }
     one = raymerge.merge_module(model, experts, "ties")
-    other = raymerge.merge_module(model, given, "ties")
+    other = raymerge.merge_module(model, stored, "ties")
     for name, tensor in one.state_dict.items():
         assert torch.equal(tensor, other.state_dict[name]), name
 
@@ -322,7 +322,7 @@ def test_the_documented_example_learns() -> None:
 )
 def test_wrong_input_is_one_line(models, batches, change, message: str) -> None:
     model, experts = models
-    given = {
+    arguments = {
         "model": model,
         "experts": experts,
         "method": "adamerging",
@@ -332,7 +332,7 @@ def test_wrong_input_is_one_line(models, batches, change, message: str) -> None:
         **change,
     }
     with pytest.raises(UserError, match=message) as caught:
-        raymerge.merge_module(**given)
+        raymerge.merge_module(**arguments)
     assert "\n" not in str(caught.value)
 
 

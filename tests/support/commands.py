@@ -25,8 +25,8 @@ LOCAL = {"workers": 0, "cpus_per_worker": 1}  # one thread: these models are too
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What a command left: its exit code, stdout and stderr."""
+class CommandResult:
+    """The exit code, stdout and stderr of a command."""
 
     code: int
     out: str
@@ -34,36 +34,37 @@ class Ran:
 
 
 class Commands:
-    """``raymerge`` in this process, with its output captured."""
+    """Calls ``raymerge`` in this process and captures its output."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
 
-    def __call__(self, *argv: object) -> Ran:
+    def __call__(self, *argv: object) -> CommandResult:
         self._capsys.readouterr()
         try:
             code = main([str(arg) for arg in argv])
         except SystemExit as exit:  # argparse
             code = exit.code if isinstance(exit.code, int) else 1
         captured = self._capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
+        return CommandResult(code, captured.out, captured.err)
 
-    def ok(self, *argv: object) -> Ran:
+    def ok(self, *argv: object) -> CommandResult:
+        """Run a command that must succeed."""
         ran = self(*argv)
         assert ran.code == 0, ran.err
         return ran
 
 
 def cache_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading the vocabulary takes as long as one of these small merges."""
+    """Keep the tokenizer: reading its vocabulary takes as long as one of these small merges."""
     monkeypatch.setattr(open_clip, "get_tokenizer", _get_tokenizer)
 
 
 _get_tokenizer = functools.cache(open_clip.get_tokenizer)
 
 
-def refused(ran: Ran, *mentions: str) -> None:
-    """The contract for wrong input: exit code 2, one line that says what, where and the remedy."""
+def refused(ran: CommandResult, *mentions: str) -> None:
+    """Assert the contract for wrong input: exit code 2 and one line with what, where and remedy."""
     assert (ran.code, ran.out) == (2, ""), (ran.code, ran.out, ran.err)
     assert ran.err.count("\n") == 1, ran.err
     assert ran.err.endswith("\n"), ran.err
@@ -74,7 +75,7 @@ def refused(ran: Ran, *mentions: str) -> None:
 
 
 def tree(*roots: Path) -> dict[str, str]:
-    """Every file, folder and link below the roots, with the hash of its content."""
+    """Return every file, folder and link below the roots, with the hash of its content."""
     return {str(path): _digest(path) for root in roots for path in sorted(root.rglob("*"))}
 
 
@@ -85,7 +86,7 @@ def _digest(path: Path) -> str:
 
 
 def config_data(world: World, **changes: Any) -> dict[str, Any]:
-    """The world's config to be changed freely, on one thread of this process."""
+    """Return a copy of the world's config that runs on one thread of this process."""
     data = {**deepcopy(dict(world.config)), "cluster": dict(LOCAL)}
     data.update(changes)
     return data
@@ -101,26 +102,27 @@ def read_json(path: Path) -> Any:
 
 
 def read_steps(metrics: Path) -> list[int]:
-    """The step of each line of a metrics.jsonl."""
+    """Return the step of each line of a metrics.jsonl."""
     return [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """For a child process: one thread, no user config, as plain as can be."""
+    """Return the environment of a child process: one thread, no display."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", **changes}
 
 
 def script() -> Path:
-    """The installed console script, whether or not it is on the PATH."""
+    """Return the path of the installed console script, even if it is not on the PATH."""
     return Path(sys.executable).with_name("raymerge")
 
 
 def python(code: str, *argv: object, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run Python source in a fresh interpreter; its exit code is for the caller to check."""
+    """Run Python source in a fresh interpreter; the caller checks its exit code."""
     return process([sys.executable, "-c", code, *map(str, argv)], **env)
 
 
 def process(argv: Sequence[object], **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own; the caller checks its exit code."""
     return subprocess.run(
         [str(arg) for arg in argv],
         env=environment(**env),

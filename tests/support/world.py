@@ -1,7 +1,7 @@
-"""A world for tests: a tiny open_clip model, K experts, image folders, and a config over them.
+"""A world for tests: a tiny open_clip model, K experts, image folders, and a config of them.
 
-Nothing is learned; the weights are random, the images are coloured noise. What the tests state
-about merging does not depend on the model being any good.
+Nothing is trained: the weights are random, the images are coloured noise. The tests state facts
+about merging that do not depend on the quality of the model.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ RESNET = {
     "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
     "text_cfg": MODEL_CFG["text_cfg"],
 }
-"""With running statistics, which are merged, and integer buffers, which are not."""
+"""A model with running statistics, which are merged, and integer buffers, which are not."""
 CLASSES = {"colour": ["red", "green", "blue"], "shade": ["dark", "light"], "tone": ["warm", "cold"]}
 CLASSES["shape"] = ["a b", "c_d", "E-f", "g"]
 
 
 @dataclass(frozen=True)
 class World:
-    """Where the files are, and the config over them as a plain dict with absolute paths."""
+    """The folder of the files, and their config as a plain dict with absolute paths."""
 
     root: Path
     config: Mapping[str, Any]
 
     def parse(self, output: Path | None = None, **changes: Any) -> Config:
-        """The config with top-level keys replaced (mappings are merged one level deep)."""
+        """Return the config with top-level keys replaced (mappings are merged one level deep)."""
         data = {**self.config}
         for key, value in changes.items():
             old = data.get(key)
@@ -56,7 +56,7 @@ class World:
         return parse_config(data, root=self.root)
 
     def write(self, path: Path, **changes: Any) -> Path:
-        """The config as a YAML file."""
+        """Write the config as a YAML file and return its path."""
         path.write_text(yaml.safe_dump({**self.config, **changes}))
         return path
 
@@ -85,7 +85,7 @@ def make_world(
 
 
 def write_model(folder: Path, model_cfg: Mapping[str, Any] = MODEL_CFG) -> torch.nn.Module:
-    """A random open_clip model as a ``local-dir:`` folder."""
+    """Write a random open_clip model as a ``local-dir:`` folder and return it."""
     folder.mkdir(parents=True)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
@@ -97,11 +97,12 @@ def write_model(folder: Path, model_cfg: Mapping[str, Any] = MODEL_CFG) -> torch
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of the state dict."""
     return {key: value.detach().clone().contiguous() for key, value in model.state_dict().items()}
 
 
 def expert_state(model: torch.nn.Module, seed: int, scale: float = 0.05) -> dict[str, torch.Tensor]:
-    """The visual tower with a task vector of relative size ``scale`` added."""
+    """Return the visual tower plus a random task vector of relative size ``scale``."""
     generator = torch.Generator().manual_seed(seed)
     return {
         key: value
@@ -133,6 +134,7 @@ def _write_task(
 
 
 def write_image(path: Path, rng: np.random.Generator, size: tuple[int, int] = (40, 36)) -> Path:
+    """Write an image of coloured noise and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     base = rng.integers(0, 256, size=3)
     noise = rng.normal(0, 40, size=(*size, 3))

@@ -1,4 +1,4 @@
-"""The plan: right numbers from headers alone, nothing written, every problem found."""
+"""The plan has the right numbers from headers alone, writes nothing and reports every problem."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HERE = Resources(cpus=2)
 
 
 class _Process:
-    """One whose size does not change between two plans."""
+    """A process whose size does not change between two plans."""
 
     rss = 100_000_000
 
@@ -42,7 +42,7 @@ def _plan(world: World, **changes: Any) -> Plan:
 
 @pytest.fixture(scope="module")
 def visual(world: World) -> list[int]:
-    """Numbers in each visual tensor, counted in the file itself."""
+    """Return the size of each visual tensor, counted in the file itself."""
     state = load_file(world.root / "pretrained" / "open_clip_model.safetensors")
     return [t.numel() for key, t in state.items() if key.startswith("visual.")]
 
@@ -72,22 +72,22 @@ def test_images_and_bytes_of_a_step(
     assert (plan.steps, plan.step_images) == (optimizer["steps"], 4 * per_task)
     assert [task.images_per_step for task in plan.tasks] == [per_task] * 4
     padded = sum(-(-size // CELL) * CELL for size in visual)
-    held = dict(plan.bytes_per_worker)
-    assert held.pop("process") > 0
-    assert held.pop("activations") > 0
-    assert held == {
+    sizes = dict(plan.bytes_per_worker)
+    assert sizes.pop("process") > 0
+    assert sizes.pop("activations") > 0
+    assert sizes == {
         "weights and gradient": 2 * 4 * padded,
         "pretrained": 4 * padded,
         "task vectors": 4 * 4 * padded,
         "images": 4 * pinned * 3 * 32 * 32,
         "coefficients": 4 * padded // CELL * 20,
     }
-    assert plan.vector_bytes == held["task vectors"]
+    assert plan.vector_bytes == sizes["task vectors"]
     weights = world.root / "pretrained" / "open_clip_model.safetensors"
     assert plan.output_bytes == sum(t.nbytes for t in load_file(weights).values())
 
 
-def test_activations_are_of_the_images_of_one_pass(world: World) -> None:
+def test_activations_are_those_of_one_pass(world: World) -> None:
     """Two workers, each with half of a step's 48 images."""
     optimizer, cluster = {"batch_size": 12}, {"workers": 2}
     one, six, rest, auto = (
@@ -104,7 +104,7 @@ def test_activations_are_of_the_images_of_one_pass(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vectors", "held", "whole"),
+    ("vectors", "in_memory", "whole"),
     [
         ({"dtype": "float32"}, 4, 4),
         ({"dtype": "bfloat16"}, 2, 2),
@@ -115,12 +115,12 @@ def test_activations_are_of_the_images_of_one_pass(world: World) -> None:
         ({"location": "files"}, 0, 4),
     ],
 )
-def test_vectors_take_what_their_storage_says(
-    world: World, vectors: dict[str, str], held: int, whole: int
+def test_the_storage_decides_the_bytes_of_the_vectors(
+    world: World, vectors: dict[str, str], in_memory: int, whole: int
 ) -> None:
     plan, plain = _plan(world, vectors=vectors), _plan(world)
     numbers = plain.vector_bytes // 4
-    assert plan.bytes_per_worker["task vectors"] == held * numbers
+    assert plan.bytes_per_worker["task vectors"] == in_memory * numbers
     assert plan.vector_bytes == whole * numbers
     assert (plain.storage.dtype, plain.storage.location) == ("float32", "device")
     where = (
@@ -131,10 +131,10 @@ def test_vectors_take_what_their_storage_says(
     assert where in plan_text(plan)
 
 
-def test_on_a_small_machine_the_vectors_give_way(
+def test_on_a_small_machine_the_vectors_take_less_memory(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """First their precision, then their place; the rest stays."""
+    """First their precision is reduced, then they move to disk; the rest stays."""
     monkeypatch.setattr(psutil, "Process", _Process)
     plain = _plan(world)
     rest = sum(plain.bytes_per_worker.values()) - plain.vector_bytes
@@ -175,7 +175,7 @@ def test_a_shard_holds_its_part_of_the_vectors(world: World, shards: int) -> Non
     assert plan.bytes_per_worker["images"] == whole.bytes_per_worker["images"] / 4
 
 
-def test_adapting_on_test_images_is_said(world: World) -> None:
+def test_a_note_says_that_test_images_are_adapted_on(world: World) -> None:
     tasks = [{**task, "adapt": task["test"]} for task in world.config["tasks"][:2]]
     tasks += world.config["tasks"][2:]
     (note,) = _plan(world, tasks=tasks).notes
@@ -204,7 +204,7 @@ def test_a_plan_for_a_cluster_is_made_without_it(
     assert "decided on the cluster" in raymerge.ok("plan", local).out
 
 
-def test_every_problem_is_found_in_order(world: World) -> None:
+def test_every_problem_is_reported_in_order(world: World) -> None:
     tasks = [dict(task) for task in world.config["tasks"]]
     tasks[0]["checkpoint"] = "/nowhere/a.pt"
     tasks[1]["adapt"] = "/nowhere/b"
@@ -223,7 +223,7 @@ def test_every_problem_is_found_in_order(world: World) -> None:
         make_plan(world.parse(tasks=tasks), HERE)
 
 
-def test_experts_are_looked_at_even_without_a_pretrained_model(world: World) -> None:
+def test_experts_are_checked_even_without_a_pretrained_model(world: World) -> None:
     tasks = [dict(task) for task in world.config["tasks"]]
     tasks[1]["checkpoint"] = "/nowhere/b.pt"
     plan, problems = check(world.parse(model="local-dir:/nowhere", tasks=tasks), HERE)
