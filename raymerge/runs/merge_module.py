@@ -92,15 +92,10 @@ def merge_module(
     FW-Merging counts batches. Raises :class:`UserError` before any work if the input is wrong.
     """
     # Check the arguments.
-    options = _method_options(method)
+    options = _method_options(method, workers)
     row = method_of(options)
     optimizer_options = _validate(_Optimizer, {"optimizer": optimizer or {}}).optimizer
     _require_experts(experts)
-    if row.whole_gradient(options) and workers > 1:
-        raise UserError(
-            f"method.oracle: cosine needs the whole gradient in one worker, and workers is "
-            f"{workers}; use workers: 1 or 0, or method.oracle: inner"
-        )
     # Open the experts and compare them with the model.
     parts = ModuleParts(model, experts, merged, logits)
     files = ModuleFiles.open(parts)
@@ -155,11 +150,11 @@ def _validate(schema: Any, data: Mapping[str, Any]) -> Any:
         raise UserError(explain(error, schema)) from None
 
 
-def _method_options(method: str | Mapping[str, Any] | MethodConfig) -> MethodConfig:
+def _method_options(method: str | Mapping[str, Any] | MethodConfig, workers: int) -> MethodConfig:
     """Return the method's options.
 
-    Raises :class:`UserError` for a method that needs what a module does not have: labels,
-    open_clip's layers, or an earlier run's folder.
+    Raises :class:`UserError` for a method that needs what ``merge_module`` does not have: labels,
+    open_clip's layers, an earlier run's folder, or the whole gradient of several workers.
     """
     data = {"name": method} if isinstance(method, str) else method
     options: MethodConfig = _validate(_Method, {"method": data}).method
@@ -181,6 +176,11 @@ def _method_options(method: str | Mapping[str, Any] | MethodConfig) -> MethodCon
         )
     if row.start(options) is not None:
         raise UserError("method.start: merge_module cannot start from a run folder; drop this key")
+    if row.whole_gradient(options) and workers > 1:
+        raise UserError(
+            f"method.oracle: cosine needs the whole gradient in one worker, and workers is "
+            f"{workers}; use workers: 1 or 0, or method.oracle: inner"
+        )
     return options
 
 
