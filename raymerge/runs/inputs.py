@@ -147,9 +147,9 @@ def make_learning(
 ) -> Learning:
     """Return the inputs of the method's loop over tasks of any kind of model.
 
-    ``rows``: the row of λ of each task, -1 for a task that is not merged. ``adapted_tasks``: the indices
-    of the tasks with examples. ``load``: the request for the loop's own steps; ``inner``: the
-    schedule of the optimizer's steps within each of them.
+    ``rows``: the row of λ of each task, -1 for a task that is not merged. ``adapted_tasks``: the
+    indices of the tasks with examples. ``load``: the request for the loop's own steps; ``inner``:
+    the schedule of the optimizer's steps within each of them.
     """
     infomax = load.objective.name == "infomax"
     decay_steps = optimizer.steps if optimizer.schedule == "cosine" else None
