@@ -6,13 +6,14 @@ The first half runs once, when an image is decoded; the second on the device, at
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import Compose, ToTensor
+
+if TYPE_CHECKING:
+    from torchvision.transforms import Compose
 
 _MOST_SCALED_PIXELS = 1 << 26
 
@@ -35,6 +36,8 @@ class Preprocess:
 
         Raises :class:`ValueError` for an image so long that its scaled copy would be enormous.
         """
+        from torchvision.transforms import ToTensor
+
         ratio = max(image.size) / max(1, min(image.size))
         if ratio * max(self.size) ** 2 > _MOST_SCALED_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels: too long for its width")
@@ -59,6 +62,8 @@ def _pixels(image: Image.Image) -> Any:
 
 def make_preprocess(visual: Any) -> Preprocess:
     """Return the transform of an open_clip visual tower, which may be on ``meta``."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
     cfg = PreprocessCfg(**visual.preprocess_cfg)
     size = cfg.size if isinstance(cfg.size, tuple) else (cfg.size, cfg.size)
     transform = image_transform_v2(cfg, is_train=False)
