@@ -44,9 +44,8 @@ def adamerging(options: AdaMerging) -> str:
 
 
 def frank_wolfe(options: FwHard | FwSoft) -> str:
-    kind = options.name.removeprefix("fw_")
     wise = {"task": "task-wise", "tensor": "layer-wise"}[options.granularity]
-    return f" ({kind}, {wise}, {options.iterations} iterations)"
+    return f" ({wise}, {options.iterations} iterations)"
 
 
 def reference_account(options: object, config: Config) -> str:

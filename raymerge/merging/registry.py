@@ -257,7 +257,7 @@ METHODS: dict[str, Method] = {
         account=words.adamerging_account,
     ),
     "fw_hard": Method(
-        "FW-Merging",
+        "FW-Merging, hard",
         "Chen et al., ICCV 2025",
         FwHard,
         describe=words.frank_wolfe,
@@ -266,7 +266,7 @@ METHODS: dict[str, Method] = {
         **_FRANK_WOLFE,
     ),
     "fw_soft": Method(
-        "FW-Merging",
+        "FW-Merging, soft",
         "Chen et al., ICCV 2025",
         FwSoft,
         describe=words.frank_wolfe,

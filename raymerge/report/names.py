@@ -7,25 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from raymerge.merging.registry import METHODS
 from raymerge.report.data import Run
 
-_TITLES = {
-    "zero_shot": "Pretrained (zero-shot)",
-    "individual": "Individual experts",
-    "joint": "Traditional MTL",
-    "average": "Weight averaging",
-    "task_arithmetic": "Task arithmetic",
-    "ties": "TIES",
-    "dare": "DARE",
-    "fisher": "Fisher merging",
-    "regmean": "RegMean",
-    "regmean_pp": "RegMean++",
-    "tsv": "TSV-Merge",
-    "iso_c": "Iso-C",
-    "iso_cts": "Iso-CTS",
-    "wudi": "WUDI-Merging",
-    "fw_hard": "FW-Merging (hard)",
-    "fw_soft": "FW-Merging (soft)",
+_TITLES = {name: row.title for name, row in METHODS.items()} | {
     "adamerging": "AdaMerging (layer-wise)",
     "adamerging_block": "AdaMerging (block-wise)",
     "adamerging_task": "AdaMerging (task-wise)",
@@ -40,7 +25,7 @@ _TITLES = {
 
 KNOWN_METHODS = frozenset(_TITLES)
 
-NOT_MERGED = frozenset({"zero_shot", "individual", "joint"})
+NOT_MERGED = frozenset(name for name, row in METHODS.items() if row.reference or not row.merges)
 """References: one model that saw no task, one model per task, one trained on all the labels."""
 
 

@@ -108,8 +108,8 @@ def test_only_adamerging_learns_and_only_individual_does_not_merge():
             AdaMerging(name="adamerging", task_vectors="tsv", objective="kl"),
             "AdaMerging on TSV (layer-wise, KL)",
         ),
-        (FwHard(name="fw_hard", iterations=3), "FW-Merging (hard, layer-wise, 3 iterations)"),
-        (FwSoft(name="fw_soft"), "FW-Merging (soft, task-wise, 15 iterations)"),
+        (FwHard(name="fw_hard", iterations=3), "FW-Merging, hard (layer-wise, 3 iterations)"),
+        (FwSoft(name="fw_soft"), "FW-Merging, soft (task-wise, 15 iterations)"),
     ],
 )
 def test_the_title_shows_the_options(config, words):

@@ -61,6 +61,6 @@ def test_accuracies_of_an_experiment_are_percentages_and_constants_levels():
     series = {"ties": [0.1, None, 0.5], "mine": [0.25, 0.25, 0.25]}
     found = FindingsCurves(y_label="top-1", series=series, **curves)
     ties, mine = findings_series(found)
-    assert (ties.label, ties.y, ties.is_level) == ("TIES", (10.0, None, 50.0), False)
+    assert (ties.label, ties.y, ties.is_level) == ("TIES-Merging", (10.0, None, 50.0), False)
     assert (mine.y, mine.is_level) == ((25.0, 25.0, 25.0), True)
     assert findings_series(found.model_copy(update={"y_label": "MB"}))[0].y == (0.1, None, 0.5)

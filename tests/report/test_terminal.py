@@ -80,7 +80,7 @@ def test_the_best_uniform_lambda_is_noted_where_it_was_scanned():
 def test_a_task_that_a_method_lacks_has_a_dash():
     methods = {"ties": {"tasks": {"a": {"top1": 0.5}}}, "dare": {"tasks": {"b": {"top1": 0.4}}}}
     rows = rows_of(comparison_table(methods))
-    assert rows[1].split() == ["TIES", "50.0", "–", "50.0*"]
+    assert rows[1].split() == ["TIES-Merging", "50.0", "–", "50.0*"]
     assert rows[2].split() == ["DARE", "–", "40.0", "40.0"]
 
 
