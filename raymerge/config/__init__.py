@@ -7,10 +7,7 @@ raises :class:`~raymerge.errors.ConfigError` in one line.
 
 from raymerge.config.finetune import FinetuneConfig
 from raymerge.config.loading import dump_config, load_config, parse_config
-from raymerge.config.methods import (
-    METHOD_NAMES,
-    MethodConfig,
-)
+from raymerge.config.methods import METHOD_NAMES, MethodConfig
 from raymerge.config.schema import (
     ClusterConfig,
     Config,

@@ -9,13 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raymerge.config.finetune import FinetuneConfig
-from raymerge.config.methods import (
-    AdaMerging,
-    Betas,
-    Frozen,
-    MethodConfig,
-    Reference,
-)
+from raymerge.config.methods import AdaMerging, Betas, Frozen, MethodConfig, Reference
 from raymerge.files.urls import is_remote, redact
 
 VectorDtype = Literal["float32", "bfloat16"]

@@ -26,10 +26,7 @@ from raymerge.models.checkpoints.checkpoint import (
     ViewCheckpoint,
     read_tensor,
 )
-from raymerge.models.checkpoints.huggingface import (
-    HuggingFaceCheckpoint,
-    stored_keys,
-)
+from raymerge.models.checkpoints.huggingface import HuggingFaceCheckpoint, stored_keys
 from raymerge.models.checkpoints.locate import locate
 from raymerge.models.checkpoints.safetensors_file import SafetensorsWriter
 from raymerge.models.pretrained import open_pretrained, unmerged_keys

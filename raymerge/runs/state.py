@@ -31,7 +31,7 @@ from raymerge.config import Config
 from raymerge.engine.driver.state import LearningState
 from raymerge.errors import RunError, UserError
 from raymerge.files.atomic import sync
-from raymerge.files.attempts import claim_attempt, newest_attempt, numbers
+from raymerge.files.fencing import claim_attempt, newest_attempt, numbers
 from raymerge.files.urls import redact_values
 from raymerge.merging.registry import method_of
 from raymerge.models.checkpoints.digests import file_sha256

@@ -22,7 +22,7 @@ from raymerge import __version__
 from raymerge.config import Config, parse_config
 from raymerge.engine.driver.state import LearningState, MonitorState
 from raymerge.errors import RunError, UserError
-from raymerge.files.attempts import claim_attempt
+from raymerge.files.fencing import claim_attempt
 from raymerge.merging.guard import GuardState
 from raymerge.merging.optimizer import AdamState
 from raymerge.runs.state import SavedTensors, StateStore, fingerprint, learning_states

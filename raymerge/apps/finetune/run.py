@@ -25,7 +25,7 @@ from raymerge.distributed.placement import Placement, choose_placement
 from raymerge.engine.scores import TaskScore, results_json
 from raymerge.errors import RunError, UserError
 from raymerge.files.atomic import write_json, write_text
-from raymerge.files.attempts import claim_attempt
+from raymerge.files.fencing import claim_attempt
 from raymerge.files.output_folder import require_output
 from raymerge.files.progress import Progress, progress_bar
 from raymerge.models.pretrained import open_pretrained

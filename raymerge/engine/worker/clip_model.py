@@ -32,12 +32,7 @@ from raymerge.models.encoder import FlatEncoder, build_model
 from raymerge.models.heads import saved_head, zero_shot_head
 from raymerge.models.pretrained import open_pretrained
 from raymerge.models.resolve import ResolvedModel, resolve_model
-from raymerge.models.skeleton import (
-    OpenClipModel,
-    activation_bytes,
-    build_skeleton,
-    make_tokenizer,
-)
+from raymerge.models.skeleton import OpenClipModel, activation_bytes, build_skeleton, make_tokenizer
 
 
 @dataclass(frozen=True)
