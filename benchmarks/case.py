@@ -71,10 +71,10 @@ def make_inputs(case: Path) -> Path:
     from raymerge.data.decoding import decode_all
     from raymerge.data.folder import unlabeled_images
     from raymerge.engine.messages import WorkerSpec
-    from raymerge.engine.worker.clip_model import ClipModel, ClipSource
+    from raymerge.engine.worker.clip_model import ClipModel
 
     config = load_config(case / "merge.yaml")
-    model = ClipModel(ClipSource(config.model, config.tasks), WorkerSpec(use_gpu=False), {})
+    model = ClipModel(config.model, config.tasks, WorkerSpec(use_gpu=False), {})
     preprocess, tensors = model.encoder.preprocess, {}
     for k, task in enumerate(config.tasks):
         images = unlabeled_images(str(task.adapt), task.name)

@@ -14,7 +14,7 @@ from raymerge.config import Config
 from raymerge.distributed.placement import Resources, choose_placement, environment_address, on_ray
 from raymerge.engine.driver.groups import LocalGroup, WorkerGroup
 from raymerge.engine.messages import WorkerSpec
-from raymerge.engine.worker.clip_model import ClipSource
+from raymerge.engine.worker.clip_source import ClipSource
 from raymerge.errors import UserError
 from raymerge.runs.plan.make import local_resources
 

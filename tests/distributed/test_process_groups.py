@@ -16,7 +16,7 @@ from raymerge.distributed.placement_groups import Location, WorkerSlot
 from raymerge.distributed.pool import CallFailedError, OnResult, PoolWorker, WorkerPool
 from raymerge.distributed.process_groups import ProcessGroups
 from raymerge.engine.messages import LoadReport, StatisticsRequest, WorkerSpec
-from raymerge.engine.worker.clip_model import ClipSource
+from raymerge.engine.worker.clip_source import ClipSource
 
 REPORT = LoadReport(0, "cpu", (), 0, 0, 0, 0.0)
 LOCATION = Location("node", (), "127.0.0.1", None, 1)

@@ -19,7 +19,7 @@ from raymerge.apps.finetune.run import finetune
 from raymerge.config import TaskConfig
 from raymerge.engine.messages import WorkerSpec
 from raymerge.engine.scores import TaskScore
-from raymerge.engine.worker.clip_model import ClipModel, ClipSource
+from raymerge.engine.worker.clip_model import ClipModel
 from raymerge.errors import CheckpointError, ConfigError, UserError
 from raymerge.models.heads import saved_head, zero_shot_head
 from raymerge.runs.merge import evaluate, merge
@@ -199,11 +199,11 @@ def test_no_tokenizer_is_made_where_every_task_has_a_head(
 
     monkeypatch.setattr("raymerge.engine.worker.clip_model.make_tokenizer", fail)
     config = world.parse(tasks=_tasks(world, heads))
-    model = ClipModel(ClipSource(config.model, config.tasks), WorkerSpec(), {})
+    model = ClipModel(config.model, config.tasks, WorkerSpec(), {})
     assert model.head(3).shape == (24, 4)
     assert model.classes == 4
     with pytest.raises(AssertionError, match="a tokenizer"):
-        ClipModel(ClipSource(config.model, world.parse().tasks), WorkerSpec(), {})
+        ClipModel(config.model, world.parse().tasks, WorkerSpec(), {})
 
 
 def test_the_plan_checks_saved_heads(world: World, heads: dict[str, Path], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from world import World
 
 from raymerge.engine.messages import LoadRequest
-from raymerge.engine.worker.clip_model import ClipSource
+from raymerge.engine.worker.clip_source import ClipSource
 from raymerge.merging.method import Objective
 from raymerge.models.pretrained import open_pretrained
 from raymerge.models.resolve import resolve_model

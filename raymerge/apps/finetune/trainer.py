@@ -28,7 +28,7 @@ from raymerge.config import Config, TaskConfig
 from raymerge.data.sources import labelled_images
 from raymerge.engine.memory import pass_images
 from raymerge.engine.messages import WorkerSpec
-from raymerge.engine.worker.clip_model import ClipModel, ClipSource
+from raymerge.engine.worker.clip_model import ClipModel
 from raymerge.engine.worker.evaluation import load_weights
 from raymerge.errors import RunError
 from raymerge.files.atomic import write_atomically
@@ -108,7 +108,7 @@ class Trainer:
         self._recipe, self._target = recipe_of(config), target
         self._autocast = config.precision == "bfloat16"
         tasks = tuple(config.tasks[k] for k in target.tasks)
-        self._model = ClipModel(ClipSource(config.model, tasks), spec, {})
+        self._model = ClipModel(config.model, tasks, spec, {})
         self._encoder = self._model.encoder
         self._device = self._encoder.device
         reference = str(self._model.pretrained.checkpoint.path)

@@ -8,9 +8,7 @@ Legend: B images, D features, C classes, P columns of the flat vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -35,31 +33,18 @@ from raymerge.models.resolve import ResolvedModel, resolve_model
 from raymerge.models.skeleton import OpenClipModel, activation_bytes, build_skeleton, make_tokenizer
 
 
-@dataclass(frozen=True)
-class ClipSource:
-    """The CLIP model and the tasks of a config."""
-
-    model: ModelConfig
-    tasks: tuple[TaskConfig, ...]
-
-    @property
-    def task_names(self) -> tuple[str, ...]:
-        return tuple(task.name for task in self.tasks)
-
-    def serve(self, spec: WorkerSpec, pinned: Pinned) -> ClipModel:
-        return ClipModel(self, spec, pinned)
-
-    def store_parts(self, put: Callable[[Any], Callable[[], Any]]) -> ClipSource:
-        """Return this source itself: it contains only names."""
-        return self
-
-
 class ClipModel:
     """The served CLIP model. ``pinned``: the decoded images by task, which the worker keeps."""
 
-    def __init__(self, source: ClipSource, spec: WorkerSpec, pinned: Pinned) -> None:
-        self.tasks, self._pinned = source.tasks, pinned
-        resolved = resolve_model(source.model)
+    def __init__(
+        self,
+        config: ModelConfig,
+        tasks: tuple[TaskConfig, ...],
+        spec: WorkerSpec,
+        pinned: Pinned,
+    ) -> None:
+        self.tasks, self._pinned = tasks, pinned
+        resolved = resolve_model(config)
         self.pretrained, _ = open_pretrained(resolved)
         self.layout = self.pretrained.layout
         device = choose_device(spec)
@@ -70,7 +55,7 @@ class ClipModel:
         )
         # The heads are made from the whole model; then only the visual tower is kept.
         model = build_model(resolved, self.pretrained).to(device)
-        self._heads = _heads(source.tasks, resolved, model, device)
+        self._heads = _heads(tasks, resolved, model, device)
         padded = self.layout.shard(spec.shard, spec.shards).padded_columns
         self.encoder = FlatEncoder(model, self.layout, device, padded)
         self.encoder.drop_text()

@@ -14,7 +14,7 @@ from raymerge.apps.experiments.entropy_bins import BIN_NAMES, ENTROPY_EDGES
 from raymerge.config.experiments import EntropyLoss
 from raymerge.engine.messages import ChunkScore, EvaluateRequest, WorkerSpec
 from raymerge.engine.scores import Samples, samples, summarise
-from raymerge.engine.worker.clip_model import ClipSource
+from raymerge.engine.worker.clip_source import ClipSource
 from raymerge.engine.worker.worker import MergeWorker
 from raymerge.errors import RunError
 

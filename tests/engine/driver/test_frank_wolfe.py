@@ -22,7 +22,7 @@ from raymerge.config import Config
 from raymerge.engine.driver.loop import StepRecord, sum_results
 from raymerge.engine.driver.state import LearningState
 from raymerge.engine.messages import StepRequest, WorkerSpec
-from raymerge.engine.worker.clip_model import ClipSource
+from raymerge.engine.worker.clip_source import ClipSource
 from raymerge.engine.worker.worker import MergeWorker
 from raymerge.errors import RunError, UserError
 from raymerge.merging import frank_wolfe as fw

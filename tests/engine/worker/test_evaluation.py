@@ -13,7 +13,7 @@ from PIL import Image
 from raymerge.config import Config
 from raymerge.engine.messages import ChunkScore, EvaluateRequest, WorkerSpec
 from raymerge.engine.scores import TaskScore, results_json, summarise
-from raymerge.engine.worker.clip_model import ClipSource
+from raymerge.engine.worker.clip_source import ClipSource
 from raymerge.engine.worker.evaluation import CHUNK, deal_chunks
 from raymerge.engine.worker.evaluation import test_images as labelled_test_images
 from raymerge.engine.worker.worker import MergeWorker

@@ -31,7 +31,7 @@ from raymerge.engine.messages import (
     VectorStorage,
     WorkerSpec,
 )
-from raymerge.engine.worker.clip_model import ClipSource
+from raymerge.engine.worker.clip_source import ClipSource
 from raymerge.engine.worker.shard import WorkerShard, _passes
 from raymerge.engine.worker.worker import MergeWorker
 from raymerge.errors import DataError, RunError
