@@ -159,6 +159,7 @@ def _method_options(method: str | Mapping[str, Any] | MethodConfig, workers: int
     data = {"name": method} if isinstance(method, str) else method
     options: MethodConfig = _validate(_Method, {"method": data}).method
     row = method_of(options)
+    # The row says what the method needs; refuse what a module cannot give.
     if row.reference or not row.merges:
         raise UserError(
             f"method: {options.name} does not merge the experts; choose a method that does, "

@@ -184,6 +184,7 @@ def _check_task(
 ) -> TaskPlan:
     task, key = config.tasks[k], f"tasks[{k}]"
     expert = adapt = test = None
+    # Each file and folder is opened on its own, so that every problem is listed.
     if experts and task.checkpoint is not None:
         expert = problems.attempt(open_expert, task, key, pretrained)
     if task.adapt:
