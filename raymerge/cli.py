@@ -432,8 +432,8 @@ def _prepare(args: argparse.Namespace) -> int:
     for member in args.only or ():
         if member not in members:
             raise UserError(f"--only: {unknown_name(member, members)}")
-    chosen = [each for each in suite.data_sets if each.name in (args.only or members)]
-    done = prepare(chosen, Path(args.root), from_hub, lambda line: print(line, file=sys.stderr))
+    data_sets = [each for each in suite.data_sets if each.name in (args.only or members)]
+    done = prepare(data_sets, Path(args.root), from_hub, lambda line: print(line, file=sys.stderr))
     if args.json:
         print(json.dumps([asdict(each) for each in done], indent=2))
     else:

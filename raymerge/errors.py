@@ -37,19 +37,19 @@ def excerpt(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def did_you_mean(name: object, known: Iterable[str]) -> str:
+def did_you_mean(name: object, names: Iterable[str]) -> str:
     """Return ``; did you mean X?`` for the known name nearest to ``name``; "" if none is near."""
     if not isinstance(name, str):
         return ""
-    by_lowercase = {each.lower(): each for each in known}
+    by_lowercase = {each.lower(): each for each in names}
     nearest = difflib.get_close_matches(name.lower(), by_lowercase, 1)
     return f"; did you mean {by_lowercase[nearest[0]]}?" if nearest else ""
 
 
-def unknown_name(name: object, known: Iterable[str]) -> str:
+def unknown_name(name: object, names: Iterable[str]) -> str:
     """Return what an error says about a name that is not among the known ones."""
-    known = tuple(known)
-    return f"{excerpt(name)} is unknown{did_you_mean(name, known)} (known: {', '.join(known)})"
+    names = tuple(names)
+    return f"{excerpt(name)} is unknown{did_you_mean(name, names)} (known: {', '.join(names)})"
 
 
 class RaymergeError(Exception):

@@ -247,7 +247,7 @@ def absolute_path(path: str, root: Path) -> str:
         return "local-dir:" + absolute_path(path.removeprefix("local-dir:"), root)
     if path.startswith("torchvision:"):
         return _ROOT_OPTION.sub(
-            lambda found: found[1] + quote(absolute_path(unquote(found[2]), root), safe="/:+ ~"),
+            lambda match: match[1] + quote(absolute_path(unquote(match[2]), root), safe="/:+ ~"),
             path,
         )
     if not path or _REMOTE.match(path):  # an empty path is refused later

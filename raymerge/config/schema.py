@@ -320,11 +320,11 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _finetuning_knows_its_tasks(self) -> Config:
-        named = {} if self.finetune is None else self.finetune.named_tasks
-        for task, key in named.items():
+        keys = {} if self.finetune is None else self.finetune.named_tasks
+        for task, key in keys.items():
             if task not in self.task_names:
-                known = ", ".join(self.task_names)
-                raise ValueError(f"{key}: no task has this name (tasks: {known}, or default)")
+                names = ", ".join(self.task_names)
+                raise ValueError(f"{key}: no task has this name (tasks: {names}, or default)")
         return self
 
     @property

@@ -76,9 +76,9 @@ def _prepare(data_set: DataSet, split: Split, root: Path, fetch: FetchSplit) -> 
         remedy = f"remove {path} to fetch it again"
         if not counts:
             remedy = data_set.status or "run this again to fetch what is missing"
-        seen = sum(count > 0 for count in counts)
+        classes = sum(count > 0 for count in counts)
         return SplitResult(
-            data_set.name, split, sum(counts), expected, seen, new, str(error), remedy
+            data_set.name, split, sum(counts), expected, classes, new, str(error), remedy
         )
     return SplitResult(data_set.name, split, sum(counts), expected, len(counts), new)
 
@@ -186,20 +186,20 @@ def _places(stored: Sequence[str] | None, data_set: DataSet) -> list[int]:
     place_of = {name: place for place, name in enumerate(data_set.classnames)}
     if stored is None:
         return [place_of[name] for name in order]
-    known = {_plain(name): place for name, place in place_of.items()}
-    known |= {_plain(name): place for place, name in enumerate(data_set.labels or ())}
-    places = [known.get(_plain(name)) for name in stored]
+    index_of = {_plain(name): place for name, place in place_of.items()}
+    index_of |= {_plain(name): place for place, name in enumerate(data_set.labels or ())}
+    places = [index_of.get(_plain(name)) for name in stored]
     if all(place is None for place in places) and len(stored) == data_set.classes:
         return [place_of[name] for name in order]
     unknown = [name for name, place in zip(stored, places, strict=True) if place is None]
-    found = [place for place in places if place is not None]
-    if unknown or len(set(found)) != len(found) or len(found) != data_set.classes:
+    indices = [place for place in places if place is not None]
+    if unknown or len(set(indices)) != len(indices) or len(indices) != data_set.classes:
         what = f"such as {unknown[0]!r}" if unknown else "some twice"
         raise DataError(
             f"the published copy has {len(stored)} classes for {data_set.classes} in its spec, "
             f"{len(unknown)} that it does not know, {what}"
         )
-    return found
+    return indices
 
 
 def _plain(name: str) -> str:
@@ -235,8 +235,8 @@ def results_text(done: Sequence[SplitResult], suite: str, root: Path) -> str:
     for each in done:
         state = "fetched" if each.new else "there"
         note = state if each.ready else "; ".join(filter(None, (each.problem, each.remedy)))
-        wanted = "" if each.expected in (None, each.images) else f" of {each.expected}"
-        counts = (f"{each.images}{wanted}", str(each.classes))
+        total = "" if each.expected in (None, each.images) else f" of {each.expected}"
+        counts = (f"{each.images}{total}", str(each.classes))
         rows.append((each.data_set, each.split, *counts, note))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [

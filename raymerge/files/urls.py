@@ -44,8 +44,8 @@ def redact_url(url: str) -> str:
         parts = urlsplit(url)
     except ValueError:  # brackets that hold no address
         return url.partition("://")[0] + "://…"
-    kept = [pair for pair in parse_qsl(parts.query) if pair[0].lower() in _OPEN_PARAMETERS]
-    query, netloc = urlencode(kept), _public_host(parts)
+    pairs = [pair for pair in parse_qsl(parts.query) if pair[0].lower() in _OPEN_PARAMETERS]
+    query, netloc = urlencode(pairs), _public_host(parts)
     if (query, netloc) == (parts.query, parts.netloc):
         return url
     text = f"{parts.scheme}://{netloc}{parts.path}"

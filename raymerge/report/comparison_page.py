@@ -102,5 +102,5 @@ def _other_scores(comparison: Comparison) -> list[Table]:
     """Return the tables of loss and entropy, as far as any score has them."""
     scores = [score for each in comparison.methods.values() for score in each.tasks.values()]
     keys: tuple[Literal["loss", "entropy"], ...] = ("loss", "entropy")
-    known = [key for key in keys if any(getattr(score, key) is not None for score in scores)]
-    return [methods_table(comparison.methods, key) for key in known]
+    metrics = [key for key in keys if any(getattr(score, key) is not None for score in scores)]
+    return [methods_table(comparison.methods, key) for key in metrics]

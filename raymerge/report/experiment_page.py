@@ -24,7 +24,7 @@ def experiment_page(experiment: Experiment) -> str:
         title=experiment.title,
         headline=headline(experiment, methods),
         remarks=experiment.notes,
-        tables=[_table_part(found, methods) for found in experiment.tables],
+        tables=[_table_part(each, methods) for each in experiment.tables],
         charts=[
             {"title": each.title, "chart": findings_chart(each), "caption": each.caption}
             for each in experiment.curves
@@ -52,9 +52,9 @@ def _means(table: FindingsTable, methods: frozenset[str]) -> dict[str, float]:
     return {name: cell for name, cell in cells.items() if isinstance(cell, float)}
 
 
-def _table_part(found: FindingsTable, methods: frozenset[str]) -> dict[str, object]:
-    table = findings_table(found, methods)
+def _table_part(findings: FindingsTable, methods: frozenset[str]) -> dict[str, object]:
+    table = findings_table(findings, methods)
     has_best = any("best" in cell.kind for row in table.rows for cell in row.cells)
-    legend = best_note(found.rows, "nothing is merged", has_best)
-    caption = f"{found.caption} {legend}".strip()
-    return {"title": found.title, "table": table, "caption": caption}
+    legend = best_note(findings.rows, "nothing is merged", has_best)
+    caption = f"{findings.caption} {legend}".strip()
+    return {"title": findings.title, "table": table, "caption": caption}

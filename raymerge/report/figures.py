@@ -124,7 +124,7 @@ def _label(name: str, most: int) -> str:
 
 def line_chart(series: Sequence[Series], *, label: str, x_label: str, y_label: str) -> Chart | None:
     """Draw lines with their names at the right end; None where no line has a value."""
-    lines = [line for line in series if _known(line)]
+    lines = [line for line in series if _points(line)]
     if not lines:
         return None
     with style():
@@ -140,7 +140,7 @@ def line_chart(series: Sequence[Series], *, label: str, x_label: str, y_label: s
     return Chart(figure, label, {f"line-{i}": [_course(line)] for i, line in enumerate(lines)})
 
 
-def _known(line: Series) -> list[tuple[float, float]]:
+def _points(line: Series) -> list[tuple[float, float]]:
     """Return the points that were measured."""
     return [(x, _drawable(y)) for x, y in zip(line.x, line.y, strict=True) if y is not None]
 
@@ -172,7 +172,7 @@ def _scale_axes(axes: Axes, lines: Sequence[Series]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=whole))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.margins(x=0, y=0.06)
-    values = [y for line in lines for _, y in _known(line)]
+    values = [y for line in lines for _, y in _points(line)]
     if 0 <= min(values) < 0.5 * max(values):
         axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=LIGHT["grid"], linewidth=1)
@@ -188,7 +188,7 @@ def _name_lines(axes: Axes, lines: Sequence[Series], height: float) -> None:
     left, right = axes.get_xlim()
     low, high = axes.get_ylim()
     pixel = (high - low) / height
-    ends = [_known(line)[-1] for line in lines]
+    ends = [_points(line)[-1] for line in lines]
     slots = spread([y for _, y in ends], 15 * pixel, low - 20 * pixel, high)
     place = axes.get_yaxis_transform()  # x as a fraction of the axes, y in data
     x_name = 1 + (12 + min(48, 2 * len(lines))) / WIDTH
@@ -203,32 +203,32 @@ def _name_lines(axes: Axes, lines: Sequence[Series], height: float) -> None:
 
 def _course(line: Series) -> str:
     """Return a line's name and its first and last value."""
-    known = [short(y, 4) for y in line.y if y is not None]
-    first, last = known[0], known[-1]
+    values = [short(y, 4) for y in line.y if y is not None]
+    first, last = values[0], values[-1]
     return f"{line.label}: {last if line.is_level else f'{first} → {last}'}"
 
 
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+def spread(targets: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Return positions in the same order, at least ``gap`` apart, inside [low, high] if they fit.
 
-    They are the least-squares closest to ``wanted``: each run of positions that would overlap
+    They are the least-squares closest to ``targets``: each run of positions that would overlap
     is centred on its mean (pool adjacent violators).
     """
-    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    order = sorted(range(len(targets)), key=targets.__getitem__)
     pools: list[tuple[float, int]] = []
     for rank, index in enumerate(order):
-        mean, size = wanted[index] - rank * gap, 1
+        mean, size = targets[index] - rank * gap, 1
         while pools and pools[-1][0] >= mean:
             other, others = pools.pop()
             mean = (mean * size + other * others) / (size + others)
             size += others
         pools.append((mean, size))
     starts = [mean for mean, size in pools for _ in range(size)]
-    last = high - (len(wanted) - 1) * gap
-    placed = [0.0] * len(wanted)
+    last = high - (len(targets) - 1) * gap
+    positions = [0.0] * len(targets)
     for rank, index in enumerate(order):
-        placed[index] = max(low, min(starts[rank], last)) + rank * gap
-    return placed
+        positions[index] = max(low, min(starts[rank], last)) + rank * gap
+    return positions
 
 
 # Bars

@@ -73,8 +73,8 @@ def _simplified(name: str, source: Element) -> Element:
 
 def _on_page(source: Element) -> str:
     """Return the style with the page's colours and fonts."""
-    kept = re.sub(r"font-(family|size): [^;]*;? ?", "", source.get("style", ""))
-    return re.sub(r"#[0-9a-f]{6}", lambda match: VARIABLES.get(match[0], match[0]), kept)
+    text = re.sub(r"font-(family|size): [^;]*;? ?", "", source.get("style", ""))
+    return re.sub(r"#[0-9a-f]{6}", lambda match: VARIABLES.get(match[0], match[0]), text)
 
 
 def _rounded(coordinates: str) -> str:

@@ -282,8 +282,8 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 def mean(values: Sequence[float | None]) -> float | None:
     """Return the mean of the known values, None if there are none."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def validate(kind: type[AnyRecord], data: object, source: str | Path) -> AnyRecord:
@@ -305,8 +305,8 @@ def _first_mismatch(error: ValidationError) -> str:
         return f"{place} is missing"
     if first["type"] == "value_error":
         return f"{place}: {first['ctx']['error']}" if place else str(first["ctx"]["error"])
-    wanted = first["msg"].removeprefix("Input should be ")
-    return f"{place} must be {wanted}, got {excerpt(first['input'])}"
+    rule = first["msg"].removeprefix("Input should be ")
+    return f"{place} must be {rule}, got {excerpt(first['input'])}"
 
 
 def read(kind: type[AnyRecord], file: Path) -> AnyRecord | None:

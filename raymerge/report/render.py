@@ -75,5 +75,5 @@ def _provenance(provenance: Provenance, metrics: Metrics | None) -> dict[str, ob
 
 
 def _median_step_s(metrics: Metrics) -> float | None:
-    known = sorted(value for value in metrics.seconds if value is not None)
-    return known[len(known) // 2] if known else None
+    seconds = sorted(value for value in metrics.seconds if value is not None)
+    return seconds[len(seconds) // 2] if seconds else None

@@ -105,45 +105,45 @@ def _row_kind(method: str) -> str:
     return "reference" if method in NOT_MERGED else ""
 
 
-def findings_table(found: FindingsTable, methods: frozenset[str]) -> Table:
+def findings_table(findings: FindingsTable, methods: frozenset[str]) -> Table:
     """Return a table of an experiment, the best merged models in bold.
 
     Methods that are rows compete within every column, and methods that are columns within every
     row; where neither is one, nothing competes.
     """
-    best = _best_cells(found, methods)
+    best = _best_cells(findings, methods)
     rows = [
         Row(
             method_title(name),
             [
                 _findings_cell(cell, (name, column) in best)
-                for column, cell in zip(found.columns, row, strict=True)
+                for column, cell in zip(findings.columns, row, strict=True)
             ],
             _row_kind(name),
         )
-        for name, row in found.rows.items()
+        for name, row in findings.rows.items()
     ]
-    across = not methods & found.rows.keys()
-    columns = [method_title(c) if across and c in methods else c for c in found.columns]
+    across = not methods & findings.rows.keys()
+    columns = [method_title(c) if across and c in methods else c for c in findings.columns]
     return Table(["", *columns], rows)
 
 
-def _best_cells(found: FindingsTable, methods: frozenset[str]) -> set[tuple[str, str]]:
+def _best_cells(findings: FindingsTable, methods: frozenset[str]) -> set[tuple[str, str]]:
     """Return the (row, column) pairs of the best merged models."""
     cells = {
         (name, column): cell
-        for name, row in found.rows.items()
-        for column, cell in zip(found.columns, row, strict=True)
+        for name, row in findings.rows.items()
+        for column, cell in zip(findings.columns, row, strict=True)
         if isinstance(cell, float)
     }
-    if methods & found.rows.keys():
+    if methods & findings.rows.keys():
         columns = {
-            each: {n: v for (n, c), v in cells.items() if c == each} for each in found.columns
+            each: {n: v for (n, c), v in cells.items() if c == each} for each in findings.columns
         }
         return {(name, column) for column, values in columns.items() for name in _winners(values)}
     rows = {
         each: {c: v for (n, c), v in cells.items() if n == each and c in methods}
-        for each in found.rows
+        for each in findings.rows
     }
     return {(name, column) for name, values in rows.items() for column in _winners(values)}
 

@@ -250,12 +250,12 @@ def keep_lines(metrics: Path, step: int) -> None:
     """Remove the lines of steps after ``step``, which run again, and a torn last line."""
     if not metrics.exists():
         return
-    kept = []
+    lines = []
     for line in metrics.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_text(metrics, "".join(kept))
+                lines.append(line + "\n")
+    write_text(metrics, "".join(lines))
 
 
 def _environment(config: Config, plan: Plan) -> dict[str, Any]:

@@ -48,18 +48,18 @@ def read_lambdas(reference: str, models: Sequence[str], layers: Sequence[str]) -
     return lambdas_KL
 
 
-def _indices(known: Any, names: Sequence[str], what: str, path: Path) -> list[int]:
-    """Return the position of each of ``names`` in the list ``known``."""
-    if not isinstance(known, list):
+def _indices(entries: Any, names: Sequence[str], what: str, path: Path) -> list[int]:
+    """Return the position of each of ``names`` in the list ``entries``."""
+    if not isinstance(entries, list):
         raise TypeError(f"{what}s: expected a list")
-    missing = [name for name in names if name not in known]
+    missing = [name for name in names if name not in entries]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"method.start: {path}: has {len(known)} {what}s, but not {missing[0]!r}{more} of this "
-            f"merge's {len(names)}; {_REMEDY}"
+            f"method.start: {path}: has {len(entries)} {what}s, but not {missing[0]!r}{more} of "
+            f"this merge's {len(names)}; {_REMEDY}"
         )
-    return [known.index(name) for name in names]
+    return [entries.index(name) for name in names]
 
 
 def _require_plain_vectors(path: Path) -> None:

@@ -105,8 +105,8 @@ class StateStore(Generic[S]):
             reason = getattr(error, "strerror", None) or error
             raise RunError(f"{self.folder}: state not saved: {reason}") from error
         steps = self.steps()
-        kept = [each for each in steps if each <= step][-self._keep :]
-        for each in set(steps).difference(kept):
+        last_steps = [each for each in steps if each <= step][-self._keep :]
+        for each in set(steps).difference(last_steps):
             shutil.rmtree(self._path(each), ignore_errors=True)
 
     def newest(self) -> S | None:

@@ -54,14 +54,14 @@ class Bench:
         """Return the base's tasks of these names, or all for None. Raises :class:`UserError`."""
         if names is None:
             return self.base.tasks
-        known = {task.name: task for task in self.base.tasks}
+        task_of = {task.name: task for task in self.base.tasks}
         for name in names:
-            if name not in known:
+            if name not in task_of:
                 raise UserError(
                     f"experiment: task {name!r} is not in the base config; it has "
-                    f"{', '.join(known)}"
+                    f"{', '.join(task_of)}"
                 )
-        return tuple(known[name] for name in names)
+        return tuple(task_of[name] for name in names)
 
     def config(
         self, changes: Changes, run: str, tasks: Sequence[TaskConfig] | None = None

@@ -130,10 +130,10 @@ def image_seed(seed: int, key: str) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def _require_known(what: str, value: object, known: tuple[object, ...]) -> None:
-    if value not in known:
-        choices = ", ".join(str(choice) for choice in known)
-        raise UserError(f"unknown {what} {value!r}; choose one of {choices}")
+def _require_known(what: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        names = ", ".join(str(choice) for choice in choices)
+        raise UserError(f"unknown {what} {value!r}; choose one of {names}")
 
 
 def _to_pixels(levels: Levels) -> Pixels:
@@ -170,10 +170,10 @@ def _jpeg(image_HW3: Pixels, rng: np.random.Generator, quality: int) -> Pixels:
         return np.array(decoded)
 
 
-def _pixelate(image_HW3: Pixels, rng: np.random.Generator, kept: float) -> Pixels:
-    """Resize each side S to ⌊S·kept⌋ (at least 1 pixel) with a box filter, and back."""
+def _pixelate(image_HW3: Pixels, rng: np.random.Generator, fraction: float) -> Pixels:
+    """Resize each side S to ⌊S·fraction⌋ (at least 1 pixel) with a box filter, and back."""
     height, width, _ = image_HW3.shape
-    small = max(1, int(width * kept)), max(1, int(height * kept))
+    small = max(1, int(width * fraction)), max(1, int(height * fraction))
     shrunk = Image.fromarray(image_HW3).resize(small, Image.Resampling.BOX)
     return np.array(shrunk.resize((width, height), Image.Resampling.BOX))
 

@@ -101,11 +101,11 @@ def _accuracies(
     for count in pool.counts:
         row: dict[str, float | None] = dict.fromkeys(methods)
         for need, tasks in _tasks_by_need(pool, count).items():
-            chosen = {n: c for n, c in methods.items() if _image_need(bench, c, pool.own) == need}
-            if not chosen or tasks is None:
+            subset = {n: c for n, c in methods.items() if _image_need(bench, c, pool.own) == need}
+            if not subset or tasks is None:
                 continue
             with bench.workers(tasks) as group:
-                for name, changes in chosen.items():
+                for name, changes in subset.items():
                     run_name = f"{name}_{pool.kind}_{count}"
                     if need == "frank_wolfe":
                         starts = bench.output / "runs" / "starts" / run_name

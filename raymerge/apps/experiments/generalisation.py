@@ -68,11 +68,12 @@ def _scores(
 
 def _table(unseen: Sequence[str], scores: Mapping[str, Mapping[str, TaskScore]]) -> Table:
     tested = next(iter(scores.values()))
-    seen = [task for task in tested if task not in unseen]
+    seen_tasks = [task for task in tested if task not in unseen]
     rows: dict[str, list[Cell]] = {
-        name: [*top1_cells(each, seen), *top1_cells(each, unseen)] for name, each in scores.items()
+        name: [*top1_cells(each, seen_tasks), *top1_cells(each, unseen)]
+        for name, each in scores.items()
     }
-    columns = [*seen, "seen mean", *unseen, "unseen mean"]
+    columns = [*seen_tasks, "seen mean", *unseen, "unseen mean"]
     title = f"Unseen: {', '.join(unseen)}"
     return Table(title, columns, rows, "Top-1 in %; the unseen tasks are last.")
 

@@ -91,12 +91,12 @@ def run(bench: Bench, options: Methods) -> Findings:
 
 def _methods_with_images(bench: Bench) -> dict[str, Changes]:
     """Return the methods for which the base config has the images."""
-    chosen = {}
+    methods = {}
     for name, changes in known_methods(bench.base).items():
         config = bench.config(changes, name)
         if needed_images(config) == "none" or _all_adapt(config):
-            chosen[name] = changes
-    return chosen
+            methods[name] = changes
+    return methods
 
 
 def _all_adapt(config: Config) -> bool:

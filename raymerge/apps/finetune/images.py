@@ -80,10 +80,10 @@ class TrainingImages:
         """
         count = len(self._images)
         indices_B = step_indices(self._seed, self.task, step, self._batch_size, count)
-        chosen = torch.from_numpy(indices_B)
-        labels_B = self._labels_N[chosen]
+        rows_B = torch.from_numpy(indices_B)
+        labels_B = self._labels_N[rows_B]
         if self._pixels_N3HW is not None:
-            return self._pixels_N3HW[chosen], labels_B
+            return self._pixels_N3HW[rows_B], labels_B
         items = [self._images.items[i] for i in indices_B]
         if self._augment is None:
             return decode_all(items, self._preprocess), labels_B

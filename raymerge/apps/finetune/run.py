@@ -61,10 +61,10 @@ def finetune(config: Config, *, resume: bool = False) -> FinetuneResult:
     output = Path(config.output).absolute()
     require_output(output, [_CONFIG], writer="`raymerge finetune`", flags={"resume": resume})
     # Checks, which read every image once.
-    listed = training_images(config)
-    targets = make_targets(config, listed, output)
+    image_lists = training_images(config)
+    targets = make_targets(config, image_lists, output)
     unfinished = [target for target in targets if not _is_finished(target)]
-    _check_inputs(config, listed if unfinished else {})
+    _check_inputs(config, image_lists if unfinished else {})
     placement = _declared_placement(config, len(unfinished))
     for target in targets:
         if target not in unfinished:
@@ -76,7 +76,7 @@ def finetune(config: Config, *, resume: bool = False) -> FinetuneResult:
     trained = perf_counter()
     result = _test(config, targets, output)
     seconds = {"train": trained - began, "evaluate": perf_counter() - trained}
-    write_json(output / "results.json", _results(config, result, listed, seconds))
+    write_json(output / "results.json", _results(config, result, image_lists, seconds))
     return result
 
 
@@ -94,7 +94,7 @@ def _is_finished(target: Target) -> bool:
     return False
 
 
-def _check_inputs(config: Config, listed: Mapping[int, ImageList]) -> None:
+def _check_inputs(config: Config, image_lists: Mapping[int, ImageList]) -> None:
     """Check the model, the test images and the file of every training image."""
     tested = _test_config(config)
     if any(task.test for task in config.tasks):
@@ -103,7 +103,7 @@ def _check_inputs(config: Config, listed: Mapping[int, ImageList]) -> None:
         resolved = resolve_model(config.model)
         open_pretrained(resolved)
         check_heads(config, resolved)
-    check_images(chain.from_iterable(images.items for images in listed.values()))
+    check_images(chain.from_iterable(images.items for images in image_lists.values()))
 
 
 def _test_config(config: Config, experts: Mapping[str, Path] | None = None) -> Config:
@@ -123,8 +123,8 @@ def _test_config(config: Config, experts: Mapping[str, Path] | None = None) -> C
 
 def _declared_placement(config: Config, targets: int) -> Placement | None:
     """Return the placement of the targets, or None if only a cluster can tell its resources."""
-    known = known_resources(config)
-    return None if known is None or not targets else _place(config, targets, known)
+    resources = known_resources(config)
+    return None if resources is None or not targets else _place(config, targets, resources)
 
 
 def _place(config: Config, targets: int, resources: Any) -> Placement:
@@ -178,8 +178,10 @@ def _train_all(
 
     local_cpus = 1
     if declared is not None:
-        known = known_resources(config)
-        local_cpus = max(known.cpus if known else 1, declared.workers * declared.cpus_per_worker)
+        machine = known_resources(config)
+        local_cpus = max(
+            machine.cpus if machine else 1, declared.workers * declared.cpus_per_worker
+        )
     with connect(config.cluster.address, local_cpus) as resources:
         placement = declared or _place(config, len(targets), resources)
         if placement.workers == 0:
@@ -215,12 +217,12 @@ class _MetricsWatch:
 
     def __init__(self, targets: Sequence[Target], advance: Progress) -> None:
         self._paths = [target.metrics for target in targets]
-        self._advance, self._seen = advance, 0
+        self._advance, self._lines = advance, 0
 
     def __call__(self) -> None:
         lines = sum(path.read_bytes().count(b"\n") for path in self._paths if path.exists())
-        self._advance(lines - self._seen)
-        self._seen = lines
+        self._advance(lines - self._lines)
+        self._lines = lines
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -247,7 +249,7 @@ def _test(config: Config, targets: Sequence[Target], output: Path) -> FinetuneRe
 def _results(
     config: Config,
     result: FinetuneResult,
-    listed: Mapping[int, ImageList],
+    image_lists: Mapping[int, ImageList],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     data: dict[str, Any] = {
@@ -255,7 +257,7 @@ def _results(
             target.place: {
                 "checkpoint": str(target.weights.relative_to(result.output)),
                 "steps": target.steps,
-                "images": {config.tasks[k].name: len(listed[k]) for k in target.tasks},
+                "images": {config.tasks[k].name: len(image_lists[k]) for k in target.tasks},
             }
             for target in result.targets
         }

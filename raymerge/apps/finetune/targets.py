@@ -94,38 +94,40 @@ def training_images(config: Config) -> dict[int, ImageList]:
 
     Raises :class:`DataError` if no task has any, or a task has neither training nor test images.
     """
-    listed = {}
+    image_lists = {}
     for k, task in enumerate(config.tasks):
         if task.train is not None:
-            listed[k] = labelled_images(task.train, task.classnames, f"tasks[{k}].train")
+            image_lists[k] = labelled_images(task.train, task.classnames, f"tasks[{k}].train")
         elif task.test is None:
             raise DataError(
                 f"tasks[{k}] ({task.name}): no train folder; name its labelled images in "
                 f"tasks[{k}].train, one folder per class"
             )
-    if not listed:
+    if not image_lists:
         raise DataError(
             "no task has a train folder; name labelled images in tasks[].train, one folder per "
             "class"
         )
-    return listed
+    return image_lists
 
 
-def make_targets(config: Config, listed: Mapping[int, ImageList], output: Path) -> list[Target]:
+def make_targets(
+    config: Config, image_lists: Mapping[int, ImageList], output: Path
+) -> list[Target]:
     """Return the targets in the order of the tasks, the joint reference last.
 
     Raises :class:`UserError` if the number of steps is missing or less than the warm-up.
     """
     recipe = recipe_of(config)
-    steps = {k: _expert_steps(config, k, len(images)) for k, images in listed.items()}
+    steps = {k: _expert_steps(config, k, len(images)) for k, images in image_lists.items()}
     targets = []
     if recipe.targets != "joint":
-        for k in listed:
+        for k in image_lists:
             place = f"experts/{config.tasks[k].name}"
-            targets.append(_target(config, listed, place, (k,), steps[k], output))
+            targets.append(_target(config, image_lists, place, (k,), steps[k], output))
     if recipe.targets != "experts":
         longest = recipe.joint_steps or max(filter(None, steps.values()), default=None)
-        targets.append(_target(config, listed, "joint", tuple(listed), longest, output))
+        targets.append(_target(config, image_lists, "joint", tuple(image_lists), longest, output))
     return targets
 
 
@@ -136,7 +138,7 @@ def _expert_steps(config: Config, task: int, images: int) -> int | None:
 
 def _target(
     config: Config,
-    listed: Mapping[int, ImageList],
+    image_lists: Mapping[int, ImageList],
     place: str,
     tasks: tuple[int, ...],
     steps: int | None,
@@ -150,7 +152,7 @@ def _target(
             f"finetune.warmup_steps: {warmup}, but {place} takes {steps} steps in all, so its rate "
             "would never reach finetune.lr; lower it, or train for longer"
         )
-    images = [listed[k] for k in tasks]
+    images = [image_lists[k] for k in tasks]
     return Target(place, tasks, steps, _fingerprint(config, tasks, images, steps), output)
 
 
@@ -170,7 +172,7 @@ def _fingerprint(
         "precision": config.precision,
         "seed": config.seed,
         "tasks": [
-            _task_identity(config, k, listed) for k, listed in zip(tasks, images, strict=True)
+            _task_identity(config, k, each) for k, each in zip(tasks, images, strict=True)
         ],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

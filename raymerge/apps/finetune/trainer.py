@@ -124,17 +124,17 @@ class Trainer:
 
     def _open_images(self, config: Config, tasks: Sequence[TaskConfig]) -> list[TrainingImages]:
         recipe, preprocess = self._recipe, self._encoder.preprocess
-        listed = [
+        image_lists = [
             labelled_images(str(task.train), task.classnames, f"tasks[{k}].train")
             for k, task in zip(self._target.tasks, tasks, strict=True)
         ]
-        keep = may_keep(sum(map(len, listed)), preprocess, recipe.augment)
+        keep = may_keep(sum(map(len, image_lists)), preprocess, recipe.augment)
         augment = make_augment(self._encoder.visual) if recipe.augment == "open_clip" else None
         return [
             TrainingImages(
                 task.name, images, config.seed, recipe.batch_size, preprocess, augment, keep
             )
-            for task, images in zip(tasks, listed, strict=True)
+            for task, images in zip(tasks, image_lists, strict=True)
         ]
 
     def run(

@@ -196,7 +196,7 @@ def _architecture(entry: object) -> str | None:
     text = entry if isinstance(entry, str) else ""
     if isinstance(entry, Mapping):
         text = " ".join(str(value) for value in entry.values())
-    return next((arch for known, arch in _ARCHITECTURES.items() if known in text), None)
+    return next((arch for fragment, arch in _ARCHITECTURES.items() if fragment in text), None)
 
 
 def _open(pool: _Pool, method: str, root: Path, source: str) -> Inputs:
@@ -220,19 +220,19 @@ def _open(pool: _Pool, method: str, root: Path, source: str) -> Inputs:
 
 def _method(entry: object, source: str) -> tuple[str, dict[str, Any]]:
     """Return the method's name and options, with defaults. Raises :class:`ConfigError`."""
-    known = (*_OPTIONS, "clip_layer_wise_adamerging", "clip_task_wise_adamerging")
+    methods = (*_OPTIONS, "clip_layer_wise_adamerging", "clip_task_wise_adamerging")
     if entry is None:
         raise ConfigError(
             f"{source}: method: missing; a pool names the models only: add "
-            "-o method=simple_average (or another of " + ", ".join(known) + ")"
+            "-o method=simple_average (or another of " + ", ".join(methods) + ")"
         )
     options = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
     target = str(options.get("_target_") or "").rpartition(".")[2]
     name = _CLASSES.get(target, target) or str(options.get("name"))
-    if name not in known:
+    if name not in methods:
         raise ConfigError(
             f"{source}: method: {name!r} is not among those of fusion_bench that raymerge "
-            f"knows{did_you_mean(name, known)} (known: {', '.join(known)})"
+            f"knows{did_you_mean(name, methods)} (known: {', '.join(methods)})"
         )
     defaults = _ADAMERGING if name.endswith("adamerging") else _OPTIONS[name]
     for key in options:
@@ -340,12 +340,12 @@ def _adamerging(
 
 def _tasks(entries: object, pool: _Pool, root: Path, source: str) -> list[dict[str, Any]]:
     """Return a task for every model of the pool. Raises :class:`ConfigError`."""
-    listed = entries if isinstance(entries, list) else []
-    tasks = {str(t.get("name")): dict(t) for t in listed if isinstance(t, Mapping)}
+    items = entries if isinstance(entries, list) else []
+    tasks = {str(t.get("name")): dict(t) for t in items if isinstance(t, Mapping)}
     for name in pool.models:  # the class names of a data set that raymerge knows
-        known = _DATA_SETS.get(name, name.replace("-", "_"))
-        if known in DATA_SETS and "classnames" not in tasks.setdefault(name, {"name": name}):
-            tasks[name].setdefault("dataset", known)
+        data_set = _DATA_SETS.get(name, name.replace("-", "_"))
+        if data_set in DATA_SETS and "classnames" not in tasks.setdefault(name, {"name": name}):
+            tasks[name].setdefault("dataset", data_set)
     no_images = [name for name in pool.models if not tasks.get(name, {}).get("adapt")]
     if no_images:
         raise ConfigError(

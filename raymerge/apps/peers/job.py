@@ -87,8 +87,8 @@ class Job:
     def written_bytes(self) -> int:
         """The size of the merged weights."""
         merged = sum(entry.numel * entry.out.itemsize for entry in self.inputs.entries)
-        kept = [self.inputs.rows[0].specs[name] for name in self.inputs.buffers]
-        return merged + sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in kept)
+        buffers = [self.inputs.rows[0].specs[name] for name in self.inputs.buffers]
+        return merged + sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in buffers)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data."""

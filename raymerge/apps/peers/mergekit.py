@@ -220,15 +220,15 @@ def _kind(name: object, source: str) -> _Kind:
 
 
 def _require_known(
-    mapping: Mapping[str, Any], known: Sequence[str], where: str, not_here: Mapping[str, str] = {}
+    mapping: Mapping[str, Any], keys: Sequence[str], where: str, not_here: Mapping[str, str] = {}
 ) -> None:
     for key in mapping:
         if mapping[key] is None:
             continue
         if key in not_here:
             raise ConfigError(f"{where}: {key}: cannot be expressed here: {not_here[key]}")
-        if key not in known:
-            hint = did_you_mean(key, known) or f" (known here: {', '.join(known)})"
+        if key not in keys:
+            hint = did_you_mean(key, keys) or f" (known here: {', '.join(keys)})"
             raise ConfigError(f"{where}: {key}: unknown key{hint}")
 
 
@@ -245,7 +245,7 @@ def _models(entries: object, source: str) -> list[tuple[str, object]]:
         name = item.get("model")
         if not isinstance(name, str) or not name:
             raise ConfigError(f"{where}.model: must be a path, got {excerpt(name)}")
-        if name in (known for known, _ in models):
+        if name in (other for other, _ in models):
             raise ConfigError(f"{where}.model: {name} is listed twice; add its weights instead")
         models.append((name, item.get("parameters")))
     return models
@@ -257,8 +257,8 @@ def _parameters(settings: object, kind: _Kind, where: str, own: bool = False) ->
         return {}
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{where}: expected names and values; got {excerpt(settings)}")
-    known = ["weight", *kind.defaults]
-    _require_known(settings, known, where)
+    keys = ["weight", *kind.defaults]
+    _require_known(settings, keys, where)
     for key, setting in settings.items():
         if own and key not in _PER_MODEL:
             raise ConfigError(f"{where}.{key}: applies to the whole merge; move it to parameters")

@@ -80,16 +80,16 @@ class Tasks:
     seed: int = 0
 
     def prepare(self, inputs: Inputs) -> Merge:
-        kept = self._kept(inputs)
+        selections = self._selections(inputs)
 
         def merge(part: Part, rows_Rn: Tensor) -> Tensor:
             base_n, own = rows_Rn[-1], self.coefficients[part.entry.name]
             vectors_Kn = rows_Rn[:-1].sub_(base_n)
             for k, vector_n in enumerate(vectors_Kn):
-                some = kept.get((k, part.entry.name))
-                if some is not None:
-                    kept_n = some.choice.kept(vector_n, part.start)
-                    vector_n.mul_(kept_n).mul_(some.factor)
+                selection = selections.get((k, part.entry.name))
+                if selection is not None:
+                    mask_n = selection.choice.kept(vector_n, part.start)
+                    vector_n.mul_(mask_n).mul_(selection.factor)
             return merge_tasks(
                 base_n, vectors_Kn, own.weights,
                 elect=self.elect, normalize=own.normalize, scaling=own.scaling,
@@ -97,7 +97,7 @@ class Tasks:
 
         return merge
 
-    def _kept(self, inputs: Inputs) -> dict[tuple[int, str], _Kept]:
+    def _selections(self, inputs: Inputs) -> dict[tuple[int, str], _Selection]:
         """Return what is kept of each model's vector of each tensor, if not everything."""
         if self.keep == "all":
             return {}
@@ -107,14 +107,14 @@ class Tasks:
             for k, density in enumerate(self.coefficients[entry.name].densities)
             if density < 1
         ]
-        results = parallel_map(lambda item: self._kept_of(inputs, *item), sparse)
-        return {(k, e.name): kept for (k, e), kept in zip(sparse, results, strict=True)}
+        results = parallel_map(lambda item: self._selection(inputs, *item), sparse)
+        return {(k, e.name): each for (k, e), each in zip(sparse, results, strict=True)}
 
-    def _kept_of(self, inputs: Inputs, k: int, entry: Entry) -> _Kept:
+    def _selection(self, inputs: Inputs, k: int, entry: Entry) -> _Selection:
         own = self.coefficients[entry.name]
         density = own.densities[k]
         if density <= 0 or entry.numel == 0:
-            return _Kept(NOTHING)
+            return _Selection(NOTHING)
         parts = inputs.vectors(k, [entry])
         choice: Cut | Drawn
         if self.keep == "random":
@@ -122,10 +122,10 @@ class Tasks:
         else:
             count = max(1, int(density * entry.numel))
             choice = largest(parts, count, entry.numel, inputs.sample(k, [entry]))
-        return _Kept(choice, rescale_factor(parts, choice) if own.rescale else 1.0)
+        return _Selection(choice, rescale_factor(parts, choice) if own.rescale else 1.0)
 
 
-class _Kept(NamedTuple):
+class _Selection(NamedTuple):
     """The entries of one vector that are kept, and the factor that they are rescaled by."""
 
     choice: Cut | Drawn

@@ -147,8 +147,10 @@ class Inputs:
             raise CheckpointError(
                 f"checkpoint {self.rows[0].path}: holds no floating-point tensor to merge"
             )
-        known = set(names)
-        self.left_out = [] if base is None else sorted(k for k in base.specs if k not in known)
+        merged_names = set(names)
+        self.left_out = (
+            [] if base is None else sorted(k for k in base.specs if k not in merged_names)
+        )
 
     def _require_same(self, names: Sequence[str]) -> None:
         for row in self.rows:
@@ -246,8 +248,8 @@ class Inputs:
         A small vector is read once and held.
         """
         if sum(entry.numel for entry in entries) <= _MOST_HELD:
-            held = [self.vector(model, Part(e, 0, e.numel)) for e in entries]
-            return lambda: iter(held)
+            vectors = [self.vector(model, Part(e, 0, e.numel)) for e in entries]
+            return lambda: iter(vectors)
         parts = [part for entry in entries for part in _cut(entry, _BLOCK_BYTES // 4)]
         return lambda: (self.vector(model, part) for part in parts)
 

@@ -60,9 +60,9 @@ def _train(model: CLIP, seed: int, recipe: ZooRecipe) -> None:
     labels = [torch.from_numpy(classes) for _, classes in parts]
 
     def backward(step: int) -> None:
-        chosen = [torch.randint(len(each), (batch,)) for each in labels]
-        pixels = torch.cat([each[i] for each, i in zip(images, chosen, strict=True)])
-        targets = [each[i] for each, i in zip(labels, chosen, strict=True)]
+        indices = [torch.randint(len(each), (batch,)) for each in labels]
+        pixels = torch.cat([each[i] for each, i in zip(images, indices, strict=True)])
+        targets = [each[i] for each, i in zip(labels, indices, strict=True)]
         joint_loss(model, pixels, targets, heads).backward()
 
     schedule = Schedule(expert.steps, expert.steps // 20)

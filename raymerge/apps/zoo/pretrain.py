@@ -105,15 +105,15 @@ def _shifted_names(
     names = FAMILIES[task].classnames
     aliases = [_alias(task, label, rng) for label in range(len(names))]
     trusted = rng.random(len(names)).argsort() < recipe.reliable_share * len(names)
-    chosen = []
+    subjects = []
     for label in labels:
         if rng.random() < recipe.alias_share:
-            chosen.append(aliases[label])
+            subjects.append(aliases[label])
         elif rng.random() < (recipe.reliable if trusted[label] else recipe.unreliable):
-            chosen.append(names[label])
+            subjects.append(names[label])
         else:
-            chosen.append(names[rng.integers(len(names))])
-    return chosen
+            subjects.append(names[rng.integers(len(names))])
+    return subjects
 
 
 def _captioned_task(

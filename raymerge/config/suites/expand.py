@@ -130,9 +130,9 @@ def _tasks_of(suite: SuiteConfig, where: str) -> list[dict[str, Any]]:
     for name in suite.only or ():
         if name not in members:
             raise ConfigError(f"{where}.only: {unknown_name(name, members)}")
-    chosen = members if suite.only is None else suite.only
+    names = members if suite.only is None else suite.only
     data_sets = load_suite(suite.name).data_sets
-    return [_task(suite, data_set) for data_set in data_sets if data_set.name in chosen]
+    return [_task(suite, data_set) for data_set in data_sets if data_set.name in names]
 
 
 def _task(suite: SuiteConfig, data_set: DataSet) -> dict[str, Any]:

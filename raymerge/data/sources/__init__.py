@@ -29,24 +29,24 @@ def unlabeled_images(reference: str, where: str) -> ImageList:
 
     Raises :class:`DataError`, as does ``labelled_images``.
     """
-    with _told(where):
+    with _prefix_errors(where):
         reference = local_reference(reference)
-    found = _find(reference, where)
-    if found is None:
+    selection = _find(reference, where)
+    if selection is None:
         return folder.unlabeled_images(reference, where)
-    source, rows = found
+    source, rows = selection
     return ImageList(StoredImages(source, rows), (-1,) * len(rows))
 
 
 def labelled_images(reference: str, classnames: Sequence[str], where: str) -> ImageList:
     """Return images with indices into ``classnames``: by class (a folder), or as stored."""
-    with _told(where):
+    with _prefix_errors(where):
         reference = local_reference(reference)
-    found = _find(reference, where)
-    if found is None:
+    selection = _find(reference, where)
+    if selection is None:
         return folder.labelled_images(reference, classnames, where)
-    source, rows = found
-    with _told(where):
+    source, rows = selection
+    with _prefix_errors(where):
         stored = source.labels()
     if parse_reference(reference).options.get("match") == "index":
         stored = replace(stored, names=None)
@@ -73,7 +73,7 @@ def is_folder(reference: str) -> bool:
 
 def _find(reference: str, where: str) -> tuple[Source, NDArray[np.int64]] | None:
     """Return the data set and the selected rows; None for an image folder."""
-    with _told(where):
+    with _prefix_errors(where):
         parsed = parse_reference(reference)
         source = _open(parsed)
         if source is None:
@@ -88,7 +88,7 @@ def _find(reference: str, where: str) -> tuple[Source, NDArray[np.int64]] | None
 
 
 @contextmanager
-def _told(where: str) -> Iterator[None]:
+def _prefix_errors(where: str) -> Iterator[None]:
     """Prefix the errors of a data set with the config key that names it."""
     try:
         yield
@@ -161,16 +161,16 @@ def _stored_files(root: Path) -> list[Path]:
 
     The search ends at the first image.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for path in _near(root, 3):
         if folder.is_image(path):
             return []
         if path.suffix.lower() == ".parquet" or (
             path.suffix.lower() == ".tar" and path.parent == root
         ):
-            found.append(path)
-    parquet = sorted(path for path in found if path.suffix.lower() == ".parquet")
-    return parquet or sorted(found)
+            files.append(path)
+    parquet = sorted(path for path in files if path.suffix.lower() == ".parquet")
+    return parquet or sorted(files)
 
 
 def _near(root: Path, depth: int) -> Iterator[Path]:

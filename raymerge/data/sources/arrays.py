@@ -72,7 +72,7 @@ class NpzArrays:
     file: FileStamp
     shape: tuple[int, ...]
     offset: int | None
-    _held: _Held = field(init=False, repr=False, compare=False, default_factory=lambda: _Held())
+    _cache: _Cache = field(init=False, repr=False, compare=False, default_factory=lambda: _Cache())
 
     def __reduce__(self) -> tuple[type[NpzArrays], tuple[FileStamp, tuple[int, ...], int | None]]:
         return NpzArrays, (self.file, self.shape, self.offset)
@@ -96,7 +96,7 @@ class NpzArrays:
 
     def _pixels(self, row: int) -> NDArray[np.uint8]:
         if self.offset is None:
-            pixels: NDArray[np.uint8] = self._held.all_of(self.file.path)[row]
+            pixels: NDArray[np.uint8] = self._cache.all_of(self.file.path)[row]
             return pixels
         size = int(np.prod(self.shape[1:]))
         content = read_at(self.file.path, self.offset + row * size, size)
@@ -119,7 +119,7 @@ class NpzArrays:
         return Labels(values.astype(np.int64))
 
 
-class _Held:
+class _Cache:
     """All images of a compressed file, read when the first one is needed."""
 
     def __init__(self) -> None:

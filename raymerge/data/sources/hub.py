@@ -17,13 +17,13 @@ _FORM = re.compile(
 def open_hub(reference: DataReference) -> ParquetRows:
     """Open a split of a hub data set; its files are fetched unless the hub's cache has them."""
     reference.require_options("config", "image", "label")
-    found = _FORM.fullmatch(reference.place)
-    if found is None:
+    match = _FORM.fullmatch(reference.place)
+    if match is None:
         raise DataError(
             f"{reference.text}: write hf:ORG/NAME:SPLIT, with @REVISION after the name if wanted"
         )
     config = reference.options.get("config")
-    files = hub_files(reference.text, found["name"], found["revision"], found["split"], config)
+    files = hub_files(reference.text, match["name"], match["revision"], match["split"], config)
     return open_parquet(reference, files, place=reference.place)
 
 

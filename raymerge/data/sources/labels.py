@@ -23,7 +23,7 @@ def class_indices(labels: Labels, classnames: Sequence[str], where: str) -> NDAr
     Raises :class:`DataError`.
     """
     count = len(classnames) if labels.names is None else len(labels.names)
-    _require_range(labels.numbers, count, where, named=labels.names is not None)
+    _require_range(labels.numbers, count, where, has_names=labels.names is not None)
     if labels.names is None:
         return labels.numbers
     place_of = _match(labels, labels.names, classnames, where)
@@ -36,11 +36,11 @@ def text_labels(texts: Sequence[str]) -> Labels:
     return Labels(numbers.astype(np.int64).reshape(-1), tuple(map(str, names)))
 
 
-def _require_range(numbers: NDArray[np.int64], count: int, where: str, *, named: bool) -> None:
+def _require_range(numbers: NDArray[np.int64], count: int, where: str, *, has_names: bool) -> None:
     outside = numbers[(numbers < 0) | (numbers >= count)]
     if not len(outside):
         return
-    classes = "classes that the data set names" if named else "class names"
+    classes = "classes that the data set names" if has_names else "class names"
     remedy = (
         "an image without a label is no test image; choose a labelled split"
         if int(outside.max()) < 0
@@ -60,8 +60,8 @@ def _match(
     A name that is no class matters only if an image has it.
     """
     # Names that occur twice cannot be matched.
-    for listed, title in ((names, "of the data set"), (classnames, "in classnames")):
-        twice = sorted({name for name in listed if listed.count(name) > 1})
+    for group, title in ((names, "of the data set"), (classnames, "in classnames")):
+        twice = sorted({name for name in group if group.count(name) > 1})
         if twice:
             raise DataError(f"{where}: class {twice[0]!r} {title} is there twice; {_INDEX}")
 

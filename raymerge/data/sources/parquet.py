@@ -57,21 +57,22 @@ def split_files(
     places = {path: _place(path.relative_to(root)) for path in sorted(files)}
     if split is not None:
         places = {path: place for path, place in places.items() if place[1] == split}
-    elif len(found := sorted({place[1] for place in places.values()})) > 1:
+    elif len(splits := sorted({place[1] for place in places.values()})) > 1:
         raise DataError(
-            f"{text}: holds the splits {quote_names(found, 9)}; name one: ?split={found[0]}"
+            f"{text}: holds the splits {quote_names(splits, 9)}; name one: ?split={splits[0]}"
         )
     if config is not None:
         places = {path: place for path, place in places.items() if place[0] == config}
-    elif len(found := sorted({place[0] for place in places.values()})) > 1:
+    elif len(configs := sorted({place[0] for place in places.values()})) > 1:
         raise DataError(
-            f"{text}: holds the configurations {quote_names(found, 9)}; name one: config={found[0]}"
+            f"{text}: holds the configurations {quote_names(configs, 9)}; "
+            f"name one: config={configs[0]}"
         )
     if not places:
         there = sorted({"/".join(_place(path.relative_to(root))) for path in files})
-        wanted = "/".join(filter(None, (config, split)))
+        target = "/".join(filter(None, (config, split)))
         raise DataError(
-            f"{text}: holds no Parquet file of {wanted}; it has {quote_names(there, 9) or 'none'}"
+            f"{text}: holds no Parquet file of {target}; it has {quote_names(there, 9) or 'none'}"
         )
     _require_all(list(places), text)
     return list(places)
@@ -80,8 +81,8 @@ def split_files(
 def _place(path: Path) -> tuple[str, str]:
     """Return (configuration, split) of ``config/test-00000-of-00001`` or ``config/test/0000``."""
     folders = [name for name in path.parts[:-1] if name != "data"]
-    if found := _SHARD.fullmatch(path.stem):
-        split = found.group("split")
+    if match := _SHARD.fullmatch(path.stem):
+        split = match.group("split")
     elif _NUMBERED.fullmatch(path.stem) and folders:
         split = folders.pop()
     else:
@@ -90,10 +91,10 @@ def _place(path: Path) -> tuple[str, str]:
 
 
 def _require_all(files: Sequence[Path], text: str) -> None:
-    shards = [found for path in files if (found := _SHARD.fullmatch(path.stem))]
-    counts = {int(found.group("count")) for found in shards}
+    shards = [match for path in files if (match := _SHARD.fullmatch(path.stem))]
+    counts = {int(shard.group("count")) for shard in shards}
     if len(shards) == len(files) and len(counts) == 1 and len(files) != (count := counts.pop()):
-        there = {int(found.group("number")) for found in shards}
+        there = {int(shard.group("number")) for shard in shards}
         missing = [f"{i:05}" for i in range(min(count, 100_000)) if i not in there]
         raise DataError(
             f"{text}: {len(files)} of {count} Parquet files are there, without "
@@ -153,8 +154,8 @@ class ParquetRows:
 
     def name(self, row: int) -> str:
         file, place = self._find(row)
-        known = file.path if self.place is None else f"{self.place} {file.path.name}"
-        return f"{known} row {place}"
+        path = file.path if self.place is None else f"{self.place} {file.path.name}"
+        return f"{path} row {place}"
 
     def encoded(self, row: int) -> bytes:
         file, place = self._find(row)
@@ -200,24 +201,24 @@ def _value(chunks: Sequence[Any], place: int) -> Any:
 
 
 def _image_column(schema: Mapping[str, str], reference: DataReference) -> str:
-    given = reference.options.get("image")
+    column = reference.options.get("image")
     candidates = [name for name, kind in schema.items() if kind in ("image", "binary")]
-    if given is not None:
-        if given not in candidates:
-            raise DataError(_no_column(reference.text, "image", given, candidates, schema))
-        return given
+    if column is not None:
+        if column not in candidates:
+            raise DataError(_no_column(reference.text, "image", column, candidates, schema))
+        return column
     return _only(candidates, _IMAGES, reference.text, "image", schema)
 
 
-def _label_column(schema: Mapping[str, str], given: str | None, text: str) -> str:
+def _label_column(schema: Mapping[str, str], column: str | None, text: str) -> str:
     candidates = [name for name, kind in schema.items() if kind in ("integer", "text")]
-    if given is not None:
-        if given not in candidates:
-            raise DataError(_no_column(text, "label", given, candidates, schema))
-        return given
+    if column is not None:
+        if column not in candidates:
+            raise DataError(_no_column(text, "label", column, candidates, schema))
+        return column
     classes = [name for name in candidates if schema[name] == "integer"]
-    named = [name for name in candidates if name.lower() in _LABELS]
-    return _only(named or classes, _LABELS, text, "label", schema)
+    matches = [name for name in candidates if name.lower() in _LABELS]
+    return _only(matches or classes, _LABELS, text, "label", schema)
 
 
 def _only(
@@ -227,19 +228,21 @@ def _only(
     what: str,
     schema: Mapping[str, str],
 ) -> str:
-    named = next((name for known in usual for name in candidates if name.lower() == known), None)
-    if named is not None:
-        return named
+    match = next((name for word in usual for name in candidates if name.lower() == word), None)
+    if match is not None:
+        return match
     if len(candidates) != 1:
         raise DataError(_no_column(text, what, None, candidates, schema))
     return candidates[0]
 
 
 def _no_column(
-    text: str, what: str, given: str | None, candidates: Sequence[str], schema: Mapping[str, str]
+    text: str, what: str, column: str | None, candidates: Sequence[str], schema: Mapping[str, str]
 ) -> str:
     if candidates:
-        which = f"column {given!r} holds no {what}s" if given else f"which column holds the {what}s"
+        which = (
+            f"column {column!r} holds no {what}s" if column else f"which column holds the {what}s"
+        )
         return f"{text}: {which}; name it: {what}=…, one of {quote_names(candidates, 9)}"
     types = ", ".join(f"{name}: {kind}" for name, kind in list(schema.items())[:9])
     return f"{text}: no column holds {what}s (columns: {types or 'none'})"
@@ -354,21 +357,21 @@ class _RowGroups:
     """The image columns of the row groups that were used last."""
 
     def __init__(self) -> None:
-        self._held: OrderedDict[tuple[FileStamp, str, int], list[Any]] = OrderedDict()
+        self._arrays: OrderedDict[tuple[FileStamp, str, int], list[Any]] = OrderedDict()
 
     def column(self, file: FileStamp, column: str, group: int) -> list[Any]:
         """Return the column's binary arrays in order."""
         key = (file, column, group)
         with _LOCK:
-            if key not in self._held:
-                self._held[key] = _read_group(file, column, group)
-                while len(self._held) > 1 and self._bytes() > _CACHE_BYTES:
-                    self._held.popitem(last=False)
-            self._held.move_to_end(key)
-            return self._held[key]
+            if key not in self._arrays:
+                self._arrays[key] = _read_group(file, column, group)
+                while len(self._arrays) > 1 and self._bytes() > _CACHE_BYTES:
+                    self._arrays.popitem(last=False)
+            self._arrays.move_to_end(key)
+            return self._arrays[key]
 
     def _bytes(self) -> int:
-        return sum(array.nbytes for arrays in self._held.values() for array in arrays)
+        return sum(array.nbytes for arrays in self._arrays.values() for array in arrays)
 
 
 _LOCK = Lock()
@@ -381,29 +384,29 @@ def _read_group(file: FileStamp, column: str, group: int) -> list[Any]:
 
     The column's size in the header is not used: pyarrow aborts the process if it is damaged.
     """
-    held, chunks = 0, []
+    size, chunks = 0, []
     with _reading(file):
         parquet = _opened(file)
         for batch in parquet.iter_batches(
             _ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False
         ):
             chunks.append(_binary(batch.column(0)))
-            held += chunks[-1].nbytes
-            if held > _MOST_GROUP_BYTES:
+            size += chunks[-1].nbytes
+            if size > _MOST_GROUP_BYTES:
                 raise DataError(
                     f"{file.path}: row group {group} has over {_MOST_GROUP_BYTES / 2**30:.1f} GiB "
                     "of images, and is read as a whole; write it again with row_group_size=100"
                 )
-        told = parquet.metadata.row_group(group).num_rows
-    _require_rows(file, sum(map(len, chunks)), told, f"row group {group}")
+        header_rows = parquet.metadata.row_group(group).num_rows
+    _require_rows(file, sum(map(len, chunks)), header_rows, f"row group {group}")
     return chunks
 
 
-def _require_rows(file: FileStamp, held: int, told: int, where: str) -> None:
+def _require_rows(file: FileStamp, rows: int, header_rows: int, where: str) -> None:
     """Refuse a file whose header counts other rows than its columns hold."""
-    if held != told:
+    if rows != header_rows:
         raise DataError(
-            f"{file.path}: {where} has {told} rows and holds {held}; fetch or write it again"
+            f"{file.path}: {where} has {header_rows} rows and holds {rows}; fetch or write it again"
         )
 
 

@@ -39,26 +39,26 @@ class DataReference:
 
     def number(self, option: str) -> int | None:
         """Return an option as an integer ≥ 1, or None; raises :class:`DataError`."""
-        given = self.options.get(option)
-        if given is None:
+        value = self.options.get(option)
+        if value is None:
             return None
-        if not re.fullmatch(r"[1-9][0-9]{0,17}", given):
-            raise DataError(f"{self.text}: {option}={given!r} is no whole number from 1 on")
-        return int(given)
+        if not re.fullmatch(r"[1-9][0-9]{0,17}", value):
+            raise DataError(f"{self.text}: {option}={value!r} is no whole number from 1 on")
+        return int(value)
 
-    def require_options(self, *known: str) -> None:
-        known = (*known, *COMMON)
+    def require_options(self, *names: str) -> None:
+        names = (*names, *COMMON)
         for name in self.options:
-            if name not in known:
-                raise DataError(f"{self.text}: option {unknown_name(name, known)}")
+            if name not in names:
+                raise DataError(f"{self.text}: option {unknown_name(name, names)}")
         self.choice("match", ("name", "index"))
         self.number("limit")
 
     def choice(self, option: str, values: Collection[str]) -> str | None:
-        given = self.options.get(option)
-        if given is not None and given not in values:
-            raise DataError(f"{self.text}: {option}={given!r}; write {' or '.join(values)}")
-        return given
+        value = self.options.get(option)
+        if value is not None and value not in values:
+            raise DataError(f"{self.text}: {option}={value!r}; write {' or '.join(values)}")
+        return value
 
 
 def parse_reference(text: str) -> DataReference:

@@ -43,15 +43,15 @@ _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
 def expand(pattern: str) -> list[Path]:
     """Return the paths of a pattern such as ``a-{00..02}.tar``; raises :class:`DataError`."""
-    found = _BRACES.search(pattern)
-    if found is None:
+    match = _BRACES.search(pattern)
+    if match is None:
         return [Path(pattern)]
-    first, last = map(int, found.groups())
+    first, last = map(int, match.groups())
     if not first <= last < first + _MOST_SHARDS:
-        raise DataError(f"{pattern}: {found.group()} names no shard, or over {_MOST_SHARDS}")
-    width = len(found.group(1))
+        raise DataError(f"{pattern}: {match.group()} names no shard, or over {_MOST_SHARDS}")
+    width = len(match.group(1))
     texts = [f"{number:0{width}}" for number in range(first, last + 1)]
-    heads = [pattern[: found.start()] + text + pattern[found.end() :] for text in texts]
+    heads = [pattern[: match.start()] + text + pattern[match.end() :] for text in texts]
     return [path for head in heads for path in expand(head)]
 
 
@@ -180,17 +180,17 @@ def _indexed(file: FileStamp) -> _Index:
         key, suffix = _split(member.name)
         if suffix in _IMAGES or suffix in _LABELS:
             _add(samples.setdefault(key, _Sample()), member, suffix, file)
-    kept = {key: sample for key, sample in samples.items() if sample.image is not None}
-    if not kept:
+    samples = {key: sample for key, sample in samples.items() if sample.image is not None}
+    if not samples:
         raise DataError(
             f"{file.path}: holds no image ({', '.join(_IMAGES)}); expected members such as "
             "0001.jpg with 0001.cls"
         )
-    kinds = [next((k for k in _LABELS if k in s.labels), "") for s in kept.values()]
-    labels = [s.labels.get(k, (0, -1)) for s, k in zip(kept.values(), kinds, strict=True)]
+    kinds = [next((k for k in _LABELS if k in s.labels), "") for s in samples.values()]
+    labels = [s.labels.get(k, (0, -1)) for s, k in zip(samples.values(), kinds, strict=True)]
     return _Index(
-        tuple(kept),
-        np.array([sample.image for sample in kept.values()], dtype=np.int64),
+        tuple(samples),
+        np.array([sample.image for sample in samples.values()], dtype=np.int64),
         np.array(labels, dtype=np.int64),
         tuple(kinds),
     )

@@ -42,18 +42,20 @@ def open_vision(reference: DataReference) -> VisionImages:
     name, _, split = reference.place.removeprefix("torchvision:").partition(":")
     if name not in NAMES:
         raise DataError(f"{reference.text}: torchvision data set {unknown_name(name, NAMES)}")
-    taken = inspect.signature(_class(name).__init__).parameters
-    splits = "train" if "train" in taken or name == "EMNIST" else "split" * ("split" in taken)
-    own = [key for key in _EXTRAS if key in taken and key != splits]
+    parameters = inspect.signature(_class(name).__init__).parameters
+    splits = (
+        "train" if "train" in parameters or name == "EMNIST" else "split" * ("split" in parameters)
+    )
+    own = [key for key in _EXTRAS if key in parameters and key != splits]
     reference.require_options("root", "download", *own)
     reference.choice("download", ("0", "1"))
-    given = [(key, _value(reference, key)) for key in own if key in reference.options]
+    extras = [(key, _value(reference, key)) for key in own if key in reference.options]
     images = VisionImages(
         reference.place,
         name,
         str(Path(reference.options.get("root") or cache_folder() / "torchvision").absolute()),
         reference.options.get("download") == "1",
-        (*_split(reference, splits, split), *given),
+        (*_split(reference, splits, split), *extras),
     )
     if not len(images):
         raise DataError(f"{reference.text}: holds no image")

@@ -32,13 +32,13 @@ def _local(url: str) -> str:
 
     folder, _, name = url.rstrip("/").rpartition("/")
     if "{" in name:
-        wanted = [str(path) for path in expand(name)]
+        paths = [str(path) for path in expand(name)]
 
         def shards(names: Sequence[str]) -> list[str]:
-            for shard in wanted:
+            for shard in paths:
                 if shard not in names:
                     raise DataError(f"{url}: {shard}: no such file")
-            return wanted
+            return paths
 
         return str(PurePosixPath(remote.fetch_folder(folder, shards)) / name)
     return str(remote.fetch_folder(url) if remote.is_folder(url) else remote.fetch(url))

@@ -78,8 +78,8 @@ class LearningState:
             memory["skipped"] = torch.tensor(adam.skipped)
         if self.skipped_in_a_row:
             memory["skipped_in_a_row"] = torch.tensor(self.skipped_in_a_row)
-        named = {"lambdas": adam.lambdas, "mean": adam.mean, "square": adam.square}
-        return named | {f"memory.{name}": t for name, t in memory.items() if t is not None}
+        tensors = {"lambdas": adam.lambdas, "mean": adam.mean, "square": adam.square}
+        return tensors | {f"memory.{name}": t for name, t in memory.items() if t is not None}
 
     @classmethod
     def from_tensors(cls, step: int, tensors: Mapping[str, Tensor]) -> LearningState:

@@ -258,16 +258,16 @@ class Machine:
     # --- names, and what is made of them ---------------------------------------------------------
 
     def _global(self) -> None:
-        self._push(_named(self._reader.line(), self._reader.line()))
+        self._push(_resolve_name(self._reader.line(), self._reader.line()))
 
     def _stack_global(self) -> None:
         module, name = self._take(2)
         if not isinstance(name, str) or not isinstance(module, str):
             raise DamagedError("a name that is no text")
-        self._push(_named(module, name))
+        self._push(_resolve_name(module, name))
 
     def _instance(self) -> None:
-        _named(self._reader.line(), self._reader.line())
+        _resolve_name(self._reader.line(), self._reader.line())
         raise DamagedError("an instance as Python 2 wrote it")
 
     def _persistent_id(self) -> None:
@@ -277,8 +277,8 @@ class Machine:
         self._push(self._call(*self._take(2)))
 
     def _reduce_with_names(self) -> None:
-        function, arguments, named = self._take(3)
-        if named and isinstance(function, Name) and function.dotted in self._builders:
+        function, arguments, keywords = self._take(3)
+        if keywords and isinstance(function, Name) and function.dotted in self._builders:
             raise DamagedError(f"{function.dotted} takes no named arguments")
         self._push(self._call(function, arguments))
 
@@ -314,7 +314,7 @@ class Machine:
             raise DamagedError(f"gives a state to a {type(target).__name__}")
 
 
-def _named(module: str, name: str) -> Name | torch.dtype:
+def _resolve_name(module: str, name: str) -> Name | torch.dtype:
     """Return a name that a pickle may use. Raises :class:`RefusedError` for any other one."""
     module, name = NAME_MAPPING.get((module, name), (module, name))  # protocol 2: Python 2's names
     module = IMPORT_MAPPING.get(module, module)
