@@ -75,5 +75,5 @@ def _provenance(provenance: Provenance, metrics: Metrics | None) -> dict[str, ob
 
 
 def _median_step_s(metrics: Metrics) -> float | None:
-    seconds = sorted(value for value in metrics.seconds if value is not None)
-    return seconds[len(seconds) // 2] if seconds else None
+    durations = sorted(value for value in metrics.seconds if value is not None)
+    return durations[len(durations) // 2] if durations else None
