@@ -100,12 +100,13 @@ class WorkerPool:
         self.spec = replace(
             spec, threads=placement.cpus_per_worker, use_gpu=placement.gpus_per_worker > 0
         )
+        # Store the source first: if it cannot be pickled, no slot stays reserved.
+        self._source = source.store_parts(lambda value: StoredValue(ray.put(value)))
         self.workers = [PoolWorker(slot) for slot in reserve_slots(placement)]
         self.start_limits = Limits(
             config.start_timeout_s, config.hang_timeout_s, "cluster.start_timeout_s"
         )
         self._worker_class = worker_class
-        self._source = source.store_parts(lambda value: StoredValue(ray.put(value)))
         self._preemption = PreemptionMonitor()
 
     @property
@@ -207,7 +208,8 @@ class WorkerPool:
             return RunError(
                 f"the cluster found no room for {placement.workers} workers with "
                 f"{placement.cpus_per_worker} CPUs and {placement.gpus_per_worker:g} GPUs each "
-                f"within {limit}; lower cluster.workers or raise cluster.start_timeout_s"
+                f"within {limit}; use fewer workers (cluster.workers) or raise "
+                "cluster.start_timeout_s"
             )
         return WorkerLostError(
             f"{len(self.ready)} of {placement.workers} workers were ready within {limit}, but at "

@@ -148,7 +148,7 @@ class Recovery:
         if refusal is not None:
             raise WorkerLostError(
                 f"{_names(ranks)} of {len(self._groups.workers)} {cause.reason} during {what} "
-                f"({refusal}); the last saved state is kept, run again with --resume"
+                f"({refusal}); a run that saves its state continues with --resume"
             )
 
     # --- leaving a generation ------------------------------------------------------------------

@@ -57,7 +57,14 @@ class MergeInputs:
         ]
         self.granularity = self.method.granularity(self.options)
         self.layers: LayerMap = self.pretrained.layout.layers(self.granularity)
-        ties = partial(ties_statistics, self.pretrained, self._experts, extra_zeros=plan.leftovers)
+        # Writing a merge finds the signs in its own pass; a loop's basis asks for them here.
+        ties = partial(
+            ties_statistics,
+            self.pretrained,
+            self._experts,
+            extra_zeros=plan.leftovers,
+            count_signs=False,
+        )
         inputs = BasisInputs(config.model_names, config.seed, ties)
         self.basis: Basis | None = self.method.basis(self.options, inputs)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
@@ -96,6 +97,11 @@ def merge_module(
     row = method_of(options)
     optimizer_options = _validate(_Optimizer, {"optimizer": optimizer or {}}).optimizer
     _require_experts(experts)
+    if optimizer_options.nonfinite == "skip" and not options.may_skip_steps:
+        raise UserError(
+            f"optimizer.nonfinite: skip is not for {options.name}, whose every iteration counts in "
+            "the next one's step size; remove it"
+        )
     # Open the experts and compare them with the model.
     parts = ModuleParts(model, experts, merged, logits)
     files = ModuleFiles.open(parts)
@@ -109,17 +115,13 @@ def merge_module(
     incidents: Sequence[Incident] = ()
     if row.images(options) != "none":
         source = _make_source(parts, files, batches)
-        with _open_group(source, workers) as group:
-            if row.statistics is not None:
-                tasks = range(len(experts))
-                delta_P = merged_delta(
-                    row.statistics, options, group, tasks, files.pretrained, opened, seed
-                )
-                basis = ConstantRow(delta_P)
-            else:
-                learning = _learning(row, options, optimizer_options, group, basis, seed)
-                lambdas_JL = _learn(row, learning, lambdas_JL, records)
-            incidents = tuple(group.incidents)
+        if row.statistics is not None:
+            basis, incidents = _solve_statistics(row, options, source, files, seed, workers)
+            opened = opened[:1]  # the constant row replaces all task vectors
+        else:
+            lambdas_JL, incidents = _learn(
+                row, options, optimizer_options, source, basis, seed, lambdas_JL, workers, records
+            )
     # Merge into a copy of the module.
     state = _merged_state(parts, files, opened, basis, layers, lambdas_JL)
     return MergedModule(state, lambdas_JL, layers.names, records, incidents)
@@ -221,6 +223,10 @@ def _make_source(
     served = source.serve(WorkerSpec(), {})
     served.theta_P.copy_(files.pretrained.flat(len(served.theta_P)))
     classes = [_classes(served.module, name, batches[name][0], parts.logits) for name in names]
+    # A damaged expert must be found before any worker starts.
+    for expert in files.experts.values():
+        for piece in files.layout.shard(0, 1).pieces():
+            expert.read(piece, torch.empty(piece.stop - piece.start))
     return replace(source, classes=max(classes))
 
 
@@ -302,17 +308,54 @@ def _learning(
     )
 
 
-def _learn(row: Method, learning: Learning, start_KL: Tensor, records: list[StepRecord]) -> Tensor:
-    """Return λ (K, L) after the loop's steps; append each step's record to ``records``."""
+def _learn(
+    row: Method,
+    options: MethodConfig,
+    optimizer: OptimizerConfig,
+    source: ModuleSource,
+    basis: Basis | None,
+    seed: int,
+    start_KL: Tensor,
+    workers: int,
+    records: list[StepRecord],
+) -> tuple[Tensor, Sequence[Incident]]:
+    """Return λ (K, L) after the loop's steps, and the incidents of the workers.
+
+    Appends each step's record to ``records``. The workers are freed before the result is merged.
+    """
     assert row.loop is not None
-    learning.group.load(learning.load)
-    with progress_bar("merging", unit="step", total=learning.steps) as progress:
+    with _open_group(source, workers) as group:
+        learning = _learning(row, options, optimizer, group, basis, seed)
+        # The workers read their vectors and batches once; then only λ and gradients travel.
+        group.load(learning.load)
+        with progress_bar("merging", unit="step", total=learning.steps) as progress:
 
-        def observe(record: StepRecord, state: LearningState) -> None:
-            records.append(record)
-            progress(1)
+            def observe(record: StepRecord, state: LearningState) -> None:
+                records.append(record)
+                progress(1)
 
-        return learn_lambdas(row.loop, learning, LearningState.initial(start_KL), observe)
+            start = LearningState.initial(start_KL)
+            lambdas_KL = learn_lambdas(row.loop, learning, start, observe)
+        return lambdas_KL, tuple(group.incidents)
+
+
+def _solve_statistics(
+    row: Method,
+    options: MethodConfig,
+    source: ModuleSource,
+    files: ModuleFiles,
+    seed: int,
+    workers: int,
+) -> tuple[ConstantRow, Sequence[Incident]]:
+    """Return the merged vector of a method with statistics, and the incidents of the workers."""
+    assert row.statistics is not None
+    experts = list(files.experts.values())
+    with _open_group(source, workers) as group:
+        tasks = range(len(experts))
+        delta_P = merged_delta(
+            row.statistics, options, group, tasks, files.pretrained, experts, seed
+        )
+        return ConstantRow(delta_P), tuple(group.incidents)
 
 
 # --- the merge -----------------------------------------------------------------------------------

@@ -93,10 +93,10 @@ def _summary(config: Config, plan: Plan) -> str:
     method, model = method_of(config.method), f"`{Path(plan.model).name}`"
     text_tower = f"the text tower is that of the pretrained model, {model}."
     if method.reference:
-        return (
-            f"{method.reference}: a reference ({method.paper}).\n"
-            f"Only its image encoder is used; {text_tower}"
-        )
+        reference = f"{method.reference}: a reference ({method.paper})."
+        if method.checkpoint(config.method) is None:
+            return reference
+        return f"{reference}\nOnly its image encoder is used; {text_tower}"
     return (
         f"{_count(config).replace(' ', ' fine-tuned ')} merged into one by "
         f"**{describe(config.method)}** ({method.paper}) with raymerge.\n"

@@ -24,7 +24,8 @@ from raymerge.models.heads import zero_shot_head
 from raymerge.models.resolve import resolve_model
 
 TASKS = ("one", "two", "three")
-COSINE = {"objective": "entropy", "oracle": "cosine"}
+ENTROPY = {"objective": "entropy"}
+COSINE = {**ENTROPY, "oracle": "cosine"}
 DOCS = Path(__file__).parents[2] / "docs" / "modules.md"
 
 
@@ -318,6 +319,11 @@ def test_the_documented_example_learns() -> None:
         ),
         ({"logits": lambda model, batch, task: torch.zeros(5, 3)}, "do not depend on"),
         ({"optimizer": {"stepz": 3}}, "stepz"),
+        (
+            {"optimizer": {"nonfinite": "skip"}, "method": {"name": "fw_soft", **ENTROPY}},
+            "nonfinite: skip is not for fw_soft",
+        ),
+        ({"batches": {key: [torch.zeros(0, 4).long()] for key in TASKS}}, "'one': one has no rows"),
     ],
 )
 def test_wrong_input_is_one_line(models, batches, change, message: str) -> None:
@@ -334,6 +340,22 @@ def test_wrong_input_is_one_line(models, batches, change, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         raymerge.merge_module(**arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_expert_is_found_before_any_worker_starts(models, batches, monkeypatch) -> None:
+    def fail(*args: object) -> None:
+        raise AssertionError("a worker started")
+
+    monkeypatch.setattr("raymerge.runs.merge_module.LocalGroup", fail)
+    model, experts = models
+    state = experts["two"].state_dict()
+    state["hidden.weight"] = torch.full((6, 6), torch.nan)
+    damaged = {**experts, "two": state}
+    for method in ("adamerging", "fisher"):
+        with pytest.raises(UserError, match=r"experts\['two'\]: .*hidden.weight"):
+            raymerge.merge_module(
+                model, damaged, method, batches=batches, logits=logits, merged=backbone
+            )
 
 
 def test_an_expert_of_another_shape_is_refused(models) -> None:

@@ -9,6 +9,7 @@ Legend: B images, D features, C classes, P columns of the flat vector.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from weakref import proxy
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class ClipModel:
         self.encoder.drop_text()
         self.theta_P, self.gradient_P = self.encoder.theta_P, self.encoder.gradient_P
         self._sources: list[ImageList | None] | None = None
-        self._statistics = ExpertStatistics(self)
+        self._statistics = ExpertStatistics(proxy(self))  # a cycle would outlive the model
         self._evaluator: tuple[tuple[int, int], Evaluator] | None = None
 
     def head(self, task: int) -> Tensor:
@@ -103,6 +104,7 @@ class ClipModel:
                 self._pinned[task] = PinnedImages(
                     source, images, self.encoder.preprocess, progress, threads
                 )
+        self._sources = None  # some sources hold their whole data once they are read
 
     def pinned_bytes(self) -> int:
         return sum(images.nbytes for images in self._pinned.values())

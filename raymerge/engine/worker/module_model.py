@@ -205,7 +205,11 @@ class ModuleModel:
 
     def _batch_logits(self, task: int, batch: Batch) -> Tensor:
         assert self._logits is not None
-        return self._logits(self.module, batch, self._source.task_names[task]).float()
+        name = self._source.task_names[task]
+        logits_BC = self._logits(self.module, batch, name)
+        if not len(logits_BC):
+            raise UserError(f"batches of task {name!r}: one has no rows; leave it out")
+        return logits_BC.float()
 
     def labels(self, task: int) -> Tensor:
         raise UserError("method.objective: cross_entropy needs labels, and batches have none")

@@ -36,15 +36,19 @@ _TEACHER_BATCH = 64
 class Target:
     """The expert's logits or the labels with which the objective compares predictions.
 
-    ``examples``: sorted indices; ``values``: one tensor for each, of as many rows as its logits.
+    ``examples``: sorted indices; ``values``: one label for each, or one tensor for each, of as many
+    rows as its logits.
     """
 
     examples: NDArray[np.int64]
-    values: Sequence[Tensor]
+    values: Tensor | Sequence[Tensor]
 
     def of(self, examples: NDArray[np.int64]) -> Tensor:
         """Return the rows of these examples, one after the other."""
-        return torch.cat([self.values[i] for i in np.searchsorted(self.examples, examples)])
+        rows = np.searchsorted(self.examples, examples)
+        if isinstance(self.values, Tensor):
+            return self.values[rows]
+        return torch.cat([self.values[i] for i in rows])
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ class WorkerShard:
 
     def _label_target(self, task: int) -> Target:
         labels = self._model.labels(task)
-        return Target(np.arange(len(labels)), labels.split(1))
+        return Target(np.arange(len(labels)), labels)
 
     @torch.no_grad()
     def _expert_target(self, part: SlotRange) -> Target:

@@ -202,7 +202,7 @@ class _Clock:
         self._since = time.perf_counter()
 
     def begin(self, phase: str) -> None:
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # a worker on the CPU must not make a CUDA context
             torch.cuda.synchronize()
         now = time.perf_counter()
         self._laps[self.phase] = self._laps.get(self.phase, 0.0) + now - self._since
