@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.verbose:
             raise
+        reason = one_line(error) if str(error) else "no message"
         hint = "run again with --verbose for the traceback"
-        return _fail(f"{type(error).__name__}: {one_line(error)}; {hint}", 1)
+        return _fail(f"{type(error).__name__}: {reason}; {hint}", 1)
     return code
 
 

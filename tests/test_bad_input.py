@@ -517,7 +517,7 @@ def test_pretrained_weights_that_do_not_fit_their_config(attempt: Attempt) -> No
     state = attempt.pretrained_state()
     del state["visual.proj"]
     attempt.pretrained(state)
-    attempt.refused("visual.proj", "1 tensors missing")
+    attempt.refused("visual.proj", "1 missing (visual.proj)")
 
 
 def test_visual_tower_alone_is_no_pretrained_model(attempt: Attempt) -> None:

@@ -207,7 +207,7 @@ def test_a_failed_run_is_one_line_and_exit_code_one(
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (ZeroDivisionError("a\nb"), "ZeroDivisionError: a; run again with --verbose"),
+        (ZeroDivisionError("a\nb"), "ZeroDivisionError: a b; run again with --verbose"),
         (KeyError(), "KeyError: no message; run again with --verbose"),
         (MemoryError(), "out of memory; use fewer workers"),
     ],
@@ -436,8 +436,8 @@ def test_interrupt_and_terminate_keep_the_state_and_resume(
 _ACCIDENTS = """
 import json, os, signal, sys
 import raymerge.cli, raymerge.engine.driver.loop
-import raymerge.runs.folder as rundir, raymerge.runs.merge as session
-import raymerge.runs.state as state
+import raymerge.runs.folder as rundir, raymerge.runs.inputs as inputs
+import raymerge.runs.merge, raymerge.runs.state as state
 
 def kill(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -462,7 +462,7 @@ def in_save(step):
     state._write_synced = wrapped
 
 def in_export():
-    session.write_merged = kill
+    inputs.write_merged = kill
 
 def in_weights():
     import raymerge.models.write_merged as export
