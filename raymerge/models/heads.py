@@ -17,6 +17,7 @@ from raymerge.config import TaskConfig
 from raymerge.errors import CheckpointError
 from raymerge.models.checkpoints.checkpoint import Checkpoint, read_tensor
 from raymerge.models.checkpoints.opening import open_checkpoint
+from raymerge.models.checkpoints.recognise import prefixes_of
 from raymerge.models.checkpoints.visual_tower import require_finite
 
 if TYPE_CHECKING:
@@ -57,17 +58,20 @@ def saved_head(task: TaskConfig, where: str, features: int) -> Tensor:
     """
     try:
         checkpoint = open_checkpoint(str(task.head))
-        _require_fit(checkpoint, len(task.classnames), features)
-        weight_CD = read_tensor(checkpoint, "weight", torch.float32)
-        require_finite(weight_CD, checkpoint, "weight")
+        prefix = _require_fit(checkpoint, len(task.classnames), features)
+        weight_CD = read_tensor(checkpoint, f"{prefix}weight", torch.float32)
+        require_finite(weight_CD, checkpoint, f"{prefix}weight")
     except CheckpointError as error:
         raise CheckpointError(f"{where}.head ({task.name}): {error}") from error
     return weight_CD.t().contiguous()
 
 
-def _require_fit(checkpoint: Checkpoint, classes: int, features: int) -> None:
-    """Raise :class:`CheckpointError` unless it is a head without bias over normalised features."""
-    path, specs = checkpoint.path, checkpoint.specs
+def _require_fit(checkpoint: Checkpoint, classes: int, features: int) -> str:
+    """Return the prefix of a head's keys. Raises :class:`CheckpointError` unless it is a head
+    without bias over normalised features."""
+    path = checkpoint.path
+    prefix = next(iter(prefixes_of(checkpoint.specs, ("weight", "bias"))), "")
+    specs = {key.removeprefix(prefix): spec for key, spec in checkpoint.specs.items()}
     unexpected = sorted(specs.keys() - {"weight", "bias"})
     if "weight" not in specs or unexpected:
         names = ", ".join((unexpected or sorted(specs))[:3])
@@ -91,7 +95,7 @@ def _require_fit(checkpoint: Checkpoint, classes: int, features: int) -> None:
             f"checkpoint {path}: bias has shape {list(specs['bias'].shape)}, but the task has "
             f"{classes} classnames"
         )
-    if "bias" in specs and bool(read_tensor(checkpoint, "bias").any()):
+    if "bias" in specs and bool(read_tensor(checkpoint, f"{prefix}bias").any()):
         raise CheckpointError(
             f"checkpoint {path}: has a bias that is not zero, and heads here have none; save the "
             "head without it"
@@ -104,3 +108,4 @@ def _require_fit(checkpoint: Checkpoint, classes: int, features: int) -> None:
                 f"checkpoint {path}: is a head for features that are not normalised ({key}=False), "
                 "and features are normalised here; save a head for normalised features"
             )
+    return prefix

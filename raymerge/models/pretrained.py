@@ -10,12 +10,13 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from raymerge.errors import CheckpointError
+from raymerge.errors import CheckpointError, excerpt
 from raymerge.merging.layout import ParameterLayout
-from raymerge.models.checkpoints.checkpoint import read_tensor
+from raymerge.models.as_open_clip import as_open_clip
+from raymerge.models.checkpoints.checkpoint import SAFETENSORS_DTYPES, Checkpoint, read_tensor
 from raymerge.models.checkpoints.opening import open_checkpoint
+from raymerge.models.checkpoints.recognise import prefixes_of
 from raymerge.models.checkpoints.visual_tower import (
-    PREFIXES,
     Shapes,
     VisualCheckpoint,
     match_visual,
@@ -25,8 +26,6 @@ from raymerge.models.checkpoints.visual_tower import (
 from raymerge.models.clip_shapes import clip_vit_shapes
 from raymerge.models.resolve import ResolvedModel
 
-# OpenAI's own state dicts carry these numbers beside the weights; open_clip drops them as well.
-_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
 _TEXT_PARAMETERS = (
     "positional_embedding",
     "text_projection",
@@ -39,17 +38,19 @@ _TEXT_PARAMETERS = (
 def open_pretrained(resolved: ResolvedModel) -> tuple[VisualCheckpoint, int]:
     """Return θ₀, checked against the architecture, and the number of text parameters beside it.
 
-    The text parameters counted are those that the official release leaves in its pickled encoders;
-    ``trim_scope: full`` counts them as zero deltas. Raises :class:`CheckpointError`.
+    What open_clip mends when it loads a file is mended here (``as_open_clip``). The text parameters
+    counted are those that the official release leaves in its pickled encoders; ``trim_scope: full``
+    counts them as zero deltas. Raises :class:`CheckpointError`.
     """
     layout, expected = model_shapes(resolved)
-    checkpoint = open_checkpoint(resolved.weights)
-    specs = {key.removeprefix("module."): spec for key, spec in checkpoint.specs.items()}
-    shapes = {key: spec.shape for key, spec in specs.items() if key not in _NOT_WEIGHTS}
+    checkpoint = as_open_clip(open_checkpoint(resolved.weights), expected)
     where = f"pretrained {checkpoint.path}"
-    _require_text(shapes, expected, where)
+    _require_text(checkpoint, layout, expected, where)
+    shapes = {key: spec.shape for key, spec in checkpoint.specs.items()}
     require_shapes(shapes, expected, where, "the architecture")
-    text = (spec.numel for key, spec in specs.items() if key.split(".")[0] in _TEXT_PARAMETERS)
+    _require_writable(checkpoint, where)
+    names = checkpoint.specs.items()
+    text = (spec.numel for key, spec in names if key.split(".")[0] in _TEXT_PARAMETERS)
     return match_visual(checkpoint, layout), sum(text)
 
 
@@ -67,19 +68,33 @@ def model_shapes(resolved: ResolvedModel) -> tuple[ParameterLayout, Shapes]:
     return ParameterLayout.of(skeleton.visual.state_dict()), shapes
 
 
-def _require_text(shapes: Shapes, expected: Shapes, where: str) -> None:
+def _require_text(
+    checkpoint: Checkpoint, layout: ParameterLayout, expected: Shapes, where: str
+) -> None:
     """Raise for an image encoder alone, such as the released zeroshot.pt: it can be an expert, but
     not the pretrained model."""
-    visual = [key.removeprefix("visual.") for key in expected if key.startswith("visual.")]
+    keys = checkpoint.specs
     text = [key for key in expected if key.startswith(("transformer.", "text."))]
-    has_tower = any(all(prefix + name in shapes for name in visual) for prefix in PREFIXES)
-    names = (key.removeprefix("model.") for key in shapes)
-    if has_tower and text and not set(text) & set(names):
-        raise CheckpointError(
-            f"{where}: is an image encoder without its text tower ({text[0]} and {len(text) - 1} "
-            "more tensors are missing), and the merged model is a whole CLIP; use a whole model, "
-            "such as pretrained: openai, and this file as a task's checkpoint"
-        )
+    for prefix in prefixes_of(keys, layout.names):
+        others = [key for key in keys if not key.startswith(prefix)]
+        has_tower = all(prefix + name in keys for name in layout.names)
+        if has_tower and text and not prefixes_of(others, text):
+            raise CheckpointError(
+                f"{where}: is an image encoder without its text tower ({text[0]} and "
+                f"{len(text) - 1} more tensors are missing), and the merged model is a whole CLIP; "
+                "use a whole model, such as pretrained: openai, and this file as a task's "
+                "checkpoint"
+            )
+
+
+def _require_writable(checkpoint: Checkpoint, where: str) -> None:
+    """Raise for a tensor that the merged model's file could not hold."""
+    for key, spec in checkpoint.specs.items():
+        if spec.dtype not in SAFETENSORS_DTYPES.values():
+            raise CheckpointError(
+                f"{where}: {excerpt(key)} is {spec.dtype}, which safetensors does not hold; save "
+                "it as float32"
+            )
 
 
 # --- what is not merged --------------------------------------------------------------------------
@@ -87,9 +102,8 @@ def _require_text(shapes: Shapes, expected: Shapes, where: str) -> None:
 
 def unmerged_keys(pretrained: VisualCheckpoint) -> dict[str, str]:
     """Return open_clip's name → the key in the file, of all tensors that are not merged."""
-    skipped = {*_NOT_WEIGHTS, *(f"visual.{name}" for name in pretrained.layout.names)}
-    names = {key.removeprefix("module."): key for key in pretrained.checkpoint.specs}
-    return {name: key for name, key in names.items() if name not in skipped}
+    merged = {f"visual.{name}" for name in pretrained.layout.names}
+    return {name: name for name in pretrained.checkpoint.specs if name not in merged}
 
 
 def unmerged_tensors(pretrained: VisualCheckpoint) -> Iterator[tuple[str, Tensor]]:

@@ -22,7 +22,7 @@ from raymerge.files.urls import is_remote
 from raymerge.merging.layout import CELL
 from raymerge.models.checkpoints import locate
 from raymerge.models.checkpoints.checkpoint import SAFETENSORS_DTYPES, Checkpoint, read_tensor
-from raymerge.models.checkpoints.opening import open_stored
+from raymerge.models.checkpoints.opening import open_state_dict as open_file
 from raymerge.models.checkpoints.visual_tower import all_finite, require_finite
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -78,8 +78,8 @@ def open_state_dict(reference: str) -> Checkpoint:
     for name in _WEIGHTS if Path(reference).is_dir() else ():
         for file in (Path(reference, f"{name}.index.json"), Path(reference, name)):
             if file.is_file():
-                return open_stored(file)
-    return open_stored(reference)
+                return open_file(file)
+    return open_file(reference)
 
 
 def files_of(checkpoint: Checkpoint) -> tuple[Path, ...]:

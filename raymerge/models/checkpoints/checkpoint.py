@@ -14,14 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from raymerge.errors import CheckpointError, one_line
 
-_NESTED_KEYS = ("state_dict", "model_state_dict")
 _SPARE_FILES = 32
 
 SAFETENSORS_DTYPES = {
@@ -31,15 +30,20 @@ SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-_TensorT = TypeVar("_TensorT")
+_MAX_NUMBERS = 1 << 48
+_MAX_DIMENSIONS = 64
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,21 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+
+def is_size(value: object) -> bool:
+    """Return whether a value from a file can be the size of a dimension, or a count of numbers."""
+    return type(value) is int and 0 <= value < _MAX_NUMBERS
+
+
+def is_shape(value: object) -> bool:
+    """Return whether a value from a file is a shape of few enough numbers, its zeros left out."""
+    return (
+        isinstance(value, tuple | list)
+        and len(value) <= _MAX_DIMENSIONS
+        and all(map(is_size, value))
+        and is_size(math.prod(max(1, size) for size in value))
+    )
 
 
 class Checkpoint(Protocol):
@@ -150,22 +169,3 @@ def read_converted(
         ) from error
     if not is_direct:
         out_n.copy_(values_n)
-
-
-def state_dict(value: Any, path: Path, kind: type[_TensorT]) -> dict[str, _TensorT]:
-    """Return the tensors (of class ``kind``) of an unpickled file by name.
-
-    Training code often nests the state dict beside other entries. Raises
-    :class:`CheckpointError`.
-    """
-    for key in _NESTED_KEYS:
-        if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
-            value = value[key]
-    if not isinstance(value, Mapping):
-        raise CheckpointError(
-            f"checkpoint {path}: holds a {type(value).__name__}, not a state dict (name → tensor)"
-        )
-    tensors = {str(key): tensor for key, tensor in value.items() if isinstance(tensor, kind)}
-    if not tensors:
-        raise CheckpointError(f"checkpoint {path}: holds no tensor; expected a state dict")
-    return tensors

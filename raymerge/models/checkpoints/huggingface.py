@@ -22,6 +22,7 @@ from raymerge.models.checkpoints.checkpoint import (
     ViewCheckpoint,
     read_tensor,
 )
+from raymerge.models.checkpoints.recognise import prefixes_of
 
 _PATCHES = "embeddings.patch_embedding.weight"
 _VISION_KEYS = (_PATCHES, "embeddings.class_embedding", "pre_layrnorm.weight")
@@ -118,11 +119,13 @@ def _inverse(table: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def vision_prefix(keys: Mapping[str, object]) -> str | None:
-    """Return the prefix of the vision tower's keys; None if they are not Hugging Face's."""
-    for key in keys:
-        prefix = key.removesuffix(_PATCHES)
-        if prefix != key and all(prefix + each in keys for each in _VISION_KEYS):
-            return prefix
+    """Return the prefix of the vision tower's keys; None if they are not Hugging Face's.
+
+    Of several it is the one to take first.
+    """
+    prefixes = prefixes_of(keys.keys(), _VISION_KEYS)
+    if prefixes and all(prefixes[0] + each in keys for each in _VISION_KEYS):
+        return prefixes[0]
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,11 @@ from raymerge.models.checkpoints.huggingface import HuggingFaceCheckpoint
 from raymerge.models.checkpoints.locate import files_of, read_json
 from raymerge.models.checkpoints.lora import LoraCheckpoint
 from raymerge.models.checkpoints.opening import open_checkpoint
-from raymerge.models.checkpoints.visual_tower import PREFIXES
+from raymerge.models.checkpoints.recognise import prefixes_of
+
+# Names of a tower: a ViT's, a ResNet's; those of timm follow "trunk.".
+_TOWER = ("conv1.weight", "class_embedding", "ln_post.weight", "attnpool.positional_embedding")
+_TRUNK = re.compile(r"(?:^|\.)trunk\.")
 
 
 def inspect_checkpoint(reference: str) -> dict[str, Any]:
@@ -77,6 +82,8 @@ def _visual_text(visual: Mapping[str, Any] | None) -> str:
     text = (
         f"{visual['tensors']} tensors, {visual['parameters']:,} numbers, keys {visual['prefix']}*"
     )
+    if visual["others"]:
+        text += f"; also {', '.join(f'{prefix}*' for prefix in visual['others'])}"
     if "width" not in visual:
         return text
     return (
@@ -91,13 +98,17 @@ def _visual_text(visual: Mapping[str, Any] | None) -> str:
 def _visual(specs: Mapping[str, TensorSpec]) -> dict[str, Any] | None:
     """Return prefix, sizes and a ViT's dimensions of the visual tower; None if it has no tower
     with open_clip's names."""
-    for prefix in PREFIXES:
-        tower = {k.removeprefix(prefix): s for k, s in specs.items() if k.startswith(prefix)}
-        if "conv1.weight" in tower or any(name.startswith("trunk.") for name in tower):
-            parameters = sum(spec.numel for spec in tower.values())
-            sizes = {"prefix": prefix, "tensors": len(tower), "parameters": parameters}
-            return {**sizes, **_vit(tower)}
-    return None
+    prefixes = prefixes_of(specs, _TOWER)
+    if not prefixes or prefixes[0] + "conv1.weight" not in specs:
+        trunks = [key.rpartition("trunk.")[0] for key in specs if _TRUNK.search(key)]
+        prefixes = list(dict.fromkeys(trunks))
+    if not prefixes:
+        return None
+    prefix, *others = prefixes
+    tower = {k.removeprefix(prefix): s for k, s in specs.items() if k.startswith(prefix)}
+    parameters = sum(spec.numel for spec in tower.values())
+    sizes = {"prefix": prefix, "others": others, "tensors": len(tower), "parameters": parameters}
+    return {**sizes, **_vit(tower)}
 
 
 def _vit(tower: Mapping[str, TensorSpec]) -> dict[str, int]:

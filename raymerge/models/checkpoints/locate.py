@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from raymerge.errors import CheckpointError, RemoteError, one_line
+from raymerge.files.atomic import exists
 from raymerge.files.urls import is_remote
+from raymerge.models.checkpoints.foreign import folder_remedy
 
 # In order of preference; files of several libraries may lie in one folder.
 WEIGHT_FILES = (
@@ -28,6 +30,7 @@ WEIGHT_FILES = (
     "adapter_model.bin",
 )
 _SHARD = re.compile(r"(pytorch_)?model-\d+-of-\d+\.(safetensors|bin)")
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _MAX_JSON_BYTES = 1 << 27  # an index of a million tensors has 100 MB
 _MAX_NAME_BYTES = 255
 
@@ -35,6 +38,7 @@ _MAX_NAME_BYTES = 255
 def locate(reference: str) -> Path:
     """Return the weights file of a reference: a file, a model folder, a hub id, or the URL of a
     file or folder, which is fetched. Raises :class:`CheckpointError`."""
+    reference, _ = split_part(reference)
     if is_remote(reference):
         return _fetch(reference)
     if reference.startswith("hf-hub:"):
@@ -46,17 +50,35 @@ def locate(reference: str) -> Path:
         raise CheckpointError(f"checkpoint {path}: cannot be read: {error.strerror}") from error
 
 
+def split_part(reference: str) -> tuple[str, str]:
+    """Return a reference without ``#part``, and the part: the prefix of the keys that are meant.
+
+    A file of several models, such as a model and its moving average, is named so. An existing path
+    is taken as it is.
+    """
+    place, _, part = reference.partition("#")
+    return (place, part) if part and not exists(Path(reference)) else (reference, "")
+
+
 def _weights_at(path: Path) -> Path:
     if path.is_dir():
-        for name in WEIGHT_FILES:
-            if (path / name).is_file():
-                return path / name
-        raise CheckpointError(
-            f"checkpoint {path}: the folder holds none of {', '.join(WEIGHT_FILES)}"
-        )
+        found = _weights_in(path)
+        if found is None:
+            remedy = folder_remedy(path, lambda folder: _weights_in(folder) is not None)
+            names = ", ".join(WEIGHT_FILES)
+            raise CheckpointError(f"checkpoint {path}: the folder holds none of {names}{remedy}")
+        return found
     if not path.is_file():
-        raise CheckpointError(f"checkpoint {path}: no such file")
+        remedy = "check the path"
+        if _HUB_ID.fullmatch(str(path)):
+            remedy = f"for a model of the Hugging Face hub write hf-hub:{path}"
+        raise CheckpointError(f"checkpoint {path}: no such file; {remedy}")
     return path
+
+
+def _weights_in(folder: Path) -> Path | None:
+    files = (folder / name for name in WEIGHT_FILES)
+    return next((file for file in files if file.is_file()), None)
 
 
 # --- the files of one checkpoint -----------------------------------------------------------------

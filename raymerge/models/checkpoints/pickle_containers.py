@@ -15,11 +15,11 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from raymerge.models.checkpoints.checkpoint import SAFETENSORS_DTYPES
+from raymerge.models.checkpoints.checkpoint import is_shape, is_size
 from raymerge.models.checkpoints.unpickle import (
     Budget,
     Builder,
@@ -37,8 +37,6 @@ _STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 _STREAM_VERSION = 1001
 _LOCAL_HEADER_BYTES = 30  # before a record's name and its extra field
 _MAX_PICKLE_BYTES = 1 << 28
-_MAX_DIMENSIONS = 64
-_MAX_NUMBERS = 1 << 48
 
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -52,6 +50,8 @@ _STORAGE_DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
 }
 
 
@@ -89,6 +89,14 @@ class StoredTensor:
                 return False
             expected *= size
         return True
+
+
+class UnreadableTensor:
+    """A tensor that is no plain array in the file: sparse, quantized, nested, expanded, on no
+    device."""
+
+
+Found: TypeAlias = StoredTensor | UnreadableTensor
 
 
 class PickleFile:
@@ -270,7 +278,7 @@ def _storage_id(pid: Any) -> tuple[torch.dtype, str, int]:
     module, _, name = kind.dotted.rpartition(".") if isinstance(kind, Name) else ("", "", "")
     if module not in ("torch", "torch.storage", "torch.cuda") or name not in _STORAGE_DTYPES:
         raise DamagedError("a storage of no known type")
-    if not isinstance(key, str) or not _is_count(count):
+    if not isinstance(key, str) or not is_size(count):
         raise DamagedError("a storage without a name or a size")
     return _STORAGE_DTYPES[name], key, count
 
@@ -285,63 +293,62 @@ def _require_size(storage: Storage, dtype: torch.dtype, count: int) -> Storage:
     return storage
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _MAX_NUMBERS
-
-
 # --- builders: called in place of the functions that rebuild tensors and containers --------------
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any = None) -> StoredTensor:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any = None) -> Found:
     """Build a tensor. Raises :class:`DamagedError` if it reaches out of its storage."""
     if not isinstance(storage, Storage) or not isinstance(shape, tuple):
         raise DamagedError("a tensor without a storage or a shape")
     if not isinstance(strides, tuple) or len(strides) != len(shape):
         raise DamagedError("a tensor whose strides do not fit its shape")
-    if len(shape) > _MAX_DIMENSIONS or not all(map(_is_count, (offset, *shape, *strides))):
+    if not is_shape(shape) or not all(map(is_size, (offset, *strides))):
         raise DamagedError("a tensor whose shape, strides or offset are no sizes")
     stored = StoredTensor(storage, offset, shape, strides, dtype or storage.dtype)
     numbers = math.prod(max(1, size) for size in shape)
     capacity = storage.nbytes // stored.dtype.itemsize
-    if offset + stored.span > capacity or (0 not in shape and numbers > capacity):
+    if offset + stored.span > capacity:
         raise DamagedError(
             f"a tensor of {numbers} numbers reaches out of its storage of {capacity}"
         )
-    if numbers >= _MAX_NUMBERS:
-        raise DamagedError(f"an empty tensor of {numbers} numbers")
-    return stored
+    is_repeated = 0 not in shape and numbers > capacity
+    return UnreadableTensor() if is_repeated else stored
 
 
 def _tensor_v2(
     storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, *extra: Any
-) -> StoredTensor:
+) -> Found:
     if any(extra):
         raise DamagedError("a tensor of an uncommon kind")
     return _tensor(storage, offset, shape, strides)
 
 
-def _tensor_v3(*arguments: Any) -> StoredTensor:
+def _tensor_v3(*arguments: Any) -> Found:
     storage, offset, shape, strides, _, _, dtype, *extra = arguments
-    if any(extra) or dtype not in SAFETENSORS_DTYPES.values():
+    if any(extra) or not isinstance(dtype, torch.dtype):
         raise DamagedError("a tensor of an uncommon kind")
     return _tensor(storage, offset, shape, strides, dtype)
 
 
-def _parameter(data: Any, _grad: Any, _hooks: Any, _state: Any = None) -> StoredTensor:
-    if not isinstance(data, StoredTensor):
+def _unreadable(*arguments: Any) -> UnreadableTensor:
+    return UnreadableTensor()
+
+
+def _parameter(data: Any, _grad: Any, _hooks: Any, _state: Any = None) -> Found:
+    if not isinstance(data, Found):
         raise DamagedError("a parameter that is no tensor")
     return data
 
 
-def _subclass(function: Any, _kind: Any, arguments: Any, _state: Any) -> StoredTensor:
+def _subclass(function: Any, _kind: Any, arguments: Any, _state: Any) -> Found:
     if not isinstance(function, Name) or function.dotted not in _TENSOR_BUILDERS:
         raise RefusedError(f"a tensor from {getattr(function, 'dotted', 'no function')}")
-    stored: StoredTensor = _TENSOR_BUILDERS[function.dotted](*arguments)
+    stored: Found = _TENSOR_BUILDERS[function.dotted](*arguments)
     return stored
 
 
 def _size(sizes: Any = ()) -> tuple[Any, ...]:
-    if not isinstance(sizes, tuple | list) or len(sizes) > _MAX_DIMENSIONS:
+    if not is_shape(sizes):
         raise DamagedError("a torch.Size of no sizes")
     return tuple(sizes)
 
@@ -359,7 +366,18 @@ _TENSOR_BUILDERS: Mapping[str, Builder] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
 }
+_UNREADABLE = (
+    "sparse_tensor",
+    "sparse_csr_tensor",
+    "qtensor",
+    "nested_tensor",
+    "meta_tensor_no_storage",
+    "device_tensor_from_numpy",
+    "device_tensor_from_cpu_tensor",
+    "wrapper_subclass",
+)
 _BUILDERS: Mapping[str, Builder] = {
+    **{f"torch._utils._rebuild_{kind}": _unreadable for kind in _UNREADABLE},
     **_TENSOR_BUILDERS,
     "torch._tensor._rebuild_from_type_v2": _subclass,
     "torch.Size": _size,

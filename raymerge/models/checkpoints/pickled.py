@@ -1,8 +1,9 @@
-"""Pickled modules: the whole encoders and heads that task_vectors and AdaMerging released.
+"""Torch files: state dicts, nests of them, and pickled modules.
 
-They open without their code, and without the open_clip of 2022 whose classes they name: the pickle
-becomes stand-ins (``unpickle``), whose state is read here as ``nn.Module`` stores it. Opening reads
-the pickle alone; tensors are read from the file on request.
+The whole encoders and heads that task_vectors and AdaMerging released open without their code, and
+without the open_clip of 2022 whose classes they name: the pickle becomes stand-ins (``unpickle``),
+whose state is read here as ``nn.Module`` stores it. Opening reads the pickle alone; tensors are
+read from the file on request.
 """
 
 from __future__ import annotations
@@ -14,23 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raymerge.errors import CheckpointError, one_line
+from raymerge.errors import CheckpointError, excerpt, one_line
 from raymerge.models.checkpoints.checkpoint import (
     TensorSpec,
     open_file,
     read_at,
     read_converted,
-    state_dict,
 )
-from raymerge.models.checkpoints.pickle_containers import PickleFile, StoredTensor
+from raymerge.models.checkpoints.pickle_containers import (
+    Found,
+    PickleFile,
+    StoredTensor,
+    UnreadableTensor,
+)
 from raymerge.models.checkpoints.unpickle import Budget, DamagedError, RefusedError, StandIn
 
 _MAX_DEPTH = 100
+_MAX_NAME_BYTES = 1024
 _PLAIN = (bool, int, float, str)
+_REGISTERED: Mapping[str, tuple[type, ...]] = {
+    "_parameters": (StoredTensor, UnreadableTensor),
+    "_buffers": (StoredTensor, UnreadableTensor),
+    "_modules": (StandIn,),
+}
 
 
 class PickledCheckpoint:
-    """A pickled module, or a state dict that torch's own safe loader does not take.
+    """A pickled module, state dict, or nest of these; its keys are the paths that lead to tensors.
 
     ``kind``: "pickled module", else the container, "torch" or "pickle". ``attributes``: the plain
     values among a module's attributes. Raises :class:`CheckpointError`, which names whatever the
@@ -43,9 +54,9 @@ class PickledCheckpoint:
         try:
             self._file = open_file(path)
             value, self.kind = PickleFile(path).load()
+            value, found = _innermost(value, dict(_tensors(value, Budget())))
             if isinstance(value, StandIn):
                 self.kind, self.attributes = "pickled module", _attributes(value)
-                value = dict(_module_tensors(value))
         except RefusedError as error:
             raise CheckpointError(f"checkpoint {path}: {error}") from None
         except Exception as error:  # a damaged pickle fails anywhere: KeyError, IndexError, …
@@ -53,7 +64,7 @@ class PickledCheckpoint:
                 f"checkpoint {path}: damaged or not a torch file ({one_line(error)}); fetch it "
                 "again"
             ) from error
-        self._tensors = state_dict(value, path, StoredTensor)
+        self._tensors = _readable(found, value, path)
         self.specs: Mapping[str, TensorSpec] = {
             key: TensorSpec(t.shape, t.dtype) for key, t in self._tensors.items()
         }
@@ -85,31 +96,88 @@ class PickledCheckpoint:
         memoryview(raw_n.numpy())[:] = source  # type: ignore[arg-type]
 
 
-def _module_tensors(module: StandIn) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield the state dict of a pickled module, from the dicts that ``nn.Module`` keeps."""
-    if not isinstance(module.get("_parameters"), dict):
-        raise RefusedError(f"{module.dotted}, which is neither a state dict nor a torch module")
-    budget = Budget()
+def _readable(found: Mapping[str, Found], value: Any, path: Path) -> Mapping[str, StoredTensor]:
+    """Return the tensors if all can be read. Raises :class:`CheckpointError`."""
+    if not isinstance(value, Mapping | StandIn):
+        raise CheckpointError(
+            f"checkpoint {path}: holds a {type(value).__name__}, not a state dict (name → tensor); "
+            "save the model's state_dict()"
+        )
+    if not found:
+        raise CheckpointError(
+            f"checkpoint {path}: holds no tensor; expected a state dict, as model.state_dict() "
+            "returns it"
+        )
+    tensors = {key: each for key, each in found.items() if isinstance(each, StoredTensor)}
+    unreadable = sorted(found.keys() - tensors.keys())
+    if unreadable:
+        raise CheckpointError(
+            f"checkpoint {path}: {excerpt(unreadable[0])} is sparse, quantized, nested, "
+            "expanded or without numbers; save it dense and contiguous"
+        )
+    return tensors
 
-    def walk(module: StandIn, prefix: str, depth: int) -> Iterator[tuple[str, StoredTensor]]:
-        if depth > _MAX_DEPTH:
-            raise DamagedError(f"modules more than {_MAX_DEPTH} deep")
-        # Its own tensors, without the buffers that a state dict leaves out.
-        transient = module.get("_non_persistent_buffers_set")
-        for kind in ("_parameters", "_buffers"):
-            for name, value in _registered(module, kind, budget):
-                if kind == "_buffers" and isinstance(transient, set) and name in transient:
-                    continue
-                if not isinstance(value, StoredTensor):
-                    raise DamagedError(f"{prefix + name!r} is no tensor")
-                yield prefix + name, value
-        # Those of the modules in it.
-        for name, child in _registered(module, "_modules", budget):
-            if not isinstance(child, StandIn):
-                raise DamagedError(f"{prefix + name!r} is no module")
-            yield from walk(child, f"{prefix}{name}.", depth + 1)
 
-    return walk(module, "", 0)
+def _innermost(value: Any, found: dict[str, Found]) -> tuple[Any, dict[str, Found]]:
+    """Return the only dict or module of a nest that holds tensors, and the tensors by its names."""
+    while isinstance(value, dict):
+        nests = {f"{key}.": each for key, each in value.items() if isinstance(each, dict | StandIn)}
+        start = next((nest for nest in nests if all(name.startswith(nest) for name in found)), None)
+        if start is None or not found or start[:-1] not in value:
+            break
+        value = nests[start]
+        found = {name.removeprefix(start): each for name, each in found.items()}
+    return value, found
+
+
+def _tensors(value: Any, budget: Budget) -> Iterator[tuple[str, Found]]:
+    """Yield the tensors of a pickled value by name, in a nest of dicts and modules.
+
+    A name is the path that leads to the tensor, joined by dots, as in a state dict. Raises
+    :class:`RefusedError` for another object, :class:`DamagedError` for one that no program writes.
+    """
+    if isinstance(value, StandIn) and not _is_module(value):
+        raise RefusedError(f"{value.dotted}, which is neither a state dict nor a torch module")
+
+    def walk(value: Any, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, Found]]:
+        if id(value) in above:  # a dict may hold itself
+            return
+        if len(above) > _MAX_DEPTH:
+            raise DamagedError(f"dicts or modules more than {_MAX_DEPTH} deep")
+        entries = _module_entries(value, budget) if isinstance(value, StandIn) else value.items()
+        for key, entry in entries:
+            budget.spend(1 + len(prefix) // _MAX_NAME_BYTES)
+            if not isinstance(key, str | int):
+                continue
+            name = f"{prefix}{key}"
+            if len(name) > _MAX_NAME_BYTES:
+                raise DamagedError(f"a name of {len(name)} letters, {excerpt(name)}")
+            if isinstance(entry, Found):
+                yield name, entry
+            elif isinstance(entry, dict) or _is_module(entry):
+                yield from walk(entry, f"{name}.", (*above, id(value)))
+
+    return walk(value, "", ()) if isinstance(value, dict | StandIn) else iter(())
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, StandIn) and isinstance(value.get("_parameters"), dict)
+
+
+def _module_entries(module: StandIn, budget: Budget) -> Iterator[tuple[str, Any]]:
+    """Yield a module's own tensors and the modules in it, as ``nn.Module`` keeps them.
+
+    The buffers that a state dict leaves out are left out.
+    """
+    transient = module.get("_non_persistent_buffers_set")
+    for kind in _REGISTERED:
+        for name, value in _registered(module, kind, budget):
+            if kind == "_buffers" and isinstance(transient, set) and name in transient:
+                continue
+            is_expected = isinstance(value, _REGISTERED[kind])
+            if not is_expected:
+                raise DamagedError(f"{excerpt(name)} in {kind} is a {type(value).__name__}")
+            yield name, value
 
 
 def _registered(module: StandIn, kind: str, budget: Budget) -> Iterator[tuple[str, Any]]:

@@ -16,11 +16,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from raymerge.errors import CheckpointError, one_line
+from raymerge.errors import CheckpointError, excerpt, one_line
 from raymerge.files.atomic import reserve_space
 from raymerge.models.checkpoints.checkpoint import (
     SAFETENSORS_DTYPES,
     TensorSpec,
+    is_shape,
     open_file,
     read_at,
     read_converted,
@@ -54,8 +55,7 @@ class SafetensorsCheckpoint:
             with safe_open(path, framework="pt"):  # checks the header against the file's size
                 first, header = _read_header(path)
             self.specs: Mapping[str, TensorSpec] = {
-                key: TensorSpec(tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]])
-                for key, entry in header.items()
+                key: _spec(key, entry) for key, entry in header.items()
             }
             self._starts = {key: first + e["data_offsets"][0] for key, e in header.items()}
         except Exception as error:  # a damaged header fails anywhere: KeyError, RecursionError, …
@@ -68,6 +68,15 @@ class SafetensorsCheckpoint:
         position = self._starts[key] + start * dtype.itemsize
         what = f"checkpoint {self.path}: {key}"
         read_converted(out_n, dtype, lambda n: read_at(self._file, position, n), what)
+
+
+def _spec(key: str, entry: Mapping[str, Any]) -> TensorSpec:
+    """Return what the header says of a tensor. Raises :class:`ValueError`."""
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
+        raise ValueError(f"{excerpt(key)} is {excerpt(entry['dtype'])}, which torch cannot read")
+    if not is_shape(entry["shape"]):
+        raise ValueError(f"{excerpt(key)} has the shape {excerpt(entry['shape'])}")
+    return TensorSpec(tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]])
 
 
 def _read_header(path: Path) -> tuple[int, Mapping[str, Any]]:

@@ -28,6 +28,7 @@ _MAX_STATES = 8
 _MAX_NAME_LENGTH = 256
 _MAX_KEY_PARTS = 64
 _LARGEST_KEY = 1 << 60  # beyond it, numbers can be chosen to have one hash
+_LARGEST_PART = 1 << 20  # in a tuple: with larger ones, tuples of one hash can be computed
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*", re.ASCII)
 
 _ALLOWED_PACKAGES = ("torch", "torchvision", "open_clip", "clip", "src", "PIL", "numpy", "timm")
@@ -345,7 +346,7 @@ def hashable_key(key: Any) -> Hashable:
     """
     parts = key if isinstance(key, tuple) and len(key) < _MAX_KEY_PARTS else (key,)
     for part in parts:
-        if isinstance(part, int) and abs(part) >= _LARGEST_KEY:
+        if isinstance(part, int) and abs(part) >= (_LARGEST_KEY if part is key else _LARGEST_PART):
             raise DamagedError("an enormous number as a key")
         if not isinstance(part, str | int | Name | torch.dtype | None):
             raise DamagedError(f"a {type(part).__name__} as a key")

@@ -8,19 +8,18 @@ Legend: n columns of one piece.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from raymerge.errors import CheckpointError
+from raymerge.errors import CheckpointError, excerpt
 from raymerge.merging.layout import ParameterLayout, Piece
-from raymerge.models.checkpoints.checkpoint import Checkpoint, Partial
+from raymerge.models.checkpoints.checkpoint import SAFETENSORS_DTYPES, Checkpoint, Partial
 from raymerge.models.checkpoints.opening import open_checkpoint
-
-# A whole CLIP, one saved under DataParallel, one wrapped in an ImageEncoder, the bare tower.
-PREFIXES = ("visual.", "module.visual.", "model.visual.", "")
+from raymerge.models.checkpoints.recognise import prefixes_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of the tensors of a state dict by name, in its order."""
@@ -33,6 +32,8 @@ class VisualCheckpoint:
     checkpoint: Checkpoint
     layout: ParameterLayout
     prefix: str
+    others: tuple[str, ...] = ()
+    """The prefixes of other whole towers in the file, which are not read."""
 
     def read(self, piece: Piece, out_n: Tensor) -> None:
         """Fill ``out_n`` (n,) with a piece's columns. Raises :class:`CheckpointError` for NaN and
@@ -61,13 +62,20 @@ class VisualCheckpoint:
         return self.prefix + self.layout.names[piece.tensor]
 
 
+def is_mergeable(dtype: torch.dtype) -> bool:
+    """Return whether a dtype holds real numbers that a merge can read and write."""
+    return dtype.is_floating_point and dtype in SAFETENSORS_DTYPES.values()
+
+
 def require_finite(values: Tensor, checkpoint: Checkpoint, key: str) -> None:
     """Raise :class:`CheckpointError` if one of the values (of any dtype) is NaN or Inf."""
+    if values.dtype.itemsize < 2:
+        values = values.float()  # torch sums no float8
     if values.is_floating_point() and not all_finite(values):
         count = int((~torch.isfinite(values)).sum())
         raise CheckpointError(
             f"checkpoint {checkpoint.path}: {key} holds {count} NaN or Inf "
-            f"value{'s' if count > 1 else ''}; it cannot be merged"
+            f"value{'s' if count > 1 else ''}; it cannot be merged: fine-tune it again"
         )
 
 
@@ -101,7 +109,7 @@ def match_visual(
                 "model and is none; give the whole model here"
             )
     # Integer buffers may come and go between versions; they are not merged.
-    prefix = _best_prefix(checkpoint, layout)
+    prefix, *others = _prefixes(checkpoint, layout)
     expected = {prefix + name: s for name, s in zip(layout.names, layout.shapes, strict=True)}
     shapes = {
         key: spec.shape
@@ -111,24 +119,25 @@ def match_visual(
     require_shapes(shapes, expected, f"checkpoint {checkpoint.path}", "the pretrained model")
     for key in expected:
         dtype = checkpoint.specs[key].dtype
-        if not dtype.is_floating_point:
+        if not is_mergeable(dtype):
             raise CheckpointError(
-                f"checkpoint {checkpoint.path}: {key} is {dtype}, not floating point"
+                f"checkpoint {checkpoint.path}: {key} is {dtype}, which cannot be merged; save it "
+                "as float32, float16 or bfloat16"
             )
-    return VisualCheckpoint(checkpoint, layout, prefix)
+    return VisualCheckpoint(checkpoint, layout, prefix, tuple(others))
 
 
-def _best_prefix(checkpoint: Checkpoint, layout: ParameterLayout) -> str:
-    """Return the prefix under which the most tensors are present."""
-    counts = {p: sum(p + n in checkpoint.specs for n in layout.names) for p in PREFIXES}
-    prefix = max(counts, key=counts.__getitem__)
-    if not counts[prefix]:
+def _prefixes(checkpoint: Checkpoint, layout: ParameterLayout) -> list[str]:
+    """Return the prefixes under which the most tensors are present, the one to take first."""
+    prefixes = prefixes_of(checkpoint.specs, layout.names)
+    if not prefixes:
+        keys = ", ".join(excerpt(key) for key in sorted(checkpoint.specs)[:3])
         raise CheckpointError(
             f"checkpoint {checkpoint.path}: none of the model's {len(layout.names)} visual tensors "
-            f"(visual.{layout.names[0]}, …) is in it; its keys start with "
-            f"{', '.join(sorted(checkpoint.specs)[:3])}"
+            f"(visual.{layout.names[0]}, …) is in it (it holds {keys}, …); give the state dict of "
+            "a model that was fine-tuned from the pretrained one"
         )
-    return prefix
+    return prefixes
 
 
 def require_shapes(shapes: Shapes, expected: Shapes, where: str, owner: str) -> None:
@@ -144,9 +153,21 @@ def require_shapes(shapes: Shapes, expected: Shapes, where: str, owner: str) -> 
     for key, shape in expected.items():
         if shapes[key] != shape:
             raise CheckpointError(
-                f"{where}: {key} has shape {list(shapes[key])}, {owner} has {list(shape)}; is it "
-                "another architecture?"
+                f"{where}: {key} has shape {list(shapes[key])}, {owner} has {list(shape)}; "
+                f"{_shape_hint(key, shapes[key], shape)}"
             )
+
+
+def _shape_hint(key: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """Return the probable reason of a shape that does not fit, and the remedy."""
+    if key.endswith("visual.positional_embedding") and shape[1:] == expected[1:]:
+        sides = [math.isqrt(max(0, count - 1)) for count in (shape[0], expected[0])]
+        return (
+            f"its weights are for images of {sides[0]} x {sides[0]} patches and the model's are "
+            f"{sides[1]} x {sides[1]}: fine-tune at the model's resolution, or choose the "
+            "architecture of that one"
+        )
+    return "is it another architecture? choose the one that it was fine-tuned from"
 
 
 def _listing(word: str, names: Sequence[str], limit: int = 4) -> str:

@@ -270,10 +270,13 @@ def test_safetensors_are_preferred_to_the_pickle_beside_them(tmp_path):
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.zeros(1).expand(2**40), r"claims 4,398,046,511,104 bytes, and the file has"),
-        (torch.zeros(1).as_strided((2**20, 2**20), (0, 0)), "claims 4,398,046,511,104 bytes"),
-        (torch.eye(3).to_sparse(), "sparse, quantized or without numbers"),
-        (torch.zeros(3, device="meta"), "sparse, quantized or without numbers"),
+        (torch.zeros(1).expand(2**40), "expanded or without numbers; save it dense"),
+        (
+            torch.zeros(1).as_strided((2**20, 2**20), (0, 0)),
+            "expanded or without numbers; save it dense",
+        ),
+        (torch.eye(3).to_sparse(), "sparse, quantized"),
+        (torch.zeros(3, device="meta"), "sparse, quantized"),
     ],
 )
 def test_a_tensor_larger_than_its_file_is_refused(tmp_path, tensor, message):

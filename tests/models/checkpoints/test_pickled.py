@@ -140,11 +140,6 @@ def test_a_state_dict_beside_other_objects_opens(tmp_path: Path, container: str)
     assert torch.equal(read_all(checkpoint)["a"], torch.arange(3.0))
 
 
-def test_plain_state_dicts_go_through_torch(tmp_path: Path) -> None:
-    torch.save({"a": torch.zeros(2)}, tmp_path / "x.pt")
-    assert not isinstance(open_checkpoint(tmp_path / "x.pt"), PickledCheckpoint)
-
-
 def test_a_whole_pickled_clip_opens_under_its_own_names(clip: Any, tmp_path: Path) -> None:
     torch.save(clip, tmp_path / "x.pt")
     read = read_all(open_checkpoint(tmp_path / "x.pt"))
@@ -328,7 +323,7 @@ REACH: dict[str, bytes] = {
 @pytest.mark.parametrize("case", REACH)
 def test_tensors_beyond_their_storage_are_refused(tmp_path: Path, case: str) -> None:
     path = archive(tmp_path / "x.pt", REACH[case])
-    with pytest.raises(CheckpointError, match="damaged or not a torch file"):
+    with pytest.raises(CheckpointError, match="damaged or not a torch file|expanded or without"):
         PickledCheckpoint(path)
 
 
@@ -364,7 +359,7 @@ STRANGE: dict[str, tuple[bytes, str]] = {
     "sub os": (glob("src"), "refused"),
     "sparse": (
         glob("torch._utils._rebuild_sparse_tensor") + b")R",
-        "wants to call torch._utils._rebuild_sparse_tensor,",
+        "'w' is sparse, quantized",
     ),
     "subclass": (
         glob("torch._tensor._rebuild_from_type_v2")

@@ -12,7 +12,6 @@ from torch import Tensor
 from raymerge.errors import CheckpointError
 from raymerge.merging.layout import CELL, ParameterLayout, Piece
 from raymerge.models.checkpoints.visual_tower import (
-    PREFIXES,
     VisualCheckpoint,
     all_finite,
     open_visual,
@@ -64,8 +63,21 @@ def _read_all(opened: VisualCheckpoint, shards: int = 1) -> Tensor:
     return read_P
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_common_prefixes(tmp_path, prefix):
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "visual.",
+        "module.visual.",
+        "model.visual.",
+        "",
+        "_orig_mod.visual.",
+        "module._orig_mod.visual.",
+        "net.",
+        "model.clip.visual.",
+        "a.very.deep.nest.of.wrappers.",
+    ],
+)
+def test_a_tower_is_found_under_any_prefix(tmp_path, prefix):
     state = _state(prefix)
     opened = _open(tmp_path, state)
     assert opened.prefix == prefix
@@ -146,10 +158,12 @@ def test_a_transposed_tensor_of_the_same_size_is_misshapen(tmp_path):
     assert "visual.proj has shape [6, 4]" in _message(tmp_path, state)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint16, torch.bool, torch.complex64])
 def test_an_integer_tensor_is_named_with_its_dtype(tmp_path, dtype):
     state = {**_state(), "visual.proj": torch.zeros(4, 6, dtype=dtype)}
-    assert f"visual.proj is {dtype}, not floating point" in _message(tmp_path, state)
+    assert f"visual.proj is {dtype}, which cannot be merged; save it as float32" in _message(
+        tmp_path, state
+    )
 
 
 def test_a_checkpoint_of_another_model_lists_its_keys(tmp_path):

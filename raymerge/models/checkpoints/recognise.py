@@ -1,0 +1,42 @@
+"""Find where in a checkpoint a model stands: under which prefix of its keys.
+
+Wrappers put names in front (``module.``, ``_orig_mod.``, ``net.``), and training code nests state
+dicts beside others (``model``, ``model_ema``, ``optimizer``), which readers flatten to the same
+thing: a prefix. So nothing here lists wrappers; the names that a model must have tell.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+
+_AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|averaged?|teacher|shadow)(?=[._\d]|$)", re.IGNORECASE)
+
+
+def prefixes_of(keys: Collection[str], names: Collection[str]) -> list[str]:
+    """Return the prefixes under which most of ``names`` stand, the one to take first.
+
+    Several are whole copies of a model, such as a model and its moving average: the model itself
+    comes first, then what stands first in the file. Empty if no name is found.
+    """
+    wanted = frozenset(names)
+    counts = Counter(prefix for prefix, name in _splits(keys) if name in wanted)
+    if not counts:
+        return []
+    most = max(counts.values())
+    found = [prefix for prefix, count in counts.items() if count == most]
+    return sorted(found, key=lambda prefix: bool(_AVERAGE.search(prefix)))
+
+
+def is_average(prefix: str) -> bool:
+    """Return whether a prefix names a moving average of another model's weights."""
+    return bool(_AVERAGE.search(prefix))
+
+
+def _splits(keys: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield every way to part a key at a dot, or before its first letter."""
+    for key in keys:
+        yield "", key
+        for dot in re.finditer(r"\.", key):
+            yield key[: dot.end()], key[dot.end() :]
