@@ -6,7 +6,7 @@ import re
 from string import Formatter
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from raymerge.config.finetune import FinetuneConfig
 from raymerge.config.methods import AdaMerging, Betas, Frozen, MethodConfig, Reference
@@ -27,6 +27,19 @@ class ModelConfig(Frozen):
     URL of a folder."""
     pretrained: str | None = None
     """An open_clip pretrained tag or a checkpoint file; not with ``local-dir:`` or ``hf-hub:``."""
+
+    _other_weights: str | None = PrivateAttr(default=None)
+
+    @property
+    def other_weights(self) -> str | None:
+        """The file that takes the place of the model's own weights; see :meth:`with_weights`."""
+        return self._other_weights
+
+    def with_weights(self, reference: str) -> ModelConfig:
+        """Return the same architecture and preprocessing with the weights of another file."""
+        other = self.model_copy()
+        other._other_weights = reference
+        return other
 
     @property
     def is_folder(self) -> bool:

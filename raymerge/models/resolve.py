@@ -21,7 +21,7 @@ from raymerge.files.atomic import exists
 from raymerge.files.urls import is_remote, redact_url
 from raymerge.models.checkpoints import huggingface_config
 from raymerge.models.checkpoints.huggingface_config import Channels, Number, validated
-from raymerge.models.checkpoints.locate import hub_folder, locate, read_json
+from raymerge.models.checkpoints.locate import hub_folder, locate, read_json, split_part
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -41,6 +41,13 @@ class ResolvedModel:
     tokenizer: str
     """The argument of ``open_clip.get_tokenizer``; empty for the default tokenizer of
     ``model_cfg``."""
+    part: str = ""
+    """The prefix of the model's keys in the file, where a reference names one (``#part``)."""
+
+    @property
+    def weights_reference(self) -> str:
+        """The reference of the weights, with the part of the file that is meant."""
+        return f"{self.weights}#{self.part}" if self.part else str(self.weights)
 
     @property
     def features(self) -> int:
@@ -59,6 +66,13 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
 
     Raises :class:`~raymerge.errors.UserError`.
     """
+    model = _resolve_place(config)
+    if config.other_weights is not None:
+        model = replace(model, weights=locate(config.other_weights))
+    return replace(model, part=split_part(config.other_weights or config.pretrained or "")[1])
+
+
+def _resolve_place(config: ModelConfig) -> ResolvedModel:
     arch = config.arch
     if arch.startswith("local-dir:"):
         return resolve_folder(Path(arch.removeprefix("local-dir:")), arch)

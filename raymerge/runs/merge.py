@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -24,13 +24,13 @@ from raymerge.engine.driver.loops import learn_lambdas
 from raymerge.engine.driver.state import LearningState
 from raymerge.engine.messages import EvaluateRequest
 from raymerge.engine.scores import TaskScore, summarise
-from raymerge.errors import RunError, UserError
+from raymerge.errors import CheckpointError, RunError, UserError, escape_unprintable
 from raymerge.files.atomic import stage_file
 from raymerge.files.output_folder import nearest_folder
 from raymerge.files.progress import progress_bar
 from raymerge.files.urls import is_remote
 from raymerge.merging.registry import schedule_of
-from raymerge.models.checkpoints.locate import locate
+from raymerge.models.checkpoints.locate import locate, split_part
 from raymerge.models.checkpoints.visual_tower import open_visual
 from raymerge.models.convert import Also, require_also, write_also
 from raymerge.models.pretrained import open_pretrained
@@ -38,6 +38,7 @@ from raymerge.runs.folder import Recorder, RunFolder
 from raymerge.runs.inputs import MergeInputs
 from raymerge.runs.plan.checks import check_one_group
 from raymerge.runs.plan.make import make_plan
+from raymerge.runs.plan.plan import Plan
 from raymerge.runs.state import fingerprint, learning_states
 from raymerge.runs.tracking import Tracking
 from raymerge.runs.workers import known_resources, open_group, reuse_or_open_group
@@ -89,6 +90,8 @@ def merge(
     folder = RunFolder(Path(config.output))
     folder.check(config, resume=resume, overwrite=overwrite)
     plan = make_plan(config, known_resources(config))
+    for warning in plan.warnings:
+        logger.warning("%s", escape_unprintable(warning))
     require_also(plan.resolved, also)
     inputs = MergeInputs(config, plan)
     if also and not inputs.method.merges:
@@ -243,14 +246,29 @@ def evaluate(config: Config, model: str | None = None) -> dict[str, TaskScore]:
         pretrained, _ = open_pretrained(plan.resolved)
         open_visual(model, pretrained.layout, pretrained)
         model = _for_workers(model, locate(model))
+        if _is_whole(model, plan):  # its heads come from its own text tower
+            config = config.model_copy(update={"model": config.model.with_weights(model)})
     scored = model or _for_workers(config.model.reference, plan.resolved.weights)
     with open_group(config, None) as group:
         return score(config, group, None if own else scored)
 
 
+def _is_whole(model: str, plan: Plan) -> bool:
+    """Return whether a checkpoint holds a whole CLIP of the plan's architecture."""
+    place, part = split_part(model)
+    try:
+        open_pretrained(replace(plan.resolved, weights=locate(place), part=part))
+    except CheckpointError:
+        return False
+    return True
+
+
 def _for_workers(reference: str, path: Path) -> str:
     """Return a local file's path, or the URL, which each node fetches for itself."""
-    return reference if is_remote(reference) else str(path.absolute())
+    if is_remote(reference):
+        return reference
+    part = split_part(reference)[1]
+    return f"{path.absolute()}#{part}" if part else str(path.absolute())
 
 
 def score(config: Config, group: WorkerGroup, model: str | None) -> dict[str, TaskScore]:

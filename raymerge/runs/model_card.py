@@ -189,4 +189,5 @@ def _spread(lambdas_L: Sequence[float]) -> str:
 def _note(config: Config, plan: Plan) -> str:
     """Return how the coefficients were found, and from which images."""
     account = method_of(config.method).account(config.method, config)
-    return account + "".join(f" It {note}." for note in plan.notes)
+    notes = account + "".join(f" It {note}." for note in plan.notes)
+    return "\n".join([notes, *(["", *(f"- {warning}." for warning in plan.warnings)])])

@@ -177,7 +177,12 @@ def _reference(entry: object, where: str) -> str:
         raise ConfigError(f"{where}: expected a path; got {excerpt(entry)}")
     for key in entry:
         if "peft" in str(key) or "lora" in str(entry[key]).lower():
-            raise ConfigError(f"{where}: {key}: adapters cannot be merged; give the whole model")
+            raise ConfigError(
+                f"{where}: {key}: adapters are merged by raymerge's own methods, not by this "
+                "file's; write a raymerge config with the adapter's folder as the task's "
+                "checkpoint (docs/formats.md), or merge the adapter into its model with PEFT and "
+                "give that"
+            )
     for key in _PATHS:
         if isinstance(entry.get(key), str):
             return str(entry[key])

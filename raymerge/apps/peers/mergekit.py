@@ -52,13 +52,20 @@ KINDS: dict[str, _Kind] = {
 }
 _KEYS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype")
 _OURS = ("output", "seed")
-_TOKENIZER = "vocabularies are not rearranged; remove it: the base's tokenizer files are copied"
+_NO = "cannot be expressed here: "
+_TOKENIZER = (
+    f"{_NO}vocabularies are not rearranged; remove it: the base's tokenizer files are copied"
+)
 _NOT_HERE = {
-    "slices": "layers cannot be restacked; give models: a list of whole ones",
-    "modules": "give models: a list of whole ones",
+    "slices": f"{_NO}layers cannot be restacked; give models: a list of whole ones",
+    "modules": f"{_NO}give models: a list of whole ones",
     "tokenizer_source": _TOKENIZER,
     "tokenizer": _TOKENIZER,
-    "chat_template": "remove it, and put the template into the output folder",
+    "chat_template": f"{_NO}remove it, and put the template into the output folder",
+}
+_MISPLACED = {
+    key: f"is a parameter; move it under parameters: {{{key}: …}}"
+    for key in ("weight", *_tasks(normalize=False, rescale=False))
 }
 _BOOLEANS = ("normalize", "rescale", "int8_mask")
 _PER_MODEL = ("weight", "density")
@@ -104,7 +111,7 @@ class _Config:
     @classmethod
     def parse(cls, data: Mapping[str, Any], source: str) -> _Config:
         kind = _kind(data["merge_method"], source)
-        _require_known(data, (*_KEYS, *_OURS), source, _NOT_HERE)
+        _require_known(data, (*_KEYS, *_OURS), source, {**_NOT_HERE, **_MISPLACED})
         models = _models(data.get("models"), source)
         base = data.get("base_model")
         if base is not None and not isinstance(base, str):
@@ -226,7 +233,7 @@ def _require_known(
         if mapping[key] is None:
             continue
         if key in not_here:
-            raise ConfigError(f"{where}: {key}: cannot be expressed here: {not_here[key]}")
+            raise ConfigError(f"{where}: {key}: {not_here[key]}")
         if key not in keys:
             hint = did_you_mean(key, keys) or f" (known here: {', '.join(keys)})"
             raise ConfigError(f"{where}: {key}: unknown key{hint}")
@@ -241,7 +248,7 @@ def _models(entries: object, source: str) -> list[tuple[str, object]]:
         where = f"{source}: models[{i}]"
         if not isinstance(item, Mapping):
             raise ConfigError(f"{where}: expected model and parameters; got {excerpt(item)}")
-        _require_known(item, ("model", "parameters"), where)
+        _require_known(item, ("model", "parameters"), where, _MISPLACED)
         name = item.get("model")
         if not isinstance(name, str) or not name:
             raise ConfigError(f"{where}.model: must be a path, got {excerpt(name)}")

@@ -244,8 +244,10 @@ class LoraCheckpoint:
         if (root or not is_open_clip) and own.startswith("transformer.resblocks."):
             return own
         raise self._error(
-            f"changes {module}, which is no linear layer of the visual tower (q_proj, k_proj, "
-            "v_proj, out_proj, fc1, fc2, visual_projection, c_fc, c_proj)"
+            f"changes {excerpt(module)}, which is no linear layer of the visual tower (q_proj, "
+            "k_proj, v_proj, out_proj, fc1, fc2, visual_projection, c_fc, c_proj); merge it into "
+            "its model with PEFT (merge_and_unload) and give that model, or train without it in "
+            "modules_to_save and target_modules"
         )
 
     # --- over the pretrained model ---------------------------------------------------------------

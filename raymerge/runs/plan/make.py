@@ -42,6 +42,7 @@ from raymerge.runs.plan.checks import (
     open_expert,
 )
 from raymerge.runs.plan.estimates import learning_memory, static_memory, step_seconds
+from raymerge.runs.plan.expert_warnings import OpenedExpert, expert_warnings
 from raymerge.runs.plan.plan import Plan, TaskPlan
 from raymerge.runs.plan.remote_headers import (
     HeaderConfig,
@@ -76,7 +77,8 @@ def make_plan(config: Config, resources: Resources | None = None, *, experts: bo
     # A mistake in the config is reported before gigabytes are fetched.
     if remote_checkpoints(config):
         with fetch_headers(config) as headers:
-            _raise_first(check(headers.config, resources, experts=experts)[1], headers)
+            problems = check(headers.config, resources, experts=experts, samples=False)[1]
+            _raise_first(problems, headers)
         fetch_checkpoints(config)
     plan, problems = check(config, resources, experts=experts)
     _raise_first(problems)
@@ -99,7 +101,7 @@ def check_headers(
     if not urls:
         return check(config, resources, probe=probe)
     with fetch_headers(config) as headers:
-        plan, problems = check(headers.config, resources, probe=probe)
+        plan, problems = check(headers.config, resources, probe=probe, samples=False)
         problems = [type(problem)(headers.restore_urls(str(problem))) for problem in problems]
         if plan is not None:
             tasks = tuple(
@@ -118,18 +120,21 @@ def check(
     *,
     experts: bool = True,
     probe: bool = False,
+    samples: bool = True,
 ) -> tuple[Plan | None, list[UserError]]:
     """Return the plan (None if the pretrained model cannot be opened) and every problem.
 
     ``resources``: None if not known yet. ``experts``: whether to check the tasks' checkpoints.
-    ``probe``: also time this machine, for an estimate of a step's seconds.
+    ``probe``: also time this machine, for an estimate of a step's seconds. ``samples``: whether the
+    checkpoints hold their numbers, which the warnings compare; stand-ins of headers do not.
     """
     problems = _Problems()
     # What is wrong with the tasks is reported even if the model cannot be opened.
     model = problems.attempt(_open_model, config)
     pretrained = model.pretrained if model else None
     indices = range(len(config.tasks))
-    tasks = [_check_task(config, k, pretrained, problems, experts) for k in indices]
+    checked = [_check_task(config, k, pretrained, problems, experts) for k in indices]
+    tasks = [task for task, _ in checked]
     problems.attempt(check_method, config)
     problems.attempt(require_trackers, config.tracking)
     if model is None:
@@ -138,6 +143,13 @@ def check(
     problems.attempt(check_heads, config, model.resolved)
     # The remaining checks compare the estimates with this machine.
     plan = _estimate(config, model, tasks, resources, problems, probe)
+    opened = [
+        OpenedExpert(task.name, str(task.checkpoint), expert)
+        for task, expert in checked
+        if expert is not None
+    ]
+    warnings = problems.attempt(expert_warnings, model.pretrained, opened, samples=samples)
+    plan = replace(plan, warnings=warnings or ())
     problems.attempt(check_memory, plan, resources)
     problems.attempt(check_separate_output, config, model.resolved)
     problems.attempt(check_disk, plan, config.output)
@@ -181,7 +193,8 @@ def _check_task(
     pretrained: VisualCheckpoint | None,
     problems: _Problems,
     experts: bool,
-) -> TaskPlan:
+) -> tuple[TaskPlan, VisualCheckpoint | None]:
+    """Return a task's row of the plan and its expert; what is wrong goes into ``problems``."""
     task, key = config.tasks[k], f"tasks[{k}]"
     expert = adapt = test = None
     # Each file and folder is opened on its own, so that every problem is listed.
@@ -195,7 +208,7 @@ def _check_task(
         if images is not None:
             problems.attempt(check_images, images.items)
     population = len(adapt) if adapt else 0
-    return TaskPlan(
+    row = TaskPlan(
         name=task.name,
         checkpoint=task.checkpoint and redact_url(task.checkpoint),
         dtype=_dtype(expert),
@@ -204,6 +217,7 @@ def _check_task(
         test_images=len(test) if test else 0,
         images_per_step=slot_counts([population], schedule_of(config).images)[0],
     )
+    return row, expert
 
 
 def _dtype(expert: VisualCheckpoint | None) -> str:
@@ -258,6 +272,7 @@ def _estimate(
         step_s=step_s,
         output_bytes=whole_bytes(model.pretrained) if method.merges else 0,
         notes=_notes(config),
+        warnings=(),
         resolved=model.resolved,
         leftovers=model.leftovers,
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from raymerge.distributed.placement import Placement
 from raymerge.engine.messages import VectorStorage
+from raymerge.errors import escape_unprintable
 from raymerge.models.resolve import ResolvedModel
 
 
@@ -50,6 +51,9 @@ class Plan:
     """About how long a step takes, from a probe of this machine; None without one."""
     output_bytes: int
     notes: tuple[str, ...]
+    """Facts for the reader of the results, each the end of a sentence about the merge."""
+    warnings: tuple[str, ...]
+    """A sentence for whatever is left out of the experts or should be doubted."""
     resolved: ResolvedModel = field(repr=False)
     leftovers: int
     """The size of the text parameters beside the pretrained tower; see ``open_pretrained``."""
@@ -99,6 +103,7 @@ def plan_text(plan: Plan) -> str:
     if plan.output_bytes:
         lines.append(f"disk       {human_bytes(plan.output_bytes)} for the merged model")
     lines += [f"note       {note}" for note in plan.notes]
+    lines += [f"warning    {escape_unprintable(warning)}" for warning in plan.warnings]
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from raymerge.config import Config
 from raymerge.errors import RaymergeError
 from raymerge.files.urls import is_remote, redact_url
-from raymerge.models.checkpoints.locate import locate, outline
+from raymerge.models.checkpoints.locate import locate, outline, split_part
 
 _FILES_AT_ONCE = 4
 
@@ -57,7 +57,8 @@ def fetch_headers(config: Config) -> Iterator[HeaderConfig]:
             own = Path(folder) / str(i)
             own.mkdir()
             with suppress(RaymergeError):
-                paths[url] = str(outline(url, own))
+                place, part = split_part(url)
+                paths[url] = f"{outline(place, own)}{'#' * bool(part)}{part}"
         yield HeaderConfig(
             _replace_urls(config, paths), {path: redact_url(url) for url, path in paths.items()}
         )

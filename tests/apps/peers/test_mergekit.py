@@ -367,6 +367,12 @@ _W = {"weight": 1}
         ("ties", [_W], {"slices": [{}]}, ["slices: cannot be expressed"]),
         ("ties", [_W], {"tokenizer_source": "union"}, ["tokenizer_source: cannot be"]),
         ("ties", [_W], {"chat_template": "auto"}, ["chat_template: cannot be"]),
+        (
+            "ties",
+            [_W],
+            {"normalize": True},
+            ["normalize: is a parameter; move it under parameters"],
+        ),
         ("ties", [_W], {"dtyp": "float32"}, ["dtyp: unknown key; did you mean dtype"]),
         ("ties", [_W], {"dtype": "int8"}, ["dtype: 'int8' is unknown"]),
         ("ties", [_W], {"base_model": "no.safetensors"}, ["no.safetensors: no such file"]),

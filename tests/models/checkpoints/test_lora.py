@@ -213,7 +213,7 @@ PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
         (
             {**QUERY, "base_model.model.classifier.weight": torch.ones(5, 64)},
             {},
-            "changes classifier, which is no linear layer of the visual tower",
+            "changes 'classifier', which is no linear layer of the visual tower",
         ),
         (
             {f"{LAYER}.mlp.fc1.lora_A.weight": torch.ones(4, 64)},

@@ -323,7 +323,7 @@ REACH: dict[str, bytes] = {
 @pytest.mark.parametrize("case", REACH)
 def test_tensors_beyond_their_storage_are_refused(tmp_path: Path, case: str) -> None:
     path = archive(tmp_path / "x.pt", REACH[case])
-    with pytest.raises(CheckpointError, match="damaged or not a torch file|expanded or without"):
+    with pytest.raises(CheckpointError, match=r"damaged or not a torch file|expanded or without"):
         PickledCheckpoint(path)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from commands import Commands, config_data, tree, write_config
 from safetensors.torch import load_file
 from world import CLASSES, World
@@ -183,13 +184,23 @@ def test_a_note_says_that_test_images_are_adapted_on(world: World) -> None:
     assert not _plan(world, tasks=tasks, method={"name": "average"}).notes
 
 
-def test_only_headers_are_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill(self: object, key: str, *rest: object) -> None:
-        raise AssertionError(f"read {key}")
+def test_of_stand_ins_only_headers_are_read_and_of_files_samples(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def fill(self: object, key: str, start: int, out_n: torch.Tensor) -> None:
+        read.append(len(out_n))
+        out_n.zero_()
 
     monkeypatch.setattr("raymerge.models.checkpoints.opening.SafetensorsCheckpoint.fill", fill)
     for method in ("average", "ties", "adamerging"):
-        assert _plan(world, method={"name": method}).parameters
+        config = world.parse(method={"name": method})
+        assert check(config, HERE, samples=False)[0]
+        assert read == []
+        assert check(config, HERE)[0]
+        assert 0 < max(read) <= 1 << 16
+        read.clear()
 
 
 def test_a_plan_for_a_cluster_is_made_without_it(

@@ -1,0 +1,136 @@
+"""What plan and merge say about experts before they merge them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from commands import Commands, config_data, write_config
+from safetensors.torch import load_file, save_file
+from world import World
+
+WEIGHTS = "open_clip_model.safetensors"
+
+
+@pytest.fixture
+def said(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Plans with the first task's checkpoint replaced; returns the lines of warnings."""
+
+    def run(checkpoint: Path | str, **changes: Any) -> list[str]:
+        tasks = [dict(task) for task in world.config["tasks"]]
+        tasks[0]["checkpoint"] = str(checkpoint)
+        data = config_data(world, tasks=tasks, method={"name": "average"}, **changes)
+        ran = Commands(capsys).ok("plan", write_config(tmp_path / "c.yaml", data))
+        return [line[11:] for line in ran.out.splitlines() if line.startswith("warning")]
+
+    return run
+
+
+def _whole(world: World, **changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The first expert with the pretrained model's text tower, whose tensors may be changed."""
+    state = load_file(world.root / "pretrained" / WEIGHTS)
+    return {**state, **load_file(world.config["tasks"][0]["checkpoint"]), **changes}
+
+
+def test_ordinary_experts_are_not_warned_of(world: World, said: Any, tmp_path: Path) -> None:
+    assert said(world.config["tasks"][0]["checkpoint"]) == []
+    save_file(_whole(world), tmp_path / "whole.safetensors")
+    assert said(tmp_path / "whole.safetensors") == []
+    halves = {key: each.half() for key, each in _whole(world).items()}
+    save_file(halves, tmp_path / "half.safetensors")
+    assert said(tmp_path / "half.safetensors") == []
+
+
+def test_a_fine_tuned_text_tower_is_said(world: World, said: Any, tmp_path: Path) -> None:
+    state = _whole(world)
+    for key in ("ln_final.weight", "text_projection"):
+        state[key] = state[key] + 0.1
+    save_file(state, tmp_path / "x.safetensors")
+    (warning,) = said(tmp_path / "x.safetensors")
+    assert warning.startswith("colour: the text tower in ")
+    assert "was fine-tuned too (2 of 18 tensors differ" in warning
+
+
+@pytest.mark.parametrize("copy", [shutil.copyfile, lambda a, b: b.symlink_to(a), Path.hardlink_to])
+def test_one_file_for_two_tasks_names_both(
+    world: World, said: Any, tmp_path: Path, copy: Any
+) -> None:
+    other = Path(world.config["tasks"][1]["checkpoint"])
+    if copy is Path.hardlink_to:
+        (tmp_path / "x.safetensors").hardlink_to(other)
+    else:
+        copy(other, tmp_path / "x.safetensors")
+    (warning,) = said(tmp_path / "x.safetensors")
+    assert warning.startswith("colour and shade have the same checkpoint (")
+    assert "counts twice" in warning
+
+
+def test_an_expert_of_another_base_is_doubted(world: World, said: Any, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(7)
+    stranger = {
+        key: torch.randn(each.shape, generator=generator) * each.std().nan_to_num(1)
+        for key, each in load_file(world.config["tasks"][0]["checkpoint"]).items()
+    }
+    save_file(stranger, tmp_path / "x.safetensors")
+    (warning,) = said(tmp_path / "x.safetensors")
+    assert "probably fine-tuned from other weights; check model.pretrained" in warning
+
+
+def test_a_trained_classifier_is_said_to_be_left_out(
+    world: World, said: Any, tmp_path: Path
+) -> None:
+    state = _whole(world, **{"classifier.weight": torch.ones(3, 24)})
+    save_file(state, tmp_path / "x.safetensors")
+    (warning,) = said(tmp_path / "x.safetensors")
+    assert "1 tensors of" in warning
+    assert "left out ('classifier.weight')" in warning
+
+
+def test_the_choice_among_several_models_is_said(world: World, said: Any, tmp_path: Path) -> None:
+    state = load_file(world.config["tasks"][0]["checkpoint"])
+    torch.save({"model_ema": state, "model": state}, tmp_path / "x.pt")
+    (warning,) = said(tmp_path / "x.pt")
+    assert "the model under model.visual.* is merged; it also holds model_ema.visual.*" in warning
+    assert f"write {tmp_path}/x.pt#model_ema" in warning
+    assert said(f"{tmp_path}/x.pt#model_ema") == []
+
+
+def test_merge_says_it_too_and_so_does_the_card(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any
+) -> None:
+    tasks = [dict(task) for task in world.config["tasks"]]
+    tasks[0]["checkpoint"] = tasks[1]["checkpoint"]
+    data = config_data(world, tasks=tasks, method={"name": "average"}, output=str(tmp_path / "out"))
+    Commands(capsys).ok("merge", write_config(tmp_path / "c.yaml", data))
+    assert "colour and shade have the same checkpoint" in caplog.text
+    assert "- colour and shade have the same checkpoint" in (tmp_path / "out/README.md").read_text()
+
+
+def test_eval_of_a_whole_model_takes_its_own_text_tower(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same scores as when the model itself is the config's pretrained model."""
+    generator = torch.Generator().manual_seed(3)
+    state = load_file(world.root / "pretrained" / WEIGHTS)
+    changed = {
+        key: each + 0.5 * torch.randn(each.shape, generator=generator) if each.ndim == 2 else each
+        for key, each in state.items()
+    }
+    folder = tmp_path / "own"
+    shutil.copytree(world.root / "pretrained", folder)
+    save_file(changed, folder / WEIGHTS)
+    assert open_clip.create_model(f"local-dir:{folder}") is not None
+    run = Commands(capsys)
+    base = write_config(tmp_path / "base.yaml", config_data(world))
+    own = write_config(tmp_path / "own.yaml", config_data(world, model=f"local-dir:{folder}"))
+
+    def scores(*argv: object) -> Any:
+        return json.loads(run.ok("eval", *argv, "--json").out)["tasks"]
+
+    assert scores(base, "--model", folder / WEIGHTS) == scores(own)
+    assert scores(own) != scores(base)
