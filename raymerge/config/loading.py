@@ -22,6 +22,7 @@ from raymerge.errors import ConfigError, RemoteError, excerpt, one_line, unknown
 from raymerge.files.atomic import exists
 from raymerge.files.urls import is_remote, redact, redact_values
 
+_MOST_VALUES = 1_000_000
 _DEEPEST = 100
 _ROOT_OPTION = re.compile(r"([?&]root=)([^&]+)")  # of torchvision:NAME:SPLIT?root=DIR
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # hf:…, torchvision:…, s3://… are not local paths
@@ -74,8 +75,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"config {path}: not UTF-8 text, so not YAML") from error
     try:
-        _require_shallow(text)
-        data = yaml.safe_load(text)
+        data = _safe_yaml(text)
     except YAML_ERRORS as error:
         raise ConfigError(f"config {path}: not valid YAML: {one_line(error, 300)}") from error
     if not isinstance(data, dict):
@@ -85,14 +85,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _require_shallow(text: str) -> None:
-    """Refuse deep nesting: the loader's time grows with the square of the depth."""
-    depth = 0
+def _safe_yaml(text: str) -> Any:
+    """Return the value of a YAML text. Raises one of :data:`YAML_ERRORS`.
+
+    Deep nesting is refused: the loader's time grows with the square of the depth. So are aliases
+    that unfold to more than any config: each is small in the file, and large wherever it is read.
+    """
+    opened: list[tuple[str | None, int]] = []
+    sizes: dict[str, int] = {}
+    count = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = opened.pop()
+            sizes |= {anchor: count - before} if anchor else {}
+        elif isinstance(event, yaml.AliasEvent):
+            count += sizes.get(str(event.anchor), 1)
+        elif isinstance(event, yaml.NodeEvent):
+            count += 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                opened.append((event.anchor, count - 1))
+        if len(opened) > _DEEPEST:
             raise ValueError(f"nested more than {_DEEPEST} deep")
+        if count > _MOST_VALUES:
+            raise ValueError(f"it unfolds to more than {_MOST_VALUES:,} values")
+    return yaml.safe_load(text)
 
 
 def parse_config(data: Mapping[str, Any], *, root: Path, source: str = "config") -> Config:
@@ -139,12 +155,16 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     """Set one value, given as ``key.path=value``, in nested dicts and lists."""
     key_path, separator, value = override.partition("=")
     if not separator or not key_path:
-        raise ConfigError(f"override {override!r}: write it as key.path=value")
+        raise ConfigError(f"override {excerpt(override)}: write it as key.path=value")
     keys = key_path.split(".")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = _safe_yaml(value)
     except YAML_ERRORS as error:
-        raise ConfigError(f"override {override!r}: {value!r} is not a YAML value") from error
+        raise ConfigError(
+            f"override {excerpt(override)}: {excerpt(value)} is not a YAML value; write it as "
+            "key.path=value"
+        ) from error
+    # Walk to the last key; a mapping is made where there is none yet.
     node: Any = data
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
@@ -158,16 +178,20 @@ def apply_override(data: dict[str, Any], override: str) -> None:
                 node[key] = {_SHORT_FOR[key]: node[key]}
             node = node.setdefault(key, {})
         else:
-            raise ConfigError(f"override {override!r}: {where} is below a plain value")
+            raise ConfigError(
+                f"override {excerpt(override)}: {one_line(where, 60)} is below a plain value; name a "
+                "key of the config"
+            )
 
 
 _KEEP = object()
 
 
 def _override_list_item(node: list[Any], key: str, where: str, override: str, value: Any) -> Any:
-    if not key.isdigit() or int(key) >= len(node):
+    if not re.fullmatch(r"[0-9]{1,9}", key) or int(key) >= len(node):
         raise ConfigError(
-            f"override {override!r}: {where}: the list has items 0 to {len(node) - 1}"
+            f"override {excerpt(override)}: {one_line(where, 60)}: the list has items 0 to "
+            f"{len(node) - 1}; write one of these numbers"
         )
     if value is not _KEEP:
         node[int(key)] = value

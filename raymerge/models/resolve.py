@@ -8,6 +8,7 @@ merge of local files does without it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,9 @@ CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 
 _MAX_SIZE = 1 << 24
+_LAYERS = re.compile(r"layers?$|depths?$|blocks?$")
+_LAYER_BYTES = 1024  # the header of a layer's tensors alone takes as much
+_FEW_LAYERS = 64
 _MAX_SIZES = {"layers": 1024, "context_length": 1 << 13}  # each makes a block, or part of a mask
 
 
@@ -188,20 +192,23 @@ def _require_least(least: float, value: Any) -> Any:
 
 def _resolved(name: str, cfg: Mapping[str, Any], weights: Path, tokenizer: str) -> ResolvedModel:
     """Check a config that comes with a model, and return what open_clip reads of it."""
-    _require_harmless(cfg["model_cfg"], name)
+    _require_harmless(cfg["model_cfg"], name, weights)
     values = cfg.get("preprocess_cfg") or {}
     validated(_PreprocessCfg, values, f"model: {name}", "preprocess_cfg")
     preprocess = {key: values[key] for key in _PreprocessCfg.model_fields if key in values}
     return ResolvedModel(name, cfg["model_cfg"], preprocess, weights, tokenizer)
 
 
-def _require_harmless(model_cfg: Mapping[str, Any], name: str) -> None:
+def _require_harmless(model_cfg: Mapping[str, Any], name: str, weights: Path) -> None:
     """Raise :class:`CheckpointError` for a config that runs its author's code, or that is larger
     than any model.
 
     open_clip hands ``tokenizer_kwargs`` to transformers, which imports code from the folder of the
-    weights if they contain ``trust_remote_code``.
+    weights if they contain ``trust_remote_code``. Each layer takes time to build, and bytes of the
+    weights file.
     """
+    layers, most = 0, max(_FEW_LAYERS, weights.stat().st_size // _LAYER_BYTES)
+    # Every key and value, however deep.
     pending: list[tuple[str, Any]] = [*model_cfg.items()]
     while pending:
         key, value = pending.pop()
@@ -210,13 +217,36 @@ def _require_harmless(model_cfg: Mapping[str, Any], name: str) -> None:
                 f"model: {name}: refused: its config has trust_remote_code, which runs code that "
                 "comes with the model; remove it, and use a tokenizer that needs none"
             )
+        if key in ("hf_tokenizer_name", "hf_model_name") and isinstance(value, str):
+            _require_no_code(Path(value), name, key)
         limit = _MAX_SIZES.get(key, _MAX_SIZE)
         if isinstance(value, int) and value > limit:
             raise CheckpointError(
                 f"model: {name}: its config has {key} {excerpt(value)}; at most {limit:,} is "
                 "allowed"
             )
+        if isinstance(value, int) and _LAYERS.search(str(key)):
+            layers += value
+            if layers > most:
+                raise CheckpointError(
+                    f"model: {name}: its config has {layers:,} layers, and {weights.name} is too "
+                    f"small for more than {most}; is it the config of another model?"
+                )
         if isinstance(value, Mapping):
             pending += value.items()
         elif isinstance(value, list):
             pending += [(key, each) for each in value]
+
+
+def _require_no_code(folder: Path, name: str, key: str) -> None:
+    """Raise :class:`CheckpointError` for a tokenizer or a tower with code of its own.
+
+    One of the hub's is refused where it is loaded (``models.skeleton``).
+    """
+    for file in (folder / "tokenizer_config.json", folder / "config.json"):
+        content = read_json(file) if exists(file) else None
+        if isinstance(content, dict) and content.get("auto_map"):
+            raise CheckpointError(
+                f"model: {name}: refused: {key} {excerpt(str(folder))} has code of its own "
+                f"(auto_map in {file.name}), which is never run; use one that transformers knows"
+            )

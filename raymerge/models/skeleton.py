@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,18 +27,10 @@ def build_skeleton(resolved: ResolvedModel, device: str = "cpu") -> OpenClipMode
 
     Raises :class:`CheckpointError` for a config that open_clip cannot build.
     """
-    with _folder(resolved) as folder, _quiet_open_clip(), torch.device(device):
-        try:
-            return open_clip.create_model(
-                f"local-dir:{folder}", load_weights=False, pretrained_text=False, device=device
-            )
-        except UserError:
-            raise
-        except Exception as error:  # a bad model_cfg fails anywhere inside open_clip
-            raise CheckpointError(
-                f"model: {resolved.name}: open_clip cannot build it "
-                f"({type(error).__name__}: {one_line(error)})"
-            ) from error
+    with _inside_open_clip(resolved) as folder, torch.device(device):
+        return open_clip.create_model(
+            f"local-dir:{folder}", load_weights=False, pretrained_text=False, device=device
+        )
 
 
 def activation_bytes(visual: nn.Module) -> int:
@@ -62,8 +55,11 @@ def activation_bytes(visual: nn.Module) -> int:
 
 
 def make_tokenizer(resolved: ResolvedModel) -> Callable[[list[str]], Tensor]:
-    """Return open_clip's tokenizer of a model: texts → (B, T) token ids."""
-    with _folder(resolved) as folder, _quiet_open_clip():
+    """Return open_clip's tokenizer of a model: texts → (B, T) token ids.
+
+    Raises :class:`CheckpointError` where it cannot be loaded, or comes with code of its own.
+    """
+    with _inside_open_clip(resolved) as folder:
         tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(
             resolved.tokenizer or f"local-dir:{folder}"
         )
@@ -71,19 +67,45 @@ def make_tokenizer(resolved: ResolvedModel) -> Callable[[list[str]], Tensor]:
 
 
 @contextmanager
-def _folder(resolved: ResolvedModel) -> Iterator[Path]:
-    """Yield a temporary folder with the model's config, which is all that open_clip reads here."""
-    with tempfile.TemporaryDirectory(prefix="raymerge-") as name:
-        (Path(name) / CONFIG_FILE).write_text(resolved.config_json, encoding="utf-8")
-        yield Path(name)
+def _inside_open_clip(resolved: ResolvedModel) -> Iterator[Path]:
+    """Yield a temporary folder with the model's config, which is all that open_clip reads here.
+
+    open_clip's warnings are suppressed, no code of the model's author runs, and whatever fails is a
+    :class:`CheckpointError`.
+    """
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # open_clip warns of a model without weights
+    try:
+        with tempfile.TemporaryDirectory(prefix="raymerge-") as name, _no_custom_code(resolved):
+            (Path(name) / CONFIG_FILE).write_text(resolved.config_json, encoding="utf-8")
+            yield Path(name)
+    except UserError:
+        raise
+    except Exception as error:  # a bad model_cfg fails anywhere inside open_clip
+        if "custom code" in str(error):
+            raise CheckpointError(
+                f"model: {resolved.name}: refused: its tokenizer or text tower comes with code of "
+                "its own, which is never run; use one that transformers knows"
+            ) from error
+        raise CheckpointError(
+            f"model: {resolved.name}: open_clip cannot build it ({type(error).__name__}: "
+            f"{one_line(error)}); check its {CONFIG_FILE}"
+        ) from error
+    finally:
+        logging.disable(previous)
 
 
 @contextmanager
-def _quiet_open_clip() -> Iterator[None]:
-    """Suppress open_clip's warning, on the root logger, about a model without weights."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+def _no_custom_code(resolved: ResolvedModel) -> Iterator[None]:
+    """Let transformers refuse a model's own code, where it would ask on the terminal to run it."""
+    if '"hf_' not in resolved.config_json or importlib.util.find_spec("transformers") is None:
+        yield
+        return
+    from transformers import dynamic_module_utils
+
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE  # to wait for an answer; 0: do not ask
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
         yield
     finally:
-        logging.disable(previous)
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds

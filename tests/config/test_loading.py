@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from raymerge.config import METHOD_NAMES, Config, dump_config, load_config, parse_config
+from raymerge.config.loading import apply_override, read_yaml
 from raymerge.config.schema import CardConfig, TaskConfig
 from raymerge.errors import ConfigError
 
@@ -539,3 +540,25 @@ def test_credentials_do_not_reach_the_card():
     card = CardConfig(license="https://me:pw@h/l?token=x", authors=("Ada https://me:pw@h/",))
     assert card.license == "https://h/l"
     assert card.authors == ("Ada https://h/",)
+
+
+@pytest.mark.parametrize("index", ["²", "9" * 5000, "-1", "1.0", ""])
+def test_an_index_that_is_no_number_is_refused(index):
+    data = {"tasks": [{"name": "a"}]}
+    with pytest.raises(ConfigError, match="the list has items 0 to 0; write one of these numbers"):
+        apply_override(data, f"tasks.{index}.name=b")
+
+
+def test_aliases_that_unfold_to_millions_are_refused(tmp_path):
+    lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    for before, name in zip("abcdef", "bcdefg", strict=True):
+        lines.append(f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]")
+    (tmp_path / "c.yaml").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match="it unfolds to more than 1,000,000 values"):
+        read_yaml(tmp_path / "c.yaml")
+    flow = f"[{', '.join(line.partition(': ')[2] for line in lines)}]"
+    with pytest.raises(ConfigError, match="is not a YAML value"):
+        apply_override({}, f"seed={flow}")
+    few = "a: &a [1, 2]\nb: [*a, *a]"
+    (tmp_path / "c.yaml").write_text(few)
+    assert read_yaml(tmp_path / "c.yaml")["b"] == [[1, 2], [1, 2]]

@@ -14,6 +14,7 @@ from world import MODEL_CFG, World
 from raymerge.config import ModelConfig
 from raymerge.errors import CheckpointError
 from raymerge.models.resolve import resolve_folder, resolve_model
+from raymerge.models.skeleton import _inside_open_clip
 
 CODE = "import pathlib; pathlib.Path({!r}).touch()\nclass T: pass\n"
 
@@ -45,6 +46,46 @@ def test_a_model_with_code_is_refused_before_it_runs(
         ran = Commands(capsys)(command, write_config(tmp_path / "c.yaml", data))
         refused(ran, "trust_remote_code", "runs code that comes with the model")
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("key", ["hf_tokenizer_name", "hf_model_name"])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_a_tokenizer_with_code_of_its_own_is_refused_by_name(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, file: str
+) -> None:
+    """transformers would ask on the terminal whether to run it."""
+    own = tmp_path / "tokenizer"
+    own.mkdir()
+    (own / "code.py").write_text(CODE.format(str(tmp_path / "canary")))
+    (own / file).write_text(json.dumps({"auto_map": {"AutoTokenizer": ["code.T", None]}}))
+    folder = write_folder(tmp_path / "model", world, with_text(**{key: str(own)}))
+    data = config_data(world, model=f"local-dir:{folder}", output=str(tmp_path / "out"))
+    for command in ("plan", "merge", "eval"):
+        ran = Commands(capsys)(command, write_config(tmp_path / "c.yaml", data))
+        refused(ran, key, "code of its own", "never run")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_transformers_does_not_ask_while_open_clip_builds(world: World, tmp_path: Path) -> None:
+    from transformers import dynamic_module_utils
+
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    folder = write_folder(tmp_path / "model", world, with_text(hf_tokenizer_name="none/such"))
+    with _inside_open_clip(resolve_folder(folder)):
+        assert dynamic_module_utils.TIME_OUT_REMOTE_CODE == 0
+    assert dynamic_module_utils.TIME_OUT_REMOTE_CODE == seconds > 0
+
+
+def test_a_config_of_more_layers_than_the_weights_can_hold_is_refused(
+    world: World, tmp_path: Path
+) -> None:
+    vision = {**MODEL_CFG["vision_cfg"], "layers": [900, 900, 900, 900]}
+    folder = write_folder(tmp_path / "model", world, {**MODEL_CFG, "vision_cfg": vision})
+    weights = folder / "open_clip_model.safetensors"
+    weights.unlink()
+    weights.write_bytes(bytes(8))
+    with pytest.raises(CheckpointError, match=r"has 900 layers, and .* too small for more than 64"):
+        resolve_folder(folder)
 
 
 @pytest.mark.parametrize("where", ["model_cfg", "vision_cfg", "deep"])
