@@ -179,8 +179,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
             node = node.setdefault(key, {})
         else:
             raise ConfigError(
-                f"override {excerpt(override)}: {one_line(where, 60)} is below a plain value; name a "
-                "key of the config"
+                f"override {excerpt(override)}: {one_line(where, 60)} is below a plain value; "
+                "name a key of the config"
             )
 
 

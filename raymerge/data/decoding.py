@@ -8,17 +8,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from raymerge.data.images import DECODE_ERRORS, FORMATS, ImageList, Item, StoredImage, open_image
+from raymerge.data.images import (
+    DECODE_ERRORS,
+    ImageList,
+    Item,
+    as_8_bit,
+    decoding,
+    open_image,
+)
 from raymerge.errors import DataError, one_line
 
 if TYPE_CHECKING:
@@ -26,13 +31,14 @@ if TYPE_CHECKING:
 
 _TAIL_BYTES = 1024
 _JPEG_END = b"\xff\xd9"
+_WIDE = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def decode(item: Item, preprocess: Preprocess) -> Tensor:
     """Return (3, H, W) uint8; raises :class:`DataError` naming the image."""
     try:
-        with open_image(item) as image:
-            return preprocess.to_pixels(image)
+        with open_image(item) as image, decoding(image):
+            return preprocess.to_pixels(as_8_bit(image))
     except DECODE_ERRORS as error:
         raise damage_error(item, error) from error
 
@@ -40,13 +46,19 @@ def decode(item: Item, preprocess: Preprocess) -> Tensor:
 def check_image(item: Item) -> DataError | None:
     """Return the error of a damaged image, or None, without decoding an intact one.
 
-    A PNG has checksums and a JPEG an end marker; anything else is decoded to be sure.
+    A PNG has checksums and a JPEG an end marker; anything else is decoded to be sure, and so are
+    pixels of other than 8 bits.
     """
     try:
-        if isinstance(item, Path):
-            _check_file(lambda: item, lambda: _tail(item))
-        else:
-            _check_stored(item)
+        with open_image(item) as image:
+            kind, is_plain = image.format, image.mode not in _WIDE
+            if kind == "PNG" and is_plain:
+                image.verify()
+                return None
+        if kind == "JPEG" and _JPEG_END in _tail(item):
+            return None
+        with open_image(item) as image, decoding(image):
+            as_8_bit(image).load()
     except DECODE_ERRORS as error:
         return damage_error(item, error)
     except DataError as error:
@@ -54,30 +66,16 @@ def check_image(item: Item) -> DataError | None:
     return None
 
 
-def _check_stored(item: StoredImage) -> None:
-    content = item.encoded()
-    if content is None:
-        item.open().load()
-    else:
-        _check_file(lambda: BytesIO(content), lambda: content[-_TAIL_BYTES:])
-
-
-def _check_file(file: Callable[[], Path | BytesIO], tail: Callable[[], bytes]) -> None:
-    with Image.open(file(), formats=FORMATS) as image:
-        kind = image.format
-        image.verify()
-    if kind != "PNG" and not (kind == "JPEG" and _JPEG_END in tail()):
-        with Image.open(file(), formats=FORMATS) as image:
-            image.load()
-
-
 def damage_error(item: Item, error: Exception) -> DataError:
     return DataError(f"image {item}: does not decode ({one_line(error)}); replace or remove it")
 
 
-def _tail(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+def _tail(item: Item) -> bytes:
+    """Return the last bytes of an image's file."""
+    if not isinstance(item, Path):
+        return (item.encoded() or b"")[-_TAIL_BYTES:]
+    with item.open("rb") as file:
+        file.seek(max(0, item.stat().st_size - _TAIL_BYTES))
         return file.read()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Protocol, TypeAlias, overload
 
 import numpy as np
@@ -19,12 +21,20 @@ FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """The formats that are opened: by its content, an EPS named .jpg would run in Ghostscript."""
 
 
+_ANY_PIXELS = 1 << 24
+_PIXELS_PER_BYTE = 1 << 13
+_WHITE_16 = (1 << 16) - 1
+_LARGE = Lock()
+
+
 @dataclass(frozen=True)
 class Labels:
     """(N,) class numbers as they are stored; ``names[number]`` is a class, None if not known."""
 
     numbers: NDArray[np.int64]
     names: tuple[str, ...] | None = None
+    are_texts: bool = False
+    """True if the names are all that is stored, so that the numbers mean nothing by themselves."""
 
 
 class Source(Protocol):
@@ -120,9 +130,48 @@ class ImageList:
 
 def open_image(item: Item) -> Image.Image:
     """Open an image, not yet decoded; raises one of ``DECODE_ERRORS`` or :class:`DataError`."""
-    return Image.open(item, formats=FORMATS) if isinstance(item, Path) else item.open()
+    if not isinstance(item, Path):
+        return item.open()
+    return _bounded(Image.open(item, formats=FORMATS), item.stat().st_size)
 
 
 def open_encoded(content: bytes) -> Image.Image:
     """Open an image whose file is in memory."""
-    return Image.open(io.BytesIO(content), formats=FORMATS)
+    return _bounded(Image.open(io.BytesIO(content), formats=FORMATS), len(content))
+
+
+def _bounded(image: Image.Image, encoded_bytes: int) -> Image.Image:
+    """Return an image if its file can hold so many pixels. Raises :class:`ValueError`.
+
+    No format packs more than some thousands of pixels into a byte; decoding a forged header's
+    millions would take gigabytes, once for each core.
+    """
+    pixels = image.width * image.height
+    if pixels > max(_ANY_PIXELS, _PIXELS_PER_BYTE * encoded_bytes):
+        raise ValueError(
+            f"{image.width} x {image.height} pixels in {encoded_bytes:,} bytes, which no image has"
+        )
+    return image
+
+
+@contextmanager
+def decoding(image: Image.Image) -> Iterator[Image.Image]:
+    """Yield an image to decode; of enormous ones, one at a time."""
+    with _LARGE if image.width * image.height > _ANY_PIXELS else nullcontext():
+        yield image
+
+
+def as_8_bit(image: Image.Image) -> Image.Image:
+    """Return an image of 8 bits a channel; 16-bit grey is scaled, where Pillow would clip it.
+
+    Raises :class:`ValueError` for other numbers, which have no white.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > _WHITE_16:
+        raise ValueError(
+            f"its pixels are {values.dtype} from {values.min():g} to {values.max():g}, which have "
+            "no white; save it with 8 or 16 bits a channel"
+        )
+    return Image.fromarray((values.astype(np.float32) / 257).round().astype(np.uint8))

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from raymerge.config.suites.specs import DataSet, HuggingFace, Split
+from raymerge.data.sources.files import stamps_of
 from raymerge.errors import DataError, one_line
+from raymerge.files.atomic import stage_file
 
 FetchSplit = Callable[[HuggingFace, str], Sequence[Path]]
 """Returns a split's Parquet files in order; raises :class:`DataError`."""
@@ -111,14 +113,15 @@ def _write(data_set: DataSet, split: Split, path: Path, fetch: FetchSplit) -> No
         raise DataError("no published copy is known")
     files = fetch(where, where.splits[split])
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     try:
-        _rewrite(files, where, data_set, partial)
-        partial.replace(path)
-    except (OSError, ValueError, KeyError) as error:
+        # Of two at once, each writes a file of its own; the last one whole stays.
+        with stage_file(path, path.parent) as (partial, commit):
+            _rewrite(files, where, data_set, partial)
+            commit()
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow's own errors, of whatever kind
         raise DataError(f"the published copy cannot be read ({one_line(error)})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _rewrite(files: Sequence[Path], where: HuggingFace, data_set: DataSet, out: Path) -> None:
@@ -139,6 +142,10 @@ def _batches(
 ) -> Iterator[tuple[list[Mapping[str, Any]], list[int]]]:
     import pyarrow.parquet as pq
 
+    # The numbers of each file's labels may have an order of its own.
+    if files[0].suffix == ".tar":
+        yield from _shard_batches(files, data_set)
+        return
     for file in files:
         with pq.ParquetFile(file) as parquet:
             columns = parquet.schema_arrow.names
@@ -158,6 +165,26 @@ def _batches(
                     [_image(each) for each in images],
                     [place_of[label] for label in labels],
                 )
+
+
+def _shard_batches(
+    files: Sequence[Path], data_set: DataSet
+) -> Iterator[tuple[list[Mapping[str, Any]], list[int]]]:
+    """Yield the samples of tar shards, whose labels are numbers in the spec's order."""
+    from raymerge.data.sources.shards import TarShards
+
+    shards, place_of = TarShards(stamps_of(files)), _places(None, data_set)
+    stored = shards.labels()
+    labels = stored.numbers.tolist()
+    wrong = [label for label in labels if not 0 <= label < len(place_of)]
+    if stored.are_texts or wrong:
+        raise DataError(f"{files[0].name}: its labels are not the numbers 0 to {len(place_of) - 1}")
+    for start in range(0, len(shards), _ROWS):
+        rows = range(start, min(start + _ROWS, len(shards)))
+        yield (
+            [{"bytes": shards.encoded(row), "path": None} for row in rows],
+            [place_of[labels[row]] for row in rows],
+        )
 
 
 def _image(stored: Any) -> Mapping[str, Any]:

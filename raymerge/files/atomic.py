@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from raymerge.errors import RunError
+
+_MACHINE = re.sub(r"\W", "", socket.gethostname())[:32]
 
 
 def cache_folder() -> Path:
@@ -43,7 +50,9 @@ def stage_file(path: Path, folder: Path) -> Iterator[tuple[Path, Callable[[], No
     temporary file is removed.
     """
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)
+        _remove_leftovers(path.name, folder)
+        prefix = f".{path.name}.{_MACHINE}-{os.getpid()}."
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -52,6 +61,19 @@ def stage_file(path: Path, folder: Path) -> Iterator[tuple[Path, Callable[[], No
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _remove_leftovers(name: str, folder: Path) -> None:
+    """Remove temporary files and folders that ended processes of this machine have left."""
+    for left in folder.glob(f".{glob.escape(name)}.*.tmp"):
+        machine, _, process = left.name.removeprefix(f".{name}.").partition("-")
+        number = process.partition(".")[0]
+        if machine != _MACHINE or not number.isdecimal() or psutil.pid_exists(int(number)):
+            continue
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _commit(temporary: Path, path: Path) -> None:
@@ -71,7 +93,9 @@ def stage_folder(target: Path, *, exist_ok: bool = False) -> Iterator[Path]:
     target = target.absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        name = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        _remove_leftovers(target.name, target.parent)
+        prefix = f".{target.name}.{_MACHINE}-{os.getpid()}."
+        name = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=target.parent)
         try:
             yield Path(name)
             Path(name).chmod(0o777 & ~_umask())

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from raymerge.apps.finetune.images import steps_per_epoch
 from raymerge.config import Config, FinetuneConfig
+from raymerge.data.folder import quote_names
 from raymerge.data.images import ImageList
 from raymerge.data.sources import labelled_images
 from raymerge.data.sources.urls import local_reference
@@ -97,7 +98,15 @@ def training_images(config: Config) -> dict[int, ImageList]:
     image_lists = {}
     for k, task in enumerate(config.tasks):
         if task.train is not None:
-            image_lists[k] = labelled_images(task.train, task.classnames, f"tasks[{k}].train")
+            # A test set may lack a class, but an expert must see each.
+            images = labelled_images(task.train, task.classnames, f"tasks[{k}].train")
+            image_lists[k] = images
+            empty = [name for c, name in enumerate(task.classnames) if c not in set(images.labels)]
+            if empty:
+                raise DataError(
+                    f"tasks[{k}].train: {task.train}: no image of {quote_names(empty)}, which the "
+                    "expert would never see; add some, or remove the class from classnames"
+                )
         elif task.test is None:
             raise DataError(
                 f"tasks[{k}] ({task.name}): no train folder; name its labelled images in "

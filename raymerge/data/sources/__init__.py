@@ -49,6 +49,11 @@ def labelled_images(reference: str, classnames: Sequence[str], where: str) -> Im
     with _prefix_errors(where):
         stored = source.labels()
     if parse_reference(reference).options.get("match") == "index":
+        if stored.are_texts:
+            raise DataError(
+                f"{where}: {reference}: its labels are texts, which have no places; remove "
+                "match=index and write them in classnames"
+            )
         stored = replace(stored, names=None)
     indices = class_indices(stored, classnames, f"{where}: {reference}")
     return ImageList(StoredImages(source, rows), tuple(indices[rows].tolist()))
@@ -141,7 +146,12 @@ def _open(reference: DataReference) -> Source | None:
 def _open_folder(reference: DataReference, root: Path) -> Source | None:
     """Open a folder of Parquet or tar files; None for a folder that holds any image."""
     stored = _stored_files(root)
-    if not stored or any(folder.is_image(path) for path in root.rglob("*")):
+    if not stored or folder.image_files(root):
+        if not stored and any(path.suffix == ".arrow" for path in _near(root, 3)):
+            raise DataError(
+                f"{root}: holds Arrow files, as save_to_disk of datasets writes them; write each "
+                "split with split.to_parquet(FILE) and name that file"
+            )
         _refuse_options(reference)
         return None
     if stored[0].suffix.lower() == ".tar":
@@ -178,7 +188,7 @@ def _near(root: Path, depth: int) -> Iterator[Path]:
     folders = []
     with os.scandir(root) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if folder.is_hidden(entry.name):
                 continue
             if entry.is_file():
                 yield Path(entry.path)

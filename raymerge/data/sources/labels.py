@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from raymerge.data.folder import plain_name, quote_names
+from raymerge.data.folder import match_names, quote_names, warn_of_empty
 from raymerge.data.images import Labels
 from raymerge.errors import DataError
 
@@ -27,13 +27,16 @@ def class_indices(labels: Labels, classnames: Sequence[str], where: str) -> NDAr
     if labels.names is None:
         return labels.numbers
     place_of = _match(labels, labels.names, classnames, where)
-    return place_of[labels.numbers]
+    indices: NDArray[np.int64] = place_of[labels.numbers]
+    used = set(np.unique(indices).tolist())
+    warn_of_empty([c for i, c in enumerate(classnames) if i not in used], classnames, where)
+    return indices
 
 
 def text_labels(texts: Sequence[str]) -> Labels:
     """Return the labels of one class name per image."""
     names, numbers = np.unique(np.array(texts, dtype=object), return_inverse=True)
-    return Labels(numbers.astype(np.int64).reshape(-1), tuple(map(str, names)))
+    return Labels(numbers.astype(np.int64).reshape(-1), tuple(map(str, names)), are_texts=True)
 
 
 def _require_range(numbers: NDArray[np.int64], count: int, where: str, *, has_names: bool) -> None:
@@ -55,30 +58,22 @@ def _require_range(numbers: NDArray[np.int64], count: int, where: str, *, has_na
 def _match(
     labels: Labels, names: tuple[str, ...], classnames: Sequence[str], where: str
 ) -> NDArray[np.int64]:
-    """Return the index of each number's class, by exact name or by letters and digits.
-
-    A name that is no class matters only if an image has it.
-    """
-    # Names that occur twice cannot be matched.
-    for group, title in ((names, "of the data set"), (classnames, "in classnames")):
-        twice = sorted({name for name in group if group.count(name) > 1})
-        if twice:
-            raise DataError(f"{where}: class {twice[0]!r} {title} is there twice; {_INDEX}")
-
-    # Exact names come first, so that "a b" and "a_b" can be different classes.
-    place_of = {name: classnames.index(name) for name in names if name in classnames}
-    left = {plain_name(c): i for i, c in enumerate(classnames) if i not in place_of.values()}
-    for name in names:
-        if name not in place_of and plain_name(name) in left:
-            place_of[name] = left.pop(plain_name(name))
+    """Return the index of each number's class; a name that is no class matters only if an image
+    has it."""
+    try:
+        places = match_names(names, classnames, where, "class")
+    except DataError as error:
+        raise DataError(f"{error}, or {_INDEX}") from error
     used = {names[number] for number in np.unique(labels.numbers)}
-    missing = [c for i, c in enumerate(classnames) if i not in place_of.values()]
-    unexpected = [name for name in names if name in used and name not in place_of]
-    if missing or unexpected:
+    unexpected = [
+        name for name, place in zip(names, places, strict=True) if place is None and name in used
+    ]
+    if unexpected:
+        missing = [c for i, c in enumerate(classnames) if i not in places]
+        remedy = "use its names" if labels.are_texts else f"use its names, or {_INDEX}"
         raise DataError(
             f"{where}: the data set has {len(names)} classes for {len(classnames)} class names"
             + (f"; none is {quote_names(missing)}" if missing else "")
-            + (f"; no class name is {quote_names(unexpected)}" if unexpected else "")
-            + f"; use its names, or {_INDEX}"
+            + f"; no class name is {quote_names(unexpected)}; {remedy}"
         )
-    return np.array([place_of.get(name, -1) for name in names], dtype=np.int64)
+    return np.array([-1 if place is None else place for place in places], dtype=np.int64)

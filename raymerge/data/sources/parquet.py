@@ -309,7 +309,8 @@ def _kind(kind: Any) -> str:
         return "binary"
     if types.is_string(kind) or types.is_large_string(kind):
         return "text"
-    return "integer" if types.is_integer(kind) else str(kind)[:40]
+    is_number = types.is_integer(kind) or types.is_boolean(kind)  # false is class 0, true 1
+    return "integer" if is_number else str(kind)[:40]
 
 
 @lru_cache(maxsize=4096)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from raymerge.data.folder import is_hidden
 from raymerge.data.images import Labels, open_encoded
 from raymerge.data.sources.files import FileStamp, printable_name, read_at, require_small, stamps_of
 from raymerge.data.sources.labels import text_labels
@@ -175,12 +176,21 @@ class _Sample:
 @lru_cache(maxsize=4096)
 def _indexed(file: FileStamp) -> _Index:
     """Return the samples of a shard that have an image; raises :class:`DataError`."""
+    # Members of one key are a sample; of names with more dots, the first is kept for the error.
     samples: dict[str, _Sample] = {}
+    dotted = ""
     for member in _members(file):
         key, suffix = _split(member.name)
+        if suffix not in _IMAGES and suffix.rpartition(".")[2] in _IMAGES:
+            dotted = dotted or member.name
         if suffix in _IMAGES or suffix in _LABELS:
             _add(samples.setdefault(key, _Sample()), member, suffix, file)
     samples = {key: sample for key, sample in samples.items() if sample.image is not None}
+    if not samples and dotted:
+        raise DataError(
+            f"{file.path}: member {printable_name(dotted)}: a name ends at its first dot in a "
+            "WebDataset, so this is no image; write no dots before the suffix"
+        )
     if not samples:
         raise DataError(
             f"{file.path}: holds no image ({', '.join(_IMAGES)}); expected members such as "
@@ -221,7 +231,8 @@ def _split(name: str) -> tuple[str, str]:
     """Return a member's key and suffix; the suffix of hidden files is empty."""
     folder, slash, last = name.rpartition("/")
     stem, _, suffix = last.partition(".")
-    return f"{folder}{slash}{stem}", suffix.lower() if stem else ""
+    parts = [part for part in name.split("/") if part not in (".", "..")]
+    return f"{folder}{slash}{stem}", "" if any(map(is_hidden, parts)) else suffix.lower()
 
 
 def _members(file: FileStamp) -> Iterator[tarfile.TarInfo]:
@@ -234,6 +245,8 @@ def _members(file: FileStamp) -> Iterator[tarfile.TarInfo]:
                 if shard.offset <= before:
                     raise tarfile.ReadError("a member ends before it starts")
                 before = shard.offset
+                if sum(map(len, member.pax_headers.values())) > _MOST_LABEL_BYTES:
+                    raise tarfile.ReadError("a member's header is longer than any")
                 if not member.isdir():
                     yield member
     except _ERRORS as error:

@@ -326,7 +326,7 @@ def test_the_trained_models_merge(
         (["tasks.1.train=null", "tasks.1.test=null"], ["tasks[1]"]),
         (["tasks.1.train=null", "tasks.0.train=null", "tasks.2.train=null"], ["checkpoint"]),
         (["tasks.0.classnames=[red, green]"], ["tasks[0].train", "no class for folder 'blue'"]),
-        (["tasks.0.classnames=[red, green, blue, pink]"], ["no folder for 'pink'"]),
+        (["tasks.0.classnames=[red, green, blue, pink]"], ["no image of 'pink'"]),
         (["model=local-dir:nowhere"], ["model", "nowhere"]),
         (["cluster.workers=2", "cluster.cpus_per_worker=100000"], ["cluster.cpus_per_worker"]),
     ],

@@ -555,3 +555,71 @@ def test_a_parquet_footer_with_any_byte_changed_is_read_or_refused(
         except DataError as error:
             refusals.append(str(error))
     assert any("rows and holds" in refusal for refusal in refusals)
+
+
+# --- inputs that people have ---------------------------------------------------------------------
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path):
+    gradient = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(gradient).save(tmp_path / "a.png")
+    Image.fromarray((gradient / 257).round().astype(np.uint8)).save(tmp_path / "b.png")
+    deep, plain = (decode(tmp_path / name, PREPROCESS) for name in ("a.png", "b.png"))
+    assert torch.equal(deep, plain)
+    assert check_image(tmp_path / "a.png") is None
+    Image.fromarray(gradient.astype(np.float32)).save(tmp_path / "c.tif")
+    error = check_image(tmp_path / "c.tif")
+    assert "have no white; save it with 8 or 16 bits" in str(error)
+
+
+def test_a_small_file_of_enormous_pixels_is_refused_before_decoding(tmp_path):
+    size = ((12000 - 1) | (12000 - 1) << 14).to_bytes(4, "little")
+    chunk = b"VP8L" + (10).to_bytes(4, "little") + b"\x2f" + size + bytes(5)
+    (tmp_path / "a.webp").write_bytes(
+        b"RIFF" + (len(chunk) + 4).to_bytes(4, "little") + b"WEBP" + chunk
+    )
+    assert Image.open(tmp_path / "a.webp").size == (12000, 12000)
+    assert "12000 x 12000 pixels in 30 bytes" in str(check_image(tmp_path / "a.webp"))
+
+
+def test_boolean_labels_are_classes_0_and_1(tmp_path, samples):
+    content = [path.read_bytes() for path, _ in samples[:2]]
+    table = pa.table({"image": content, "label": [True, False]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    images = labelled_images(f"{tmp_path}/x.parquet", ["no", "yes"], "w")
+    assert images.labels == (1, 0)
+
+
+def test_texts_as_labels_may_lack_a_class_and_have_no_places(tmp_path, samples, caplog):
+    content = [path.read_bytes() for path, _ in samples[:2]]
+    pq.write_table(pa.table({"image": content, "label": ["c", "a"]}), tmp_path / "x.parquet")
+    reference = f"{tmp_path}/x.parquet"
+    assert labelled_images(reference, ["c", "b", "a"], "w").labels == (0, 2)
+    assert "1 of 3 classes have no image ('b')" in caplog.text
+    with pytest.raises(DataError, match="its labels are texts, which have no places; remove match"):
+        labelled_images(f"{reference}?match=index", ["c", "b", "a"], "w")
+    with pytest.raises(DataError, match=r"no class name is 'c'; use its names$"):
+        labelled_images(reference, ["x", "a"], "w")
+
+
+@pytest.mark.parametrize("place", ["", "train/"])
+def test_a_folder_of_arrow_files_names_the_remedy(tmp_path, place):
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "data-00000-of-00001.arrow").write_bytes(b"x")
+    (tmp_path / place / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"save_to_disk .* to_parquet\(FILE\)"):
+        unlabeled_images(str(tmp_path), "w")
+
+
+def test_dots_in_a_members_name_are_said(tmp_path, samples):
+    content = samples[0][0].read_bytes()
+    reference = _tar(tmp_path / "x.tar", ("img.v1.0001.png", content))
+    with pytest.raises(DataError, match=r"img\.v1\.0001\.png.*write no dots before the suffix"):
+        unlabeled_images(reference, "w")
+
+
+def test_hidden_members_of_a_tar_are_no_images(tmp_path, samples):
+    content = samples[0][0].read_bytes()
+    names = ("./a.png", "__MACOSX/._a.png", ".ipynb_checkpoints/b.png", "x/.c/d.png")
+    reference = _tar(tmp_path / "x.tar", *((name, content) for name in names))
+    assert len(unlabeled_images(reference, "w")) == 1
