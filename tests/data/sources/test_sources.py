@@ -607,7 +607,7 @@ def test_a_folder_of_arrow_files_names_the_remedy(tmp_path, place):
     (tmp_path / place).mkdir(exist_ok=True)
     (tmp_path / place / "data-00000-of-00001.arrow").write_bytes(b"x")
     (tmp_path / place / "state.json").write_text("{}")
-    with pytest.raises(DataError, match=r"save_to_disk .* to_parquet\(FILE\)"):
+    with pytest.raises(DataError, match=r"save_to_disk .*to_parquet\(FILE\)"):
         unlabeled_images(str(tmp_path), "w")
 
 
