@@ -16,7 +16,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from raymerge.errors import RaymergeError, UserError, escape_unprintable, one_line, unknown_name
+from raymerge.errors import (
+    RaymergeError,
+    UserError,
+    escape_unprintable,
+    one_line,
+    printable_lines,
+    shorten,
+    unknown_name,
+)
 from raymerge.files.urls import redact
 
 if TYPE_CHECKING:
@@ -65,13 +73,18 @@ class _Redacting(logging.Formatter):
     """Remove credentials from log lines: libraries log URLs with their signatures."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return printable_lines(redact(super().format(record)))
 
 
 def _fail(message: object, code: int) -> int:
-    text = escape_unprintable(redact(str(message)))
+    text = shorten(escape_unprintable(redact(str(message))))
     print(f"raymerge: error: {text}", file=sys.stderr)
     return code
+
+
+def _say(text: object) -> None:
+    """Print a result: names from files may hold codes that move a terminal's cursor."""
+    print(printable_lines(str(text)))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -278,7 +291,7 @@ def _config_or_job(args: argparse.Namespace) -> Config | Job:
 
 
 def _plan_job(job: Job, args: argparse.Namespace) -> int:
-    print(json.dumps(job.to_json(), indent=2) if args.json else job.text_plan())
+    _say(json.dumps(job.to_json(), indent=2) if args.json else job.text_plan())
     return 0
 
 
@@ -291,7 +304,7 @@ def _merge_job(job: Job, args: argparse.Namespace) -> int:
         )
     if args.push_to_hub is not None:
         raise UserError("--push-to-hub: not for a merge of state dicts; use `hf upload`")
-    print(f"written to {job.run(args.output, overwrite=args.overwrite)}")
+    _say(f"written to {job.run(args.output, overwrite=args.overwrite)}")
     return 0
 
 
@@ -309,7 +322,7 @@ def _plan(args: argparse.Namespace) -> int:
     for problem in problems:
         _fail(problem, 2)
     if plan is not None and not problems:
-        print(json.dumps(plan.to_json(), indent=2) if args.json else plan_text(plan))
+        _say(json.dumps(plan.to_json(), indent=2) if args.json else plan_text(plan))
     return 2 if problems else 0
 
 
@@ -332,11 +345,11 @@ def _merge(args: argparse.Namespace) -> int:
     result = merge(config, resume=args.resume, overwrite=args.overwrite, also=args.also)
     if result.scores:
         _print_scores(describe(config.method), result.scores)
-    print(f"written to {result.output}")
+    _say(f"written to {result.output}")
     if args.push_to_hub is not None and result.output is not None:
         from raymerge.runs.publish import push
 
-        print(f"published as {push(result.output, args.push_to_hub, private=args.private)}")
+        _say(f"published as {push(result.output, args.push_to_hub, private=args.private)}")
     return 0
 
 
@@ -382,7 +395,7 @@ def _experiment(args: argparse.Namespace) -> int:
     config = load_experiment(args.config, args.overrides, args.output)
     from raymerge.apps.experiments.run import run_experiment
 
-    print(run_experiment(config, overwrite=args.overwrite))
+    _say(run_experiment(config, overwrite=args.overwrite))
     return 0
 
 
@@ -396,7 +409,7 @@ def _finetune(args: argparse.Namespace) -> int:
     for title, scores in (("experts", result.experts), ("joint", result.joint)):
         if scores:
             _print_scores(title, scores)
-    print(f"written to {result.output}")
+    _say(f"written to {result.output}")
     return 0
 
 
@@ -404,7 +417,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from raymerge.models.checkpoints.inspect import inspect_checkpoint, inspection_text
 
     inspection = inspect_checkpoint(args.checkpoint)
-    print(json.dumps(inspection, indent=2) if args.json else inspection_text(inspection))
+    _say(json.dumps(inspection, indent=2) if args.json else inspection_text(inspection))
     return 0
 
 
@@ -417,7 +430,7 @@ def _convert(args: argparse.Namespace) -> int:
     )
     if difference is not None:
         print(f"cosines of open_clip and transformers agree to {difference:.1e}")
-    print(f"written to {destination}")
+    _say(f"written to {destination}")
     return 0
 
 
@@ -438,7 +451,7 @@ def _prepare(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(each) for each in done], indent=2))
     else:
-        print(results_text(done, name, Path(args.root)))
+        _say(results_text(done, name, Path(args.root)))
     return 0 if all(each.ready for each in done) else 1
 
 
@@ -446,22 +459,22 @@ def _report(args: argparse.Namespace) -> int:
     from raymerge.report import write_plots, write_report
 
     write_plots(Path(args.folder))
-    print(write_report(Path(args.folder)))
+    _say(write_report(Path(args.folder)))
     return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
     from raymerge.apps.demo import run_demo
 
-    print(run_demo(Path(args.output), None if args.zoo is None else Path(args.zoo), args.seed))
+    _say(run_demo(Path(args.output), None if args.zoo is None else Path(args.zoo), args.seed))
     return 0
 
 
 def _print_scores(title: str, scores: Mapping[str, TaskScore]) -> None:
     width = max(len(name) for name in [*scores, "mean"])
-    print(title)
+    _say(title)
     for name, score in scores.items():
-        print(f"  {name:<{width}}  {score.top1:7.2%}  of {score.examples}")
+        _say(f"  {name:<{width}}  {score.top1:7.2%}  of {score.examples}")
     mean = sum(score.top1 for score in scores.values()) / len(scores)
     print(f"  {'mean':<{width}}  {mean:7.2%}")
 

@@ -10,6 +10,8 @@ import difflib
 import reprlib
 from collections.abc import Iterable
 
+_LONGEST_LINE = 2000
+
 
 def escape_unprintable(text: str) -> str:
     """Return a text as one line that is safe to print.
@@ -20,6 +22,18 @@ def escape_unprintable(text: str) -> str:
         return text
     line = " ".join(text.split("\n"))
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def shorten(line: str, limit: int = _LONGEST_LINE) -> str:
+    """Return a line with its middle left out if it is longer than ``limit``: what and where stand
+    at its head, and the remedy at its end."""
+    half = limit // 2
+    return line if len(line) <= limit else f"{line[:half]} … {line[-half:]}"
+
+
+def printable_lines(text: str) -> str:
+    """Return a text of several lines that is safe to print on a terminal."""
+    return "\n".join(escape_unprintable(line) for line in text.split("\n"))
 
 
 def one_line(error: object, limit: int = 160) -> str:
@@ -58,7 +72,7 @@ class RaymergeError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        return escape_unprintable(super().__str__())
+        return shorten(escape_unprintable(super().__str__()))
 
 
 class UserError(RaymergeError):

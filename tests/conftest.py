@@ -31,6 +31,7 @@ def local_ray() -> Iterator[None]:
     """One Ray for the whole session: starting it takes seconds. Logical CPUs exceed real ones."""
     import ray
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as the Ray that raymerge starts
     ray.init(
         num_cpus=6,
         include_dashboard=False,

@@ -10,9 +10,11 @@ import torch
 from raymerge.errors import (
     CheckpointError,
     NonFiniteError,
+    UserError,
     did_you_mean,
     escape_unprintable,
     one_line,
+    printable_lines,
     unknown_name,
 )
 from raymerge.models.checkpoints.inspect import inspect_checkpoint, inspection_text
@@ -67,3 +69,14 @@ def test_an_error_fits_on_one_line(error: Exception, line: str) -> None:
 def test_the_nearest_known_name_is_proposed(name: object, hint: str) -> None:
     assert did_you_mean(name, ["MNIST", "DTD"]) == hint
     assert unknown_name(name, ["MNIST", "DTD"]) == f"{name!r} is unknown{hint} (known: MNIST, DTD)"
+
+
+def test_a_message_of_megabytes_keeps_its_head_and_its_remedy():
+    error = UserError(f"tasks[0]: label {'x' * 900_000} is no class; write another")
+    assert len(str(error)) < 2100
+    assert str(error).startswith("tasks[0]: label xxx")
+    assert str(error).endswith("is no class; write another")
+
+
+def test_lines_are_printed_without_codes_for_the_terminal():
+    assert printable_lines("a\x1b[31m\nb\u202e") == "a\\x1b[31m\nb\\u202e"

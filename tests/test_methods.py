@@ -98,7 +98,7 @@ def test_every_method_writes_a_complete_folder(
     assert results["average"]["top1"] == pytest.approx(result.top1)
     assert (out / "report.html").exists()
     if not method.merges:
-        assert sorted(p.name for p in out.iterdir()) == [
+        assert sorted(p.name for p in out.iterdir() if p.name[:1] != ".") == [
             "config.yaml", "environment.json", "report.html", "results.json"
         ]  # fmt: skip
         return

@@ -63,6 +63,8 @@ def _connect(remote: str | None, local_cpus: int) -> None:
     # A bare ray.init() turns token authentication on and writes a token to the home directory; a
     # random one for this private cluster keeps it in this process and its children.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Ray's workers are nice by 15, and starve beside whatever else runs on this machine.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         address="local",
         num_cpus=local_cpus,

@@ -50,7 +50,7 @@ def stage_file(path: Path, folder: Path) -> Iterator[tuple[Path, Callable[[], No
     temporary file is removed.
     """
     try:
-        _remove_leftovers(path.name, folder)
+        remove_leftovers(folder, glob.escape(path.name))
         prefix = f".{path.name}.{_MACHINE}-{os.getpid()}."
         handle, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
         os.close(handle)
@@ -63,12 +63,14 @@ def stage_file(path: Path, folder: Path) -> Iterator[tuple[Path, Callable[[], No
         raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _remove_leftovers(name: str, folder: Path) -> None:
-    """Remove temporary files and folders that ended processes of this machine have left."""
-    for left in folder.glob(f".{glob.escape(name)}.*.tmp"):
-        machine, _, process = left.name.removeprefix(f".{name}.").partition("-")
-        number = process.partition(".")[0]
-        if machine != _MACHINE or not number.isdecimal() or psutil.pid_exists(int(number)):
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files and folders that ended processes of this machine have left.
+
+    ``name``: the pattern of what they were writing.
+    """
+    for left in folder.glob(f".{name}.{_MACHINE}-*.tmp"):
+        process = left.name.rpartition(f".{_MACHINE}-")[2].partition(".")[0]
+        if not process.isdecimal() or psutil.pid_exists(int(process)):
             continue
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
@@ -93,7 +95,7 @@ def stage_folder(target: Path, *, exist_ok: bool = False) -> Iterator[Path]:
     target = target.absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target.name, target.parent)
+        remove_leftovers(target.parent, glob.escape(target.name))
         prefix = f".{target.name}.{_MACHINE}-{os.getpid()}."
         name = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=target.parent)
         try:

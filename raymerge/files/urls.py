@@ -7,7 +7,11 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s'\"<>`|]+")
+# A password may hold quotes, so all before an @ of the host belongs to the URL.
+_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://(?:[^\s/]*@)?[^\s'\"<>`|]+")
+_TOKEN_IN_TEXT = re.compile(
+    r"(?i)(\b(?:authorization:\s*\w+|bearer)\s+)[\w.~+/=-]{8,}|\bhf_[A-Za-z0-9]{16,}"
+)
 _AFTER_URL = ".,;:!)]}"
 _LOGIN_SCHEMES = ("ftp", "sftp", "ssh", "smb")
 """Their user name is part of the address; only the password is a secret."""
@@ -44,6 +48,8 @@ def redact_url(url: str) -> str:
         parts = urlsplit(url)
     except ValueError:  # brackets that hold no address
         return url.partition("://")[0] + "://…"
+    if "@" in parts.path and not re.fullmatch(r"[^:]*(:\d*)?", parts.netloc):
+        return f"{parts.scheme}://…"  # a password with a slash, which ends the host
     pairs = [pair for pair in parse_qsl(parts.query) if pair[0].lower() in _OPEN_PARAMETERS]
     query, netloc = urlencode(pairs), _public_host(parts)
     if (query, netloc) == (parts.query, parts.netloc):
@@ -66,7 +72,8 @@ def _public_host(parts: SplitResult) -> str:
 
 
 def redact(text: str) -> str:
-    """Return a text with every URL in it redacted."""
+    """Return a text with every URL in it redacted, and without tokens of an authorization."""
+    text = _TOKEN_IN_TEXT.sub(lambda match: (match[1] or "") + "…", text)
 
     def replace(match: re.Match[str]) -> str:
         url = match.group()

@@ -6,6 +6,7 @@ is installed, the two libraries are compared on the same inputs before a folder 
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from raymerge.config import ModelConfig
-from raymerge.errors import CheckpointError, RunError, UserError
+from raymerge.errors import CheckpointError, RunError, UserError, one_line
 from raymerge.files.atomic import stage_folder, sync, write_atomically
 from raymerge.models.checkpoints import huggingface_config
 from raymerge.models.checkpoints.checkpoint import (
@@ -92,7 +93,14 @@ def write_also(folder: Path, also: Sequence[Also]) -> None:
             write_atomically(folder / HF_FOLDER / name, write)
     if "state_dict" in also:
         state = _state_dict(resolved)
-        write_atomically(folder / STATE_DICT_FILE, lambda path: torch.save(state, path))
+        write_atomically(folder / STATE_DICT_FILE, lambda path: _save(state, path))
+
+
+def _save(state: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # torch's own writer, on a full disk
+        raise OSError(errno.ENOSPC, one_line(error)) from error
 
 
 def require_also(resolved: ResolvedModel, also: Sequence[Also]) -> None:

@@ -16,9 +16,9 @@ from raymerge.report.curves import (
 from raymerge.report.data import Comparison, Metrics, Run
 from raymerge.report.figures import Bar, Chart, bar_chart, heat_map, line_chart
 from raymerge.report.formats import decimal, percent
-from raymerge.report.names import NOT_MERGED, method_title
+from raymerge.report.names import NOT_MERGED, first_lambda, method_title
 from raymerge.report.ranking import leaders, mean_top1
-from raymerge.report.records import FindingsCurves, Lambdas
+from raymerge.report.records import FindingsCurves
 
 
 def entropy_chart(metrics: Metrics) -> Chart | None:
@@ -41,12 +41,14 @@ def lambda_curves(run: Run) -> Chart | None:
     )
 
 
-def lambda_map(lambdas: Lambdas | None) -> Chart | None:
+def lambda_map(run: Run | None) -> Chart | None:
     """Draw λ as a heat map, or a bar a task where λ has no layers. A constant λ is no picture."""
-    if lambdas is None or lambdas.range[0] == lambdas.range[1]:
+    lambdas = run.lambdas if run is not None else None
+    if run is None or lambdas is None or lambdas.range[0] == lambdas.range[1]:
         return None
     if not lambdas.is_task_wise:
-        return heat_map(lambdas, label="Coefficient of every task and layer")
+        start = first_lambda(run)
+        return heat_map(lambdas, label="Coefficient of every task and layer", start=start)
     bars = [
         Bar(task, mean, decimal(mean))
         for task, mean in zip(lambdas.tasks, lambdas.means, strict=True)

@@ -257,19 +257,22 @@ def bar_chart(bars: Sequence[Bar], *, label: str, most: float) -> Chart:
 # Heat map
 
 
-def heat_map(lambdas: Lambdas, *, label: str) -> Chart:
-    """Draw λ with a row a task and a column a layer (AdaMerging paper, Fig. 5)."""
+def heat_map(lambdas: Lambdas, *, label: str, start: float | None = None) -> Chart:
+    """Draw λ with a row a task and a column a layer (AdaMerging paper, Fig. 5).
+
+    The colours diverge from ``start``, the λ before the first step; default: from the middle.
+    """
     from matplotlib import colormaps
 
     K, L = len(lambdas.tasks), len(lambdas.layers)
     row_height = 24 if K <= 10 else 18
-    low, high = colour_range(lambdas)
+    low, high = colour_range(lambdas, start)
     with style():
         figure, axes = _axes(row_height * K + 90)
         # Not imshow: a page without requests cannot hold its raster, and a cell needs a tooltip.
         values_KL = [[_drawable(value) for value in row_L] for row_L in lambdas.values]
-        viridis = colormaps["viridis"].resampled(COLOUR_LEVELS)
-        mesh = axes.pcolormesh(values_KL, cmap=viridis, vmin=low, vmax=high, gid="cells")
+        diverging = colormaps["coolwarm"].resampled(COLOUR_LEVELS)
+        mesh = axes.pcolormesh(values_KL, cmap=diverging, vmin=low, vmax=high, gid="cells")
         axes.invert_yaxis()
         axes.hlines(range(1, K), 0, L, color=LIGHT["paper"], linewidth=1)
         axes.set_yticks(
@@ -279,7 +282,7 @@ def heat_map(lambdas: Lambdas, *, label: str) -> Chart:
         )
         _mark_blocks(axes, lambdas)
         _write_means(axes, lambdas)
-        _draw_scale(axes, mesh, row_height * K)
+        _draw_scale(axes, mesh, row_height * K, _range_text(lambdas, start))
         _fit(figure, axes, top=44, bottom=46)
     cells = [
         f"{task} · {layer}: {value:.4f}"
@@ -289,11 +292,18 @@ def heat_map(lambdas: Lambdas, *, label: str) -> Chart:
     return Chart(figure, label, {"cells": cells})
 
 
-def colour_range(lambdas: Lambdas) -> tuple[float, float]:
-    """Return the ends of the colour scale: from 0, or a negative λ, to the largest λ."""
+def colour_range(lambdas: Lambdas, start: float | None = None) -> tuple[float, float]:
+    """Return the ends of the colour scale: equally far from ``start``, and no λ beyond them."""
     low, high = (_drawable(value) for value in lambdas.range)
-    low = min(0.0, low)
-    return (low, high) if high > low else (low, low + 1.0)
+    centre = (low + high) / 2 if start is None else _drawable(start)
+    reach = max(high - centre, centre - low) or 1.0
+    return centre - reach, centre + reach
+
+
+def _range_text(lambdas: Lambdas, start: float | None) -> str:
+    low, high = lambdas.range
+    before = "" if start is None else f"; {decimal(start)} before the first step"
+    return f"λ from {decimal(low)} to {decimal(high)}{before}"
 
 
 def _mark_blocks(axes: Axes, lambdas: Lambdas) -> None:
@@ -319,8 +329,8 @@ def _write_means(axes: Axes, lambdas: Lambdas) -> None:
     axes.text(1.045, -0.25, "mean", ha="right", color=LIGHT["muted"], transform=place)
 
 
-def _draw_scale(axes: Axes, mesh: Any, height: float) -> None:
-    """Draw the colour scale above the cells, which are ``height`` high, with its two ends."""
+def _draw_scale(axes: Axes, mesh: Any, height: float, text: str) -> None:
+    """Draw the colour scale, its ends and ``text`` above the cells, which are ``height`` high."""
     low, high = mesh.get_clim()
     pixel = 1 / height
     scale = axes.inset_axes((0.07, 1 + 20 * pixel, 0.16, 12 * pixel))
@@ -330,7 +340,7 @@ def _draw_scale(axes: Axes, mesh: Any, height: float) -> None:
     bar.outline.set_visible(False)
     ends = (
         scale.text(-0.03, 0.5, f"λ = {decimal(low, 2)}", ha="right"),
-        scale.text(1.03, 0.5, decimal(high, 2), ha="left"),
+        scale.text(1.03, 0.5, f"{decimal(high, 2)}   ({text})", ha="left"),
     )
-    for text in ends:
-        text.set(color=LIGHT["muted"], va="center_baseline", transform=scale.transAxes)
+    for end in ends:
+        end.set(color=LIGHT["muted"], va="center_baseline", transform=scale.transAxes)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from raymerge.config.methods import AdaMerging
 from raymerge.merging.registry import METHODS
 from raymerge.report.data import Run
 
@@ -43,6 +44,24 @@ def run_method(run: Run) -> str:
     is_task_wise = run.lambdas is not None and run.lambdas.layers == ("all",)
     granularity = "task" if is_task_wise else run.settings.granularity
     return name + plus + (f"_{granularity}" if granularity in ("task", "block") else "")
+
+
+def first_lambda(run: Run) -> float | None:
+    """Return the λ before the first step; None if the method does not learn λ, or is not known."""
+    row = METHODS.get(run.settings.name)
+    if row is None or row.loop is None or run.lambdas is None:
+        return None
+    if run.settings.name != "adamerging":
+        return row.scaling(None, len(run.lambdas.tasks))
+    try:
+        options = AdaMerging(
+            name="adamerging",
+            task_vectors=run.settings.task_vectors or "raw",  # type: ignore[arg-type]
+            init=run.settings.init,
+        )
+    except ValueError:  # of another version
+        return None
+    return options.effective_init
 
 
 def run_title(run: Run) -> str:

@@ -266,6 +266,7 @@ class MethodSettings(Record):
     granularity: str = ""
     task_vectors: str = ""
     objective: str = ""
+    init: Number | None = None
 
     @model_validator(mode="before")
     @classmethod

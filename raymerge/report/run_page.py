@@ -34,7 +34,7 @@ def learned(run: Run) -> dict[str, object]:
     """Return the charts of the coefficients, and a sentence on their range."""
     return {
         "curves": lambda_curves(run),
-        "lambda_map": lambda_map(run.lambdas),
+        "lambda_map": lambda_map(run),
         "lambdas_note": _range_note(run.lambdas) if run.lambdas else "",
     }
 

@@ -65,7 +65,7 @@ def _charts(report: Run | Comparison | Experiment) -> dict[Path, Chart | None]:
     for run in report.runs.values():
         charts |= _run_charts(run)
     layer_wise, task_wise = (report.runs.get(m) for m in ("adamerging", "adamerging_task"))
-    charts[folder / "lambda_heatmap.png"] = lambda_map(layer_wise.lambdas) if layer_wise else None
+    charts[folder / "lambda_heatmap.png"] = lambda_map(layer_wise)
     charts[folder / "lambda_curves.png"] = lambda_curves(task_wise) if task_wise else None
     charts[folder / "comparison.png"] = method_bars(report)
     charts[folder / "uniform_scan.png"] = scan_chart(report)
@@ -74,6 +74,6 @@ def _charts(report: Run | Comparison | Experiment) -> dict[Path, Chart | None]:
 
 def _run_charts(run: Run) -> dict[Path, Chart | None]:
     return {
-        run.folder / "lambda_heatmap.png": lambda_map(run.lambdas) if run.metrics else None,
+        run.folder / "lambda_heatmap.png": lambda_map(run) if run.metrics else None,
         run.folder / "lambda_curves.png": lambda_curves(run),
     }

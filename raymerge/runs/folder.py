@@ -31,7 +31,8 @@ from raymerge.engine.driver.state import LearningState
 from raymerge.engine.messages import Incident
 from raymerge.engine.scores import TaskScore, results_json
 from raymerge.errors import RunError, UserError
-from raymerge.files.atomic import write_json, write_text
+from raymerge.files.atomic import remove_leftovers, write_json, write_text
+from raymerge.files.fencing import claim_attempt, newest_attempt
 from raymerge.files.output_folder import require_output
 from raymerge.files.urls import is_remote, redact, redact_url
 from raymerge.merging.registry import describe, merged_checkpoints, method_of
@@ -45,6 +46,7 @@ from raymerge.runs.plan.plan import Plan
 from raymerge.runs.state import StateStore, fingerprint
 from raymerge.runs.tracking import remove_tracking_files
 
+_ATTEMPTS = ".attempts"
 _JOB_COPY = "working_dir_files"  # the folder of files that `ray job submit` uploads
 
 _OWN_FILES = (
@@ -69,6 +71,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self._prepared = False
+        self._attempt = 0
 
     @property
     def state(self) -> Path:
@@ -104,35 +107,62 @@ class RunFolder:
                 "config differs from it; resume with that config, or choose another folder"
             )
 
-    def prepare(self, config: Config, *, resume: bool, keep: Path | None = None) -> None:
-        """Create the folder and write the config; of a replaced run only its own files are removed.
+    @property
+    def previous(self) -> Path:
+        """The place of a whole run that is being replaced."""
+        return self.path / ".previous"
 
-        ``keep``: a temporary file of this run.
-        """
+    def prepare(self, config: Config, *, resume: bool) -> None:
+        """Create and claim the folder, set an earlier run's files aside, write the config."""
         if self._prepared:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"output {self.path}: cannot be created: {error.strerror}") from error
+        remove_leftovers(self.path)
         if not resume:
-            self._remove_own_files()
-        for leftover in self.path.glob(".*.tmp"):  # from a run that was killed while it wrote
-            if leftover != keep:
-                leftover.unlink(missing_ok=True)
+            self._set_aside()
         write_text(self.path / "config.yaml", dump_config(config))
+        self._attempt = claim_attempt(self.path / _ATTEMPTS)
         self._prepared = True
 
-    def _remove_own_files(self) -> None:
-        """Remove a run's files except the config, which marks the folder and is replaced next."""
-        for name in _OWN_FILES:
-            if name != "config.yaml":
-                (self.path / name).unlink(missing_ok=True)
-        for name in HF_FILES:
-            (self.path / HF_FOLDER / name).unlink(missing_ok=True)
+    def require_own(self) -> None:
+        """Raise :class:`RunError` if another run has taken the folder over since."""
+        if newest_attempt(self.path / _ATTEMPTS) != self._attempt:
+            raise RunError(
+                f"output {self.path}: another run has taken it over; this one writes nothing more"
+            )
+
+    def _set_aside(self) -> None:
+        """Move a whole earlier run into a hidden folder, where it stays until this one is whole.
+
+        What an incomplete run has left is removed.
+        """
+        is_whole = (self.path / "results.json").exists()
+        if is_whole:
+            shutil.rmtree(self.previous, ignore_errors=True)
+            self.previous.mkdir()
+            shutil.copy2(self.path / "config.yaml", self.previous)
+        for file in self._own_files():
+            if is_whole:
+                target = self.previous / file.relative_to(self.path)
+                target.parent.mkdir(exist_ok=True)
+                file.replace(target)
+            else:
+                file.unlink(missing_ok=True)
         remove_tracking_files(self.path)
         for state in self.state.glob("step-*"):  # attempts stay: they fence old drivers off
             shutil.rmtree(state, ignore_errors=True)
+
+    def _own_files(self) -> list[Path]:
+        """Return a run's files except the config, which marks the folder and is replaced next."""
+        names = {*_OWN_FILES, *(f"{HF_FOLDER}/{name}" for name in HF_FILES)} - {"config.yaml"}
+        return [self.path / name for name in sorted(names) if (self.path / name).exists()]
+
+    def finish(self) -> None:
+        """Remove the run that this one replaces: this one is whole."""
+        shutil.rmtree(self.previous, ignore_errors=True)
 
     def write_model_config(self, resolved: ResolvedModel) -> None:
         """Write open_clip's config, with which the folder loads as ``local-dir:``."""
@@ -160,6 +190,7 @@ class RunFolder:
         incidents: Sequence[Incident],
     ) -> None:
         """Write results, provenance, the model card and the report."""
+        self.require_own()
         results = results_json(config.method.name, scores)
         results["description"] = describe(config.method)
         results["timings"] = {"seconds": dict(seconds)}
@@ -174,6 +205,7 @@ class RunFolder:
             write_text(self.path / "README.md", card)
         write_plots(self.path)
         write_report(self.path)
+        self.finish()
 
 
 class Recorder:

@@ -141,7 +141,8 @@ def _run(
     if inputs.method.merges:
         with stage_file(folder.weights, nearest_folder(folder.path)) as (temporary, commit):
             inputs.write(temporary, lambdas_JL)
-            folder.prepare(config, resume=resume, keep=temporary)
+            folder.prepare(config, resume=resume)
+            folder.require_own()
             commit()
         folder.write_model_config(inputs.resolved)
         write_also(folder.path, also)

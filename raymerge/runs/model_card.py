@@ -15,6 +15,8 @@ import yaml
 
 from raymerge.config import Config
 from raymerge.engine.scores import TaskScore
+from raymerge.errors import escape_unprintable
+from raymerge.files.urls import redact_url
 from raymerge.merging.registry import describe, merged_checkpoints, method_of
 from raymerge.runs.plan.plan import Plan
 
@@ -40,8 +42,8 @@ model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}
 
 ## Files
 
-| file | SHA-256 |
-|---|---|
+| model | file | SHA-256 |
+|---|---|---|
 {hashes}
 
 The configuration is in `config.yaml`, {coefficients}versions and hashes are in `environment.json`.
@@ -59,15 +61,19 @@ def model_card(
 
     ``hashes``: the SHA-256 of each file. ``lambdas``: each model's (L,), empty without any.
     """
+    # The names of files and tasks come from anywhere, and are shown literally.
     front = yaml.safe_dump(_front(config, scores), sort_keys=False, allow_unicode=True)
     return _CARD.format(
         front=front,
         title=_title(config),
         summary=_summary(config, plan),
-        folder=Path(str(config.output)).name,
+        folder=escape_unprintable(Path(str(config.output)).name).replace("`", "'"),
         table=_table(config, scores, lambdas),
         note=_note(config, plan),
-        hashes="\n".join(f"| `{Path(file).name}` | `{h}` |" for file, h in hashes.items()),
+        hashes="\n".join(
+            _row([_owner(config, file), _code(Path(file).name), f"`{digest}`"])
+            for file, digest in hashes.items()
+        ),
         authors=_authors(config),
         coefficients="the coefficients are in `lambdas.json`, " if _has_lambdas(config) else "",
     )
@@ -90,7 +96,7 @@ def _title(config: Config) -> str:
 
 def _summary(config: Config, plan: Plan) -> str:
     """Return one or two sentences on the models, the method and its paper."""
-    method, model = method_of(config.method), f"`{Path(plan.model).name}`"
+    method, model = method_of(config.method), _code(Path(plan.model).name)
     text_tower = f"the text tower is that of the pretrained model, {model}."
     if method.reference:
         reference = f"{method.reference}: a reference ({method.paper})."
@@ -166,13 +172,42 @@ def _table(
     lines = [_row(head), "|---" + "|---:" * (len(head) - 1) + "|"]
     for task in config.tasks:
         score = scores.get(task.name)
-        row = [task.name, str(len(task.classnames))]
+        row = [plain(task.name), str(len(task.classnames))]
         row += [str(score.examples), f"{score.top1:.1%}"] if score else ["–", "not tested"]
         lines.append(_row([*row, *([_spread(lambdas.get(task.name, ()))] if lambdas else [])]))
     if scores:
         mean = sum(score.top1 for score in scores.values()) / len(scores)
         lines.append(_row(["**mean**", "", "", f"**{mean:.1%}**", *([""] if lambdas else [])]))
     return "\n".join(lines)
+
+
+def plain(text: str) -> str:
+    """Return a name from a config or a file as Markdown shows it literally, also in a table."""
+    marks = str.maketrans({mark: f"&#{ord(mark)};" for mark in "<>&|`*_[]\\"})
+    return escape_unprintable(text).translate(marks)
+
+
+def _code(name: str) -> str:
+    return f"<code>{plain(name)}</code>"  # between backticks an escaped mark would show its code
+
+
+def _owner(config: Config, file: str) -> str:
+    """Return whose file it is: the pretrained model's, or the tasks' that name it."""
+    tasks = {
+        task.name: [str(each) for each in (task.checkpoint, task.head) if each is not None]
+        for task in config.tasks
+    }
+    own = [
+        name
+        for name, references in tasks.items()
+        if any(_is_within(file, reference) for reference in references)
+    ]
+    return plain(", ".join(own)) if own else "pretrained"
+
+
+def _is_within(file: str, reference: str) -> bool:
+    place = redact_url(reference.partition("#")[0].removeprefix("local-dir:")).rstrip("/")
+    return file == place or file.startswith(f"{place}/")
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -190,4 +225,4 @@ def _note(config: Config, plan: Plan) -> str:
     """Return how the coefficients were found, and from which images."""
     account = method_of(config.method).account(config.method, config)
     notes = account + "".join(f" It {note}." for note in plan.notes)
-    return "\n".join([notes, *(["", *(f"- {warning}." for warning in plan.warnings)])])
+    return "\n".join([notes, *(["", *(f"- {plain(warning)}." for warning in plan.warnings)])])

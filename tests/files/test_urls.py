@@ -80,3 +80,30 @@ def test_logs_are_redacted() -> None:
 
     record = logging.LogRecord("httpx", 20, "", 0, "GET %s", ("https://h/a?token=t0k3n",), None)
     assert _Redacting("raymerge: %(message)s").format(record) == "raymerge: GET https://h/a"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://me:it's-SECRET@host/x",
+        'https://me:say"SECRET"@host/x.pt',
+        "https://me:a|SECRET`<>@host/x",
+        "https://me:p/SECRET@host/x",
+        "cannot fetch https://me:SECRET@host/x, nor 'https://you:it's-SECRET@host/y'",
+        "https://host/x?X-Amz-Signature=SECRET",
+        "Authorization: Bearer SECRET-abc.def/x==",
+        "token hf_SECRETabcdefghijklmnop was refused",
+    ],
+)
+def test_no_secret_of_any_spelling_is_left(text):
+    assert "SECRET" not in redact(text)
+
+
+def test_addresses_without_secrets_stay_readable():
+    for text in (
+        "see 'https://host/a@1.2/b' and ask x@y.org",
+        "hf://datasets/org/name@main/x.parquet",
+        "s3://bucket/key, abfs://container@account/x",
+        "basic settings",
+    ):
+        assert redact(text) == text

@@ -50,11 +50,11 @@ def test_spread_moves_no_label_without_need_and_centres_a_clash():
     assert spread([50.0, 50.0], gap=10, low=0, high=100) == [45.0, 55.0]
 
 
-def test_the_colour_scale_has_its_ends_at_the_extremes():
-    assert colour_range(lambdas_of((-0.1, 0.7))) == (-0.1, 0.7)
-    assert colour_range(lambdas_of((0.7,))) == (0.0, 0.7)
-    assert colour_range(lambdas_of((0.0,))) == (0.0, 1.0)
-    assert colour_range(lambdas_of((-0.2, -0.1))) == (-0.2, -0.1)
+def test_the_colours_diverge_from_the_start_and_reach_the_farthest_value():
+    assert colour_range(lambdas_of((-0.1, 0.7))) == pytest.approx((-0.1, 0.7))
+    assert colour_range(lambdas_of((0.28, 0.32)), 0.3) == pytest.approx((0.28, 0.32))
+    assert colour_range(lambdas_of((0.2, 0.3)), 0.3) == pytest.approx((0.2, 0.4))
+    assert colour_range(lambdas_of((0.0,))) == (-1.0, 1.0)  # no range: any, around the value
 
 
 def test_a_chart_without_values_is_none():

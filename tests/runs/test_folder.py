@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +24,10 @@ from raymerge.engine.driver.state import LearningState
 from raymerge.errors import ConfigError, RunError, UserError
 from raymerge.merging.optimizer import AdamState
 from raymerge.runs.folder import Recorder, RunFolder
-from raymerge.runs.merge import merge
+from raymerge.runs.merge import merge, score
 from raymerge.runs.state import StateStore, learning_states
+
+WEIGHTS = "open_clip_model.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -129,16 +135,67 @@ def test_the_recorded_config_is_the_config(world: World, folder: RunFolder) -> N
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_what_a_killed_run_was_writing_is_removed_but_not_this_runs(
+def test_what_a_killed_run_was_writing_is_removed_but_not_a_living_ones(
     world: World, folder: RunFolder, resume: bool
 ) -> None:
     folder.path.mkdir()
-    left, own = (folder.path / f".weights.{name}.tmp" for name in ("left", "own"))
-    left.write_text("")
-    own.write_text("")
-    folder.prepare(world.parse(), resume=resume, keep=own)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    machine = re.sub(r"\W", "", socket.gethostname())[:32]
+    left, own, other = (
+        folder.path / f".weights.{place}.x.tmp"
+        for place in (f"{machine}-{ended.pid}", f"{machine}-{os.getpid()}", f"another-{ended.pid}")
+    )
+    for path in (left, own, other):
+        path.write_text("")
+    folder.prepare(world.parse(), resume=resume)
     assert not left.exists()
     assert own.exists()
+    assert other.exists()
+
+
+@pytest.mark.parametrize("method", ["average", "adamerging"])
+def test_a_replaced_run_stays_until_the_new_one_is_whole(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    out = tmp_path / "out"
+    merge(_local(world, out, method={"name": "task_arithmetic"}))
+    old = {name: (out / name).read_bytes() for name in ("results.json", "config.yaml", WEIGHTS)}
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    config = _local(world, out, method={"name": method}, optimizer={"steps": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr("raymerge.runs.merge.score", killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge(config, overwrite=True)
+    assert {name: (out / ".previous" / name).read_bytes() for name in old} == old
+    merge(config, overwrite=True)
+    assert not (out / ".previous").exists()
+    assert load_config(out / "config.yaml").method.name == method
+
+
+def test_of_two_runs_in_one_folder_the_older_writes_nothing_more(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge without steps is fenced as a learning one is."""
+    out, config = tmp_path / "out", _local(world, tmp_path / "out", method={"name": "average"})
+    calls = []
+
+    def interleaved(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 1:
+            other = _local(world, out, method={"name": "task_arithmetic"})
+            merge(other, overwrite=True)
+        return original(*arguments)
+
+    original = score
+    monkeypatch.setattr("raymerge.runs.merge.score", interleaved)
+    with pytest.raises(RunError, match="another run has taken it over"):
+        merge(config)
+    assert load_config(out / "config.yaml").method.name == "task_arithmetic"
+    assert json.loads((out / "results.json").read_text())["method"] == "task_arithmetic"
 
 
 def test_overwrite_replaces_only_what_raymerge_wrote(world: World, tmp_path: Path) -> None:

@@ -18,13 +18,14 @@ import yaml
 
 from raymerge.apps.peers.methods import Method
 from raymerge.apps.peers.state_dicts import Inputs, Part, files_of
-from raymerge.errors import UserError
+from raymerge.errors import CheckpointError, UserError, escape_unprintable
 from raymerge.files.atomic import stage_file, write_json, write_text
 from raymerge.files.output_folder import nearest_folder, require_output
 from raymerge.files.progress import progress_bar
 from raymerge.files.threads import parallel_map
 from raymerge.models.checkpoints.checkpoint import TensorSpec, read_tensor
 from raymerge.models.checkpoints.digests import hash_ahead, remember, sha256
+from raymerge.models.checkpoints.locate import read_json
 from raymerge.models.checkpoints.safetensors_file import SafetensorsWriter
 from raymerge.models.checkpoints.visual_tower import all_finite
 
@@ -45,8 +46,9 @@ Made by raymerge from the {tool} file `{config}`.
 {hashes}
 """
 # The files of a transformers model other than its weights.
+_CONFIG = "config.json"
 _MODEL_FILES = (
-    "config.json",
+    _CONFIG,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -113,7 +115,8 @@ class Job:
     def run(self, output: str | None, *, overwrite: bool = False) -> Path:
         """Write the output folder. Raises :class:`UserError` before anything is written."""
         folder = self._output_folder(output, overwrite)
-        print("\n".join(self.summary), file=sys.stderr)
+        self._model_files()
+        print("\n".join(map(escape_unprintable, self.summary)), file=sys.stderr)
         # The weights are complete before anything in the folder is replaced.
         files = sorted({file for row in self.inputs.rows for file in files_of(row)})
         hash_ahead(str(file) for file in files)
@@ -171,21 +174,27 @@ class Job:
 
     def _copy_model_files(self, folder: Path) -> None:
         """Copy a transformers model's config and tokenizer from the base, or the first model."""
+        for source in self._model_files():
+            if source.name == _CONFIG:
+                self._copy_config(source, folder / source.name)
+            else:
+                (folder / source.name).write_bytes(source.read_bytes())
+
+    def _model_files(self) -> list[Path]:
+        """Return the files to copy. Raises :class:`CheckpointError` for a damaged config."""
         rows = self.inputs.rows
         weights = files_of(rows[-1] if self.inputs.base is not None else rows[0])[0]
         if not weights.name.startswith(("model", "pytorch_model")):
-            return
-        for name in _MODEL_FILES:
-            source = weights.parent / name
-            if not source.is_file():
-                continue
-            if name == "config.json":
-                self._copy_config(source, folder / name)
-            else:
-                (folder / name).write_bytes(source.read_bytes())
+            return []
+        sources = (weights.parent / name for name in _MODEL_FILES)
+        found = [source for source in sources if source.is_file()]
+        for source in found:
+            if source.name == _CONFIG:
+                _settings(source)
+        return found
 
     def _copy_config(self, source: Path, target: Path) -> None:
-        config = json.loads(source.read_text(encoding="utf-8"))
+        config = _settings(source)
         written = {entry.out for entry in self.inputs.entries}
         for key in ("torch_dtype", "dtype") if len(written) == 1 else ():
             if key in config:
@@ -203,3 +212,16 @@ class Job:
             config=self.config_name,
             hashes="\n".join(f"| `{f.relative_to(common)}` | `{sha256(f)}` |" for f in files),
         )
+
+
+def _settings(source: Path) -> dict[str, Any]:
+    """Return a model's ``config.json``. Raises :class:`CheckpointError` where it is no such."""
+    settings = read_json(source)
+    try:
+        json.dumps(settings, allow_nan=False)
+        is_sound = isinstance(settings, dict)
+    except ValueError:  # NaN, which JSON does not have
+        is_sound = False
+    if not is_sound:
+        raise CheckpointError(f"{source}: is no model's settings; write it again, or remove it")
+    return dict(settings)
