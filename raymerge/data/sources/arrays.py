@@ -24,7 +24,7 @@ from raymerge.data.images import Labels
 from raymerge.data.sources.files import FileStamp, read_at, stamps_of
 from raymerge.data.sources.labels import text_labels
 from raymerge.data.sources.reference import DataReference
-from raymerge.errors import DataError, one_line
+from raymerge.errors import DataError, excerpt, one_line
 
 _ERRORS = (
     OSError,
@@ -41,6 +41,11 @@ _ERRORS = (
     OverflowError,
 )
 _LOCAL_HEADER = 30  # bytes before the name and the extra field of a zip's member
+_MOST_HEADER_BYTES = 10_000  # numpy's own limit, which it checks after reading the header
+_MOST_NAME_BYTES = 4 << 10
+_MOST_LABEL_BYTES = 1 << 29
+_ANY_BYTES, _MOST_RATIO = 1 << 28, 256
+"""A larger array may not unpack to more than so many times its size in the file."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class _Member:
     offset: int | None
 
 
+def _described(member: _Member) -> str:
+    return f"{one_line(member.dtype, 60)} of shape {one_line(member.shape, 60)}"
+
+
 def open_arrays(reference: DataReference, path: Path) -> NpzArrays:
     reference.require_options()
     (stamp,) = stamps_of([path])
@@ -59,7 +68,7 @@ def open_arrays(reference: DataReference, path: Path) -> NpzArrays:
     shaped = len(images.shape) == 3 or (len(images.shape) == 4 and images.shape[3] in (1, 3))
     if images.dtype != np.uint8 or not shaped or 0 in images.shape:
         raise DataError(
-            f"{path}: images is {images.dtype} of shape {images.shape}; it must be uint8 of shape "
+            f"{path}: images is {_described(images)}; it must be uint8 of shape "
             "(N, H, W, 3), (N, H, W, 1) or (N, H, W), none of them 0"
         )
     return NpzArrays(stamp, images.shape, images.offset)
@@ -106,10 +115,16 @@ class NpzArrays:
 
     def labels(self) -> Labels:
         labels = _member(self.file.path, "labels")
-        if labels.shape != self.shape[:1] or labels.dtype.kind not in "iuU":
+        if labels.shape != self.shape[:1] or labels.dtype.kind not in "biuU":
             raise DataError(
-                f"{self.file.path}: labels is {labels.dtype} of shape {labels.shape}; it must be "
+                f"{self.file.path}: labels is {_described(labels)}; it must be "
                 f"whole numbers (or class names) of shape ({len(self)},), one an image"
+            )
+        size = labels.dtype.itemsize
+        if size > _MOST_NAME_BYTES or size * len(self) > _MOST_LABEL_BYTES:
+            raise DataError(
+                f"{self.file.path}: labels is {_described(labels)}: {size:,} bytes each are no "
+                "labels; save class names, or whole numbers"
             )
         values = _read(self.file.path, "labels")
         if labels.dtype.kind == "U":
@@ -163,10 +178,15 @@ def _member(path: Path, name: str) -> _Member:
     size = int(np.prod([1, *shape], dtype=object)) * dtype.itemsize
     if info.file_size != header_bytes + size:
         raise DataError(
-            f"{path}: {name} of shape {shape} takes {size} bytes, but {info.file_size} are stored; "
-            "write the file again"
+            f"{path}: {name} of shape {one_line(shape, 60)} takes {excerpt(size)} bytes, but "
+            f"{info.file_size} are stored; write the file again"
         )
     if info.compress_type != zipfile.ZIP_STORED or fortran:
+        if size > max(_ANY_BYTES, _MOST_RATIO * info.compress_size):
+            raise DataError(
+                f"{path}: {name} would unpack from {info.compress_size:,} to {size:,} bytes; save "
+                "it with np.savez (uncompressed, C order), which is read in place"
+            )
         if size > psutil.virtual_memory().available:
             raise DataError(
                 f"{path}: {name} takes {size / 2**30:.1f} GiB unpacked, more than is free; save it "
@@ -177,10 +197,18 @@ def _member(path: Path, name: str) -> _Member:
 
 
 def _arrays(archive: zipfile.ZipFile) -> list[str]:
-    return [name.removesuffix(".npy") for name in archive.namelist() if name.isprintable()]
+    names = [name.removesuffix(".npy") for name in archive.namelist()]
+    return [one_line(name, 60) for name in names if name.isprintable()]
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    # numpy would read a header of any length, here up to 4 GiB, before it refuses it.
+    start = file.read(12)
+    width, form = (2, "<H") if start[6:7] == b"\x01" else (4, "<I")
+    (length,) = struct.unpack(form, start[8 : 8 + width])
+    if length > _MOST_HEADER_BYTES:
+        raise ValueError(f"a header of {length:,} bytes")
+    file.seek(0)
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
         version, np.lib.format.read_array_header_2_0

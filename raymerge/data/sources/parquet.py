@@ -25,6 +25,7 @@ from raymerge.data.folder import quote_names
 from raymerge.data.images import Labels, open_encoded
 from raymerge.data.sources.files import FileStamp, require_small, stamps_of
 from raymerge.data.sources.labels import text_labels
+from raymerge.data.sources.parquet_pages import column_pages
 from raymerge.data.sources.reference import DataReference
 from raymerge.errors import DataError, one_line
 
@@ -36,6 +37,8 @@ _CACHE_BYTES = 1 << 27
 _MOST_GROUP_BYTES = 1 << 31
 _MOST_LABEL_BYTES = 1 << 29
 _ROWS_AT_ONCE, _LABELS_AT_ONCE = 16, 1024
+_BATCH_BYTES = 1 << 27
+"""Bytes to which a batch may unpack if each of its values is as large as its page."""
 _ERRORS = (OSError, ValueError, EOFError, RuntimeError, LookupError, TypeError, ArithmeticError,
            MemoryError)  # fmt: skip
 _SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-(?P<number>\d{5})-of-(?P<count>\d{5})(-\w+)?")
@@ -244,7 +247,7 @@ def _no_column(
             f"column {column!r} holds no {what}s" if column else f"which column holds the {what}s"
         )
         return f"{text}: {which}; name it: {what}=…, one of {quote_names(candidates, 9)}"
-    types = ", ".join(f"{name}: {kind}" for name, kind in list(schema.items())[:9])
+    types = ", ".join(f"{one_line(name, 40)}: {kind}" for name, kind in list(schema.items())[:9])
     return f"{text}: no column holds {what}s (columns: {types or 'none'})"
 
 
@@ -333,15 +336,19 @@ def _read_labels(file: FileStamp, column: str) -> NDArray[np.int64] | list[str]:
         # A few values in the file may unpack to any size, so it is checked batch by batch.
         values: list[Any] = []
         size = 0
-        for batch in _opened(file).iter_batches(_LABELS_AT_ONCE, columns=[column]):
-            values += batch.column(0).to_pylist()
-            size += batch.nbytes
-            if size > _MOST_LABEL_BYTES:
-                raise DataError(
-                    f"{file.path}: column {column!r} unpacks to over {_MOST_LABEL_BYTES >> 20} MiB "
-                    "of labels; name another one: label=…"
-                )
-        _require_rows(file, len(values), int(_opened(file).metadata.num_rows), f"column {column!r}")
+        metadata, where = _opened(file).metadata, f"column {column!r}"
+        for group in range(metadata.num_row_groups):
+            before = len(values)
+            for batch in _batches(file, group, column, _LABELS_AT_ONCE, _MOST_LABEL_BYTES):
+                values += batch.column(0).to_pylist()
+                size += batch.nbytes
+                if size > _MOST_LABEL_BYTES:
+                    raise DataError(
+                        f"{file.path}: {where} unpacks to over "
+                        f"{_MOST_LABEL_BYTES >> 20} MiB of labels; name another one: label=…"
+                    )
+            _require_rows(file, len(values) - before, metadata.row_group(group).num_rows, where)
+        _require_rows(file, len(values), metadata.num_rows, where)
         missing = values.count(None)
         if missing:
             raise DataError(
@@ -388,9 +395,7 @@ def _read_group(file: FileStamp, column: str, group: int) -> list[Any]:
     size, chunks = 0, []
     with _reading(file):
         parquet = _opened(file)
-        for batch in parquet.iter_batches(
-            _ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False
-        ):
+        for batch in _batches(file, group, column, _ROWS_AT_ONCE, _MOST_GROUP_BYTES):
             chunks.append(_binary(batch.column(0)))
             size += chunks[-1].nbytes
             if size > _MOST_GROUP_BYTES:
@@ -401,6 +406,24 @@ def _read_group(file: FileStamp, column: str, group: int) -> list[Any]:
         header_rows = parquet.metadata.row_group(group).num_rows
     _require_rows(file, sum(map(len, chunks)), header_rows, f"row group {group}")
     return chunks
+
+
+def _batches(file: FileStamp, group: int, column: str, rows: int, limit: int) -> Iterator[Any]:
+    """Yield a column of a row group in batches of at most ``rows``, fewer where pages are large.
+
+    Its pages are charged to ``limit`` bytes before any is unpacked.
+    """
+    pages = column_pages(file, group, column)
+    if pages.total > limit:
+        raise DataError(
+            f"{file.path}: column {column!r} of row group {group} unpacks to "
+            f"{pages.total / 2**30:.1f} GiB, and is read as a whole; write it again with "
+            "row_group_size=100"
+        )
+    rows = max(1, min(rows, _BATCH_BYTES // max(1, pages.largest)))
+    yield from _opened(file).iter_batches(
+        rows, row_groups=[group], columns=[column], use_threads=False
+    )
 
 
 def _require_rows(file: FileStamp, rows: int, header_rows: int, where: str) -> None:

@@ -39,6 +39,10 @@ _ERRORS = (
     MemoryError,  # of a header that claims to be longer than any file
     OverflowError,
 )
+_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+             tarfile.GNUTYPE_LONGLINK)  # fmt: skip
+_MOST_EXTENDED_BYTES = 1 << 16
+_LONG_NUMBER = re.compile(rb"\d{400}")
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
 
@@ -160,8 +164,9 @@ def _label_text(content: bytes, kind: str, name: str) -> str:
 def _from_json(value: object) -> str:
     if isinstance(value, dict):
         value = next((value[key] for key in _JSON_KEYS if key in value), None)
-    plain = isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))
-    return str(value).strip() if plain else ""
+    if isinstance(value, bool):
+        value = int(value)  # as in Parquet: false is class 0
+    return str(value).strip() if isinstance(value, str | int) else ""
 
 
 # --- the index -----------------------------------------------------------------------------------
@@ -235,18 +240,34 @@ def _split(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", "" if any(map(is_hidden, parts)) else suffix.lower()
 
 
+class _BoundedInfo(tarfile.TarInfo):
+    """A member's header; refuses the extended ones that tarfile reads whole, or without end.
+
+    It searches them with a regular expression that takes the square of a row of digits.
+    """
+
+    def _proc_member(self, shard: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENDED:
+            if not 0 <= self.size <= _MOST_EXTENDED_BYTES:
+                raise tarfile.ReadError(f"an extended header of {self.size:,} bytes")
+            place = shard.fileobj.tell()
+            if _LONG_NUMBER.search(shard.fileobj.read(self.size)):
+                raise tarfile.ReadError("an extended header with a number of hundreds of digits")
+            shard.fileobj.seek(place)
+        member: tarfile.TarInfo = super()._proc_member(shard)  # type: ignore[misc]
+        return member
+
+
 def _members(file: FileStamp) -> Iterator[tarfile.TarInfo]:
     """Yield all members but folders in order, without keeping them in memory."""
     try:
-        with tarfile.open(file.path, "r:") as shard:
+        with tarfile.open(file.path, "r:", tarinfo=_BoundedInfo) as shard:
             before = -1
             while (member := shard.next()) is not None:
                 shard.members = []  # type: ignore[attr-defined]  # which would grow with the shard
                 if shard.offset <= before:
                     raise tarfile.ReadError("a member ends before it starts")
                 before = shard.offset
-                if sum(map(len, member.pax_headers.values())) > _MOST_LABEL_BYTES:
-                    raise tarfile.ReadError("a member's header is longer than any")
                 if not member.isdir():
                     yield member
     except _ERRORS as error:

@@ -23,12 +23,15 @@ from raymerge.data import folder
 from raymerge.data.decoding import check_image, decode, decode_all
 from raymerge.data.preprocess import Preprocess
 from raymerge.data.sources import (
+    arrays,
     is_folder,
     labelled_images,
     labels_in_order,
     parquet,
+    parquet_pages,
     unlabeled_images,
 )
+from raymerge.data.sources.files import stamps_of
 from raymerge.errors import DataError
 
 CFG = PreprocessCfg(size=16)
@@ -524,6 +527,169 @@ def test_parquet_that_repeats_one_value_is_not_unpacked(
         labelled_images(str(path), ["a", "b"], "here")
 
 
+def test_a_parquet_page_that_unpacks_to_gigabytes_is_refused_by_its_header(tmp_path: Path) -> None:
+    """pyarrow unpacks a page as a whole; its header is read before."""
+    image = pa.array([bytes(80 << 20)], pa.binary())
+    for codec in ("brotli", "zstd", "gzip"):
+        path = tmp_path / f"{codec}.parquet"
+        pq.write_table(pa.table({"image": image, "label": [0]}), path, compression=codec)
+        assert path.stat().st_size < 1 << 18
+        found = unlabeled_images(str(path), "w")
+        with pytest.raises(
+            DataError, match=r"a page of column 'image' would unpack from [\d,]+ to"
+        ):
+            found.items[0].encoded()
+        assert labelled_images(str(path), ["a"], "w").labels == (0,)
+
+
+def test_a_large_value_is_unpacked_for_few_rows_at_a_time(tmp_path, monkeypatch):
+    """A dictionary of one value for many rows, and values that repeat the one before them."""
+    monkeypatch.setattr(parquet, "_MOST_GROUP_BYTES", 1 << 26)
+    seen = []
+
+    class Spy:
+        def __init__(self, file):
+            self._file, self.metadata = file, file.metadata
+            self.schema_arrow = file.schema_arrow
+
+        def iter_batches(self, rows, **options):
+            seen.append(rows)
+            return self._file.iter_batches(rows, **options)
+
+    value = bytes(20 << 20)
+    table = pa.table({"image": pa.array([value] * 12, pa.binary()), "label": [0] * 12})
+    delta = {"use_dictionary": False, "column_encoding": {"image": "DELTA_BYTE_ARRAY"}}
+    ways = {"dictionary": {"dictionary_pagesize_limit": 1 << 30}, "delta": delta}
+    original = parquet._opened
+    monkeypatch.setattr(parquet, "_opened", lambda file: Spy(original(file)))
+    for name, options in ways.items():
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(table, path, **options)
+        with pytest.raises(DataError, match=r"row group 0 has over 0\.1 GiB of images"):
+            unlabeled_images(str(path), "w").items[0].encoded()
+    assert len(seen) == 2
+    assert max(seen) <= 6
+
+
+def test_the_numbers_of_a_parquet_file_are_those_of_pyarrow(tmp_path, samples):
+    path = write_parquet(tmp_path / "x.parquet", samples, CLASSES, row_group_size=4)
+    (stamp,) = stamps_of([path])
+    metadata = pq.ParquetFile(path).metadata
+    for group in range(metadata.num_row_groups):
+        chunks = [metadata.row_group(group).column(i) for i in range(3)]
+        for column in ("image", "label"):
+            size = parquet_pages.column_pages(stamp, group, column).total
+            headers = sum(
+                c.total_uncompressed_size for c in chunks if c.path_in_schema.startswith(column)
+            )
+            assert 0 < size < headers < size + 600
+
+
+# --- archives ------------------------------------------------------------------------------------
+
+
+def _extended(path: Path, kind: bytes, content: bytes, png: bytes) -> str:
+    """Write a tar whose first member is an extended header, then an image."""
+    with tarfile.open(path, "w") as shard:
+        add(shard, "header", content, type=kind)
+        add(shard, "a.png", png)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE])
+def test_long_numbers_in_a_tars_headers_are_refused_at_once(tmp_path, samples, kind):
+    """tarfile searches them in a time that is the square of their length."""
+    png = samples[0][0].read_bytes()
+    for digits, message in ((60_000, "a number of hundreds of digits"), (1 << 20, "1,048,576 byt")):
+        reference = _extended(tmp_path / "x.tar", kind, b"1" * digits, png)
+        with pytest.raises(DataError, match=rf"x\.tar: not a readable tar file .*{message}"):
+            unlabeled_images(reference, "w")
+    reference = _extended(tmp_path / "y.tar", kind, b"16 comment=short", png)
+    assert len(unlabeled_images(reference, "w")) == 1
+
+
+def test_long_names_of_members_are_read_in_both_forms(tmp_path, samples):
+    content = samples[0][0].read_bytes()
+    name = "a" * 90 + "/" + "b" * 90 + "/ü.png"
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        with tarfile.open(tmp_path / "x.tar", "w", format=form) as shard:
+            add(shard, name, content)
+        assert str(unlabeled_images(str(tmp_path / "x.tar"), "w").items[0]).endswith("…")
+
+
+def test_labels_of_a_tar_may_be_boolean(tmp_path, samples):
+    png = samples[0][0].read_bytes()
+    members = [("a.png", png), ("a.json", b'{"label": true}'), ("b.png", png), ("b.json", b"false")]
+    assert labelled_images(_tar(tmp_path / "x.tar", *members), ["n", "y"], "w").labels == (1, 0)
+
+
+def _npy(header: bytes, version: int = 1, size: int = 0) -> bytes:
+    width = 2 if version == 1 else 4
+    return (
+        b"\x93NUMPY"
+        + bytes([version, 0])
+        + len(header).to_bytes(width, "little")
+        + header
+        + bytes(size)
+    )
+
+
+def _header(descr: str, shape: tuple[int, ...]) -> bytes:
+    return str({"descr": descr, "fortran_order": False, "shape": shape}).encode().ljust(117) + b"\n"
+
+
+def _npz(path: Path, **members: bytes) -> str:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return str(path)
+
+
+def test_labels_of_enormous_texts_are_refused_before_they_are_read(tmp_path):
+    images = _npy(_header("|u1", (1, 2, 2)), size=4)
+    labels = _npy(_header("<U25000000", (1,)), size=100_000_000)
+    reference = _npz(tmp_path / "x.npz", images=images, labels=labels)
+    assert Path(reference).stat().st_size < 1 << 18
+    with pytest.raises(DataError, match=r"labels is <U25000000 of shape \(1,\): 100,000,000 bytes"):
+        labelled_images(reference, ["a"], "w")
+    reference = _npz(tmp_path / "y.npz", images=images, labels=_npy(_header("|b1", (1,)), size=1))
+    assert labelled_images(reference, ["a", "b"], "w").labels == (0,)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_npy_header_is_not_read_beyond_its_limit(tmp_path, version):
+    reference = _npz(tmp_path / "x.npz", images=_npy(b" " * 50_000_000, version))
+    with pytest.raises(DataError, match=r"a header of 50,000,000 bytes"):
+        unlabeled_images(reference, "w")
+
+
+def test_a_compressed_array_of_nothing_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "_ANY_BYTES", 1 << 20)
+    images = _npy(_header("|u1", (2, 1000, 1000)), size=2_000_000)
+    with pytest.raises(
+        DataError, match=r"images would unpack from [\d,]+ to 2,000,000 bytes; save"
+    ):
+        unlabeled_images(_npz(tmp_path / "x.npz", images=images), "w")
+
+
+def test_names_in_files_are_quoted_in_part(tmp_path, samples):
+    """A message holds at most a few dozen characters of what a file calls its parts."""
+    long = "n" * 900_000
+    png = samples[0][0].read_bytes()
+    parquet_file = write_parquet(tmp_path / "a.parquet", samples[:2], labels=[long, "b"])
+    names = write_parquet(tmp_path / "b.parquet", samples[:2], [long, "b"])
+    pq.write_table(pa.table({long: ["x"], "y": ["z"]}), tmp_path / "c.parquet")
+    pq.write_table(pa.table({"image": [png], long: [0], "z": [0]}), tmp_path / "d.parquet")
+    tar = _tar(tmp_path / "e.tar", ("a.png", png), ("a.cls", long.encode()))
+    zipped = _npz(tmp_path / "f.npz", **{"n" * 60_000: b""})
+    deep = _npz(tmp_path / "g.npz", images=_npy(_header("|u1", (1,) * 30)))
+    for reference in (parquet_file, names, tmp_path / "c.parquet", tmp_path / "d.parquet", tar,
+                      zipped, deep):  # fmt: skip
+        with pytest.raises(DataError) as raised:
+            labelled_images(str(reference), CLASSES, "w")
+        assert len(str(raised.value)) < 700 + len(str(reference))
+
+
 def test_a_tar_header_that_claims_more_than_there_is(tmp_path: Path) -> None:
     header = bytearray(tarfile.TarInfo("x").tobuf())
     header[124:136] = b"\x80" + (1 << 62).to_bytes(11, "big")
@@ -554,7 +720,8 @@ def test_a_parquet_footer_with_any_byte_changed_is_read_or_refused(
                 item.encoded()
         except DataError as error:
             refusals.append(str(error))
-    assert any("rows and holds" in refusal for refusal in refusals)
+    assert any("a header is damaged" in refusal for refusal in refusals)
+    assert any("a row group has -4 rows" in refusal for refusal in refusals)
 
 
 # --- inputs that people have ---------------------------------------------------------------------
