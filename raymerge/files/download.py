@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 8 << 20
 _ATTEMPTS = 4
 _WAIT_S = 1.0
+_MOST_UNSIZED_BYTES = 64 << 30
+"""The limit of a file whose size is not known; half of the free space, if that is less."""
+_FORGET_S = 7 * 24 * 3600
+"""An incomplete download that nobody continued for so long is removed."""
 
 
 class _MismatchError(Exception):
@@ -40,6 +45,7 @@ def download(file: RemoteFile, folder: Path, advance: Progress) -> tuple[Path, s
     A copy that an earlier call left incomplete is continued, unless the remote has changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _forget_old(folder)
     _require_room(file, folder)
     is_one_read = file.size is not None and file.size <= _CHUNK_BYTES
     before = None if is_one_read else find_file(file.url).identity  # listings may differ from it
@@ -51,9 +57,16 @@ def download(file: RemoteFile, folder: Path, advance: Progress) -> tuple[Path, s
     return partial, digest
 
 
+def _forget_old(folder: Path) -> None:
+    for path in folder.iterdir():
+        with suppress(OSError):  # another process may have removed or completed it
+            if path.stat().st_mtime < time.time() - _FORGET_S:
+                path.unlink()
+
+
 def _require_room(file: RemoteFile, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
-    if file.size is not None and file.size > free:
+    if file.size is not None and file.size - _usable_bytes(file, _path(file, folder)) > free:
         raise RemoteError(
             f"{redact_url(file.url)}: has {file.size:,} bytes, but the cache folder "
             f"{cache_folder()} has {free:,} free; free some, or set RAYMERGE_CACHE to another disk"
@@ -62,36 +75,49 @@ def _require_room(file: RemoteFile, folder: Path) -> None:
 
 def _partial(file: RemoteFile, folder: Path) -> Path:
     """Return the path to continue; partial files of other states of the remote are removed."""
-    path = folder / f"{file.key}-{(file.identity or 'unknown')[:16]}"
+    path = _path(file, folder)
     for other in folder.glob(f"{file.key}-*"):
         if other != path or file.identity is None:
             other.unlink(missing_ok=True)
     return path
 
 
+def _path(file: RemoteFile, folder: Path) -> Path:
+    return folder / f"{file.key}-{(file.identity or 'unknown')[:16]}"
+
+
 def _fill(file: RemoteFile, partial: Path, advance: Progress) -> str:
-    """Complete ``partial`` in a few attempts; returns its SHA-256."""
+    """Complete ``partial`` in a few attempts; returns its SHA-256.
+
+    After a failure it stays only if the next call can continue it and the disk is not full.
+    """
     mismatches: set[str] = set()
     advance(_usable_bytes(file, partial))
     for attempt in range(_ATTEMPTS):
         try:
             return _continue(file, partial, advance, mismatches)
         except Exception as error:
-            if attempt == _ATTEMPTS - 1 or _is_final(error):
-                raise
+            is_last = attempt == _ATTEMPTS - 1 or _is_final(error)
             if isinstance(error, _MismatchError):
                 mismatches.add(error.digest)
                 advance(-partial.stat().st_size)
                 partial.unlink()
+            elif is_last and (file.size is None or file.identity is None or _is_full(error)):
+                partial.unlink(missing_ok=True)
+            if is_last:
+                raise
             logger.info("%s: %s; trying again", redact_url(file.url), error_line(error, file.url))
             time.sleep(_WAIT_S * attempt)
     raise AssertionError("unreachable")
 
 
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def _is_final(error: Exception) -> bool:
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     kinds = (FileNotFoundError, PermissionError, ImportError, RaymergeError)
-    return is_full or isinstance(error, kinds) or http_status(error) in (401, 403, 404)
+    return _is_full(error) or isinstance(error, kinds) or http_status(error) in (401, 403, 404)
 
 
 def _usable_bytes(file: RemoteFile, partial: Path) -> int:
@@ -103,6 +129,7 @@ def _continue(file: RemoteFile, partial: Path, advance: Progress, mismatches: se
     """Append what is missing and verify the whole; returns its SHA-256."""
     start = _usable_bytes(file, partial)
     hashes = {name: hashlib.new(name) for name in {"sha256", *file.checksums}}
+    limit = _limit(file, partial.parent)
     with partial.open("r+b" if start else "wb") as out:
         # The checksums are of the whole content, so what is here already counts too.
         if start:
@@ -110,7 +137,7 @@ def _continue(file: RemoteFile, partial: Path, advance: Progress, mismatches: se
             out.seek(start)
         for chunk in _chunks(file, start):
             out.write(chunk)
-            if file.size is not None and out.tell() > file.size:
+            if out.tell() > limit:
                 break  # refused below; a faulty server may send without end
             for each in hashes.values():
                 each.update(chunk)
@@ -118,9 +145,21 @@ def _continue(file: RemoteFile, partial: Path, advance: Progress, mismatches: se
         out.flush()
         os.fsync(out.fileno())
         size = out.tell()
+    if file.size is None and size > limit:
+        raise RemoteError(
+            f"{redact_url(file.url)}: sent over {limit:,} bytes without saying how many there are; "
+            f"fetch it by other means, or set RAYMERGE_CACHE to a larger disk than "
+            f"{cache_folder()}"
+        )
     digests = {name: each.hexdigest() for name, each in hashes.items()}
     _verify(file, size, digests, mismatches)
     return digests["sha256"]
+
+
+def _limit(file: RemoteFile, folder: Path) -> int:
+    if file.size is not None:
+        return file.size
+    return min(_MOST_UNSIZED_BYTES, shutil.disk_usage(folder).free // 2)
 
 
 def _verify(file: RemoteFile, size: int, digests: dict[str, str], mismatches: set[str]) -> None:

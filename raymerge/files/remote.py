@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -50,13 +50,18 @@ def fetch(url: str) -> Path:
         return _fetch_all(url, {file.name: file}) / file.name
 
 
-def fetch_folder(url: str, choose: ChooseNames | None = None) -> Path:
+def fetch_folder(
+    url: str,
+    choose: ChooseNames | None = None,
+    is_skipped: Callable[[str], bool] = lambda name: False,
+) -> Path:
     """Return a folder in the cache with the files below a URL, laid out as there.
 
-    ``choose`` picks among the names directly in it; default: all, at any depth.
+    ``choose`` picks among the names directly in it; default: all, at any depth. ``is_skipped``
+    tells by its relative name that a file is not wanted.
     """
     with one_line_errors(url):
-        return _fetch_all(url, find_files(url, choose))
+        return _fetch_all(url, find_files(url, choose, is_skipped))
 
 
 def list_folder(url: str, choose: ChooseNames) -> list[str]:
@@ -95,7 +100,7 @@ def outline(url: str, folder: Path) -> Path:
 def _read(file: RemoteFile, start: int, length: int) -> bytes:
     with file.fs.open(file.path, "rb", block_size=max(1, length), cache_type="none") as stream:
         stream.seek(start)
-        return bytes(stream.read(length))
+        return bytes(stream.read(length))[:length]
 
 
 def sha256_of(path: Path) -> str | None:

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from raymerge.errors import RemoteError
+from raymerge.files.bounded_http import client_options
 from raymerge.files.urls import redact_url
 
 ChooseNames = Callable[[Sequence[str]], Sequence[str]]
@@ -70,13 +71,15 @@ def find_file(url: str) -> RemoteFile:
     """Return the file at a URL; raises :class:`RemoteError` for a folder."""
     fs, path = open_store(url)
     info = fs.info(path)
-    if info["type"] == "directory":
+    if info.get("type") == "directory":
         raise RemoteError(f"{redact_url(url)}: is a folder; name a file in it")
     return _describe(url, fs, path, info)
 
 
-def find_files(url: str, choose: ChooseNames | None) -> dict[str, RemoteFile]:
-    """Return the files of a folder by relative name.
+def find_files(
+    url: str, choose: ChooseNames | None, is_skipped: Callable[[str], bool] = lambda name: False
+) -> dict[str, RemoteFile]:
+    """Return the files of a folder by relative name, without those that are skipped.
 
     ``choose`` picks among the names directly in the folder; None: all files at any depth.
     """
@@ -93,7 +96,8 @@ def find_files(url: str, choose: ChooseNames | None) -> dict[str, RemoteFile]:
     files = {}
     for path, info in listing.items():
         name = str(path).removeprefix(base).lstrip("/")
-        if info["type"] != "directory" and name and not name.endswith("/"):
+        is_file = info.get("type") != "directory" and name and not name.endswith("/")
+        if is_file and not is_skipped(name):
             if ".." in PurePosixPath(name).parts:
                 raise RemoteError(f"{redact_url(url)}: {name}: leads out of the folder; rename it")
             files[name] = (str(path), info)
@@ -107,7 +111,7 @@ def open_store(url: str) -> tuple[Any, str]:
     """Return the file system and the path in it, without cached listings."""
     from fsspec.core import url_to_fs
 
-    fs, path = url_to_fs(url)
+    fs, path = url_to_fs(url, **client_options(url))
     fs.invalidate_cache()
     return fs, str(path)
 

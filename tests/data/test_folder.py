@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from raymerge.config.suites.specs import load_data_set
-from raymerge.data.folder import labelled_images, unlabeled_images
+from raymerge.config.suites.specs import DATA_SETS, load_data_set
+from raymerge.data.folder import labelled_images, match_names, unlabeled_images
 from raymerge.errors import DataError
 
 
@@ -97,6 +98,10 @@ def test_a_folder_without_any_image_is_refused(tmp_path):
 
 
 HIDDEN = (
+    "@eaDir/a/SYNOPHOTO_THUMB_M.png",
+    "a/@eaDir/1.png",
+    "$RECYCLE.BIN/1.png",
+    "lost+found/1.png",
     ".ipynb_checkpoints/1-checkpoint.png",
     "a/.ipynb_checkpoints/1-checkpoint.png",
     "__MACOSX/a/._1.png",
@@ -157,3 +162,72 @@ def test_a_class_listed_twice_is_ambiguous(tmp_path):
     _touch(tmp_path, "a/1.png")
     with pytest.raises(DataError, match="'a' is there twice"):
         labelled_images(str(tmp_path), ["a", "a"], "w")
+
+
+def test_many_names_are_matched_in_linear_time(tmp_path):
+    names = [f"class {i}" for i in range(60_000)]
+    places = match_names([name.replace(" ", "_") for name in names], names, "w", "class")
+    assert places == list(range(60_000))
+
+
+def test_a_cards_labels_are_known_in_any_order_of_its_classes():
+    card = load_data_set("eurosat")
+    for classnames in (card.classnames, card.classnames[::-1]):
+        places = match_names(card.labels, classnames, "w", "folder")
+        assert [classnames[place] for place in places] == list(card.classnames)
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_no_label_of_a_card_is_the_name_of_another_class(name):
+    card = load_data_set(name)
+    places = match_names(card.labels or card.classnames, card.classnames, "w", "folder")
+    assert places == list(range(card.classes))
+
+
+def test_numbers_from_1_are_places_if_all_are_there(tmp_path, caplog):
+    _touch(tmp_path, *(f"{number}/1.png" for number in (1, 2, 3)))
+    listed = labelled_images(str(tmp_path), ["x", "y", "z"], "w")
+    assert listed.labels == (0, 1, 2)
+    assert [path.parent.name for path in listed.items] == ["1", "2", "3"]
+    assert "taken as places in classnames" in caplog.text
+    with pytest.raises(DataError, match="no class for folder"):
+        labelled_images(str(tmp_path), ["x", "y"], "w")
+
+
+def test_links_to_folders_are_followed_alike_and_end(tmp_path):
+    """Class folders are often links; a link back to the top would never end."""
+    _touch(tmp_path / "store", "1.png", "more/2.png")
+    _touch(tmp_path / "set", "b/3.png")
+    (tmp_path / "set" / "a").symlink_to(tmp_path / "store")
+    (tmp_path / "set" / "b" / "up").symlink_to(tmp_path / "set")
+    (tmp_path / "store" / "again").symlink_to(tmp_path / "set" / "b")
+    names = ["a/1.png", "a/more/2.png", "b/3.png"]
+    assert _names(tmp_path / "set", unlabeled_images(str(tmp_path / "set"), "w")) == names
+    listed = labelled_images(str(tmp_path / "set"), ["a", "b"], "w")
+    assert _names(tmp_path / "set", listed) == names
+
+
+def test_images_beside_the_class_folders_are_said(tmp_path, caplog):
+    _touch(tmp_path, "a/1.png", "b/2.png", "3.png", "notes.txt")
+    assert len(labelled_images(str(tmp_path), ["a", "b"], "w")) == 2
+    assert f"1 images lie in {tmp_path} itself" in caplog.text
+
+
+def test_class_folders_one_level_down_are_named(tmp_path):
+    _touch(tmp_path, "test/a/1.png", "test/b/1.png", "train/a/1.png")
+    with pytest.raises(DataError, match=rf"the class folders lie in {tmp_path}/t\w+: name that"):
+        labelled_images(str(tmp_path), ["a", "b"], "w")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    _touch(tmp_path, "a/1.png", "b/1.png")
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=rf"{tmp_path}/b: cannot be read \(Permission denied\)"):
+        unlabeled_images(str(tmp_path), "w")

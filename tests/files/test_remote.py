@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -288,6 +290,49 @@ def test_no_room(store: type[Store], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     with pytest.raises(RemoteError, match=r"has 10,240 bytes, but .* has 10,000 free.*RAYMERGE_"):
         fetch(url)
+
+
+def test_what_is_here_already_needs_no_room(
+    store: type[Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = put(CONTENT)
+    store.breaks_at = [8000] * 4
+    with pytest.raises(RemoteError):
+        fetch(url)
+    usage = download.shutil.disk_usage(".")
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage._replace(free=3000))
+    assert fetch(url).read_bytes() == CONTENT
+
+
+def test_a_full_disk_is_not_left_full(
+    store: type[Store], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chunks(file: Any, start: int) -> Iterator[bytes]:
+        yield CONTENT[:3000]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(download, "_chunks", chunks)
+    with pytest.raises(RemoteError, match="no room in the cache folder"):
+        fetch(put(CONTENT))
+    assert not list((cache / "partial").iterdir())
+
+
+def test_what_cannot_be_continued_is_removed(store: type[Store], cache: Path) -> None:
+    store.facts = {"created": None}  # nothing says whether the next run finds the same content
+    store.breaks_at = [4000] * 4
+    with pytest.raises(RemoteError):
+        fetch(put(CONTENT))
+    assert not list((cache / "partial").iterdir())
+
+
+def test_a_download_that_nobody_continues_is_forgotten(store: type[Store], cache: Path) -> None:
+    left = cache / "partial" / "old"
+    left.parent.mkdir(parents=True)
+    for age_s, stays in ((6 * 86400, True), (8 * 86400, False)):
+        left.write_bytes(b"x")
+        os.utime(left, (time.time() - age_s,) * 2)
+        fetch(put(CONTENT, f"/{age_s}.pt"))
+        assert left.exists() == stays
 
 
 # --- at once -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import json
@@ -17,7 +18,8 @@ from safetensors.torch import save_file
 from world import World, write_image
 
 from raymerge.errors import RemoteError
-from raymerge.files import download
+from raymerge.files import download, remote
+from raymerge.files.atomic import cache_folder
 from raymerge.files.remote import fetch, fetch_folder
 
 CONTENT = os.urandom(50_000)
@@ -158,6 +160,94 @@ def test_a_server_without_ranges(site: tuple[Path, str]) -> None:
     (folder / "a.pt").write_bytes(CONTENT[::-1])
     os.utime(folder / "a.pt", (1, 1))
     assert fetch(f"{address}/a.pt?token=t").read_bytes() == CONTENT[::-1]
+
+
+class _Flood(http.server.BaseHTTPRequestHandler):
+    """Sends far more than is asked for, or than it has announced, or without an end."""
+
+    protocol_version = "HTTP/1.1"
+    sent = 0
+    announced = 10_000_000
+
+    def _head(self, status: int, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+
+    def do_HEAD(self) -> None:
+        if "unsized" in self.path:
+            return self._head(200, Connection="close")
+        return self._head(200, Content_Length=str(self.announced), Last_Modified="then")
+
+    def do_GET(self) -> None:
+        if "range" in self.path:
+            self._head(206, Content_Range=f"bytes 0-99/{self.announced}", Connection="close")
+        elif "page" in self.path:
+            self._head(200, Content_Type="text/html", Connection="close")
+        else:
+            self._head(200, Connection="close")
+        self.close_connection = True
+        block = b"0" * (1 << 20)
+        with contextlib.suppress(OSError):
+            for _ in range(1 << 10):
+                self.wfile.write(block)
+                type(self).sent += len(block)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def flood(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    pytest.importorskip("aiohttp")
+    _Flood.sent = 0
+    monkeypatch.setattr(download, "_WAIT_S", 0.0)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Flood)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def _partials() -> list[Path]:
+    folder = cache_folder() / "remote" / "partial"
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+def test_a_range_is_answered_with_gigabytes(flood: str, tmp_path: Path) -> None:
+    """The client reads no more than it asked for, and keeps nothing that cannot be continued."""
+    with pytest.raises(RemoteError, match="more came than the 10,000 bytes that were asked"):
+        fetch(f"{flood}/range/a.pt")
+    with pytest.raises(RemoteError, match="more came than the 8 bytes that were asked for"):
+        remote.outline(f"{flood}/range/a.safetensors", tmp_path)
+    assert _Flood.sent < 200 << 20
+    assert sum(path.stat().st_size for path in _partials()) == 0
+
+
+def test_a_body_without_an_end_is_refused_and_removed(
+    flood: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "_MOST_UNSIZED_BYTES", 20 << 20)
+    with pytest.raises(RemoteError, match="sent over 20,971,520 bytes without saying how many"):
+        fetch(f"{flood}/unsized/a.pt")
+    assert _Flood.sent < 100 << 20
+    assert not _partials()
+
+
+def test_a_body_longer_than_announced_is_refused_and_removed(flood: str) -> None:
+    with pytest.raises(RemoteError, match=r"[\d,]+ bytes came instead of 10,000,000"):
+        fetch(f"{flood}/a.pt")
+    assert not _partials()
+
+
+def test_a_list_of_files_without_an_end_is_refused(flood: str) -> None:
+    with pytest.raises(RemoteError, match="/page/: no such folder, or it is empty"):
+        fetch_folder(f"{flood}/page/")
+    assert _Flood.sent < 300 << 20
 
 
 def test_what_a_server_refuses(site: tuple[Path, str]) -> None:

@@ -101,7 +101,8 @@ def training_images(config: Config) -> dict[int, ImageList]:
             # A test set may lack a class, but an expert must see each.
             images = labelled_images(task.train, task.classnames, f"tasks[{k}].train")
             image_lists[k] = images
-            empty = [name for c, name in enumerate(task.classnames) if c not in set(images.labels)]
+            seen = set(images.labels)
+            empty = [name for c, name in enumerate(task.classnames) if c not in seen]
             if empty:
                 raise DataError(
                     f"tasks[{k}].train: {task.train}: no image of {quote_names(empty)}, which the "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from raymerge.data import folder
 from raymerge.data.images import ImageList, Source, StoredImages
-from raymerge.data.sources.labels import class_indices
+from raymerge.data.sources.labels import as_places, class_indices
 from raymerge.data.sources.reference import DataReference, parse_reference
 from raymerge.data.sources.urls import local_reference
 from raymerge.errors import DataError
@@ -49,12 +48,7 @@ def labelled_images(reference: str, classnames: Sequence[str], where: str) -> Im
     with _prefix_errors(where):
         stored = source.labels()
     if parse_reference(reference).options.get("match") == "index":
-        if stored.are_texts:
-            raise DataError(
-                f"{where}: {reference}: its labels are texts, which have no places; remove "
-                "match=index and write them in classnames"
-            )
-        stored = replace(stored, names=None)
+        stored = as_places(stored, f"{where}: {reference}")
     indices = class_indices(stored, classnames, f"{where}: {reference}")
     return ImageList(StoredImages(source, rows), tuple(indices[rows].tolist()))
 

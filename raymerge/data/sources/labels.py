@@ -5,7 +5,9 @@ Legend: N images, C classes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +26,30 @@ def class_indices(labels: Labels, classnames: Sequence[str], where: str) -> NDAr
     """
     count = len(classnames) if labels.names is None else len(labels.names)
     _require_range(labels.numbers, count, where, has_names=labels.names is not None)
-    if labels.names is None:
-        return labels.numbers
-    place_of = _match(labels, labels.names, classnames, where)
-    indices: NDArray[np.int64] = place_of[labels.numbers]
+    indices = labels.numbers
+    if labels.names is not None:
+        indices = _match(labels, labels.names, classnames, where)[labels.numbers]
     used = set(np.unique(indices).tolist())
     warn_of_empty([c for i, c in enumerate(classnames) if i not in used], classnames, where)
     return indices
+
+
+def as_places(labels: Labels, where: str) -> Labels:
+    """Return labels whose numbers are places in ``classnames``, whatever their names are.
+
+    Raises :class:`DataError` for texts that are no numbers: they are in no order.
+    """
+    if not labels.are_texts:
+        return replace(labels, names=None)
+    names = labels.names or ()
+    wrong = [name for name in names if not re.fullmatch(r"-?[0-9]{1,9}", name)]
+    if wrong:
+        raise DataError(
+            f"{where}: its labels are texts, which have no places; remove match=index and write "
+            f"them in classnames ({quote_names(wrong)})"
+        )
+    numbers = np.array([int(name) for name in names], dtype=np.int64)
+    return Labels(numbers[labels.numbers])
 
 
 def text_labels(texts: Sequence[str]) -> Labels:
@@ -69,7 +88,8 @@ def _match(
         name for name, place in zip(names, places, strict=True) if place is None and name in used
     ]
     if unexpected:
-        missing = [c for i, c in enumerate(classnames) if i not in places]
+        taken = set(places)
+        missing = [c for i, c in enumerate(classnames) if i not in taken]
         remedy = "use its names" if labels.are_texts else f"use its names, or {_INDEX}"
         raise DataError(
             f"{where}: the data set has {len(names)} classes for {len(classnames)} class names"

@@ -43,6 +43,7 @@ _ERRORS = (OSError, ValueError, EOFError, RuntimeError, LookupError, TypeError, 
            MemoryError)  # fmt: skip
 _SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-(?P<number>\d{5})-of-(?P<count>\d{5})(-\w+)?")
 _NUMBERED = re.compile(r"\d+|part[-_.]?\d+.*", re.IGNORECASE)
+_LABEL_KINDS = ("integer", "boolean", "text")  # false is class 0, true is class 1
 _IMAGES, _LABELS = ("image", "img", "jpg", "png", "webp"), ("label", "labels", "cls", "class")
 
 
@@ -214,12 +215,14 @@ def _image_column(schema: Mapping[str, str], reference: DataReference) -> str:
 
 
 def _label_column(schema: Mapping[str, str], column: str | None, text: str) -> str:
-    candidates = [name for name, kind in schema.items() if kind in ("integer", "text")]
+    candidates = [name for name, kind in schema.items() if kind in _LABEL_KINDS]
     if column is not None:
         if column not in candidates:
             raise DataError(_no_column(text, "label", column, candidates, schema))
         return column
-    classes = [name for name in candidates if schema[name] == "integer"]
+    # A boolean may be any remark; it is a label by its name, or where nothing else is one.
+    numbers = [name for name in candidates if schema[name] == "integer"]
+    classes = numbers or [name for name in candidates if schema[name] == "boolean"]
     matches = [name for name in candidates if name.lower() in _LABELS]
     return _only(matches or classes, _LABELS, text, "label", schema)
 
@@ -312,8 +315,9 @@ def _kind(kind: Any) -> str:
         return "binary"
     if types.is_string(kind) or types.is_large_string(kind):
         return "text"
-    is_number = types.is_integer(kind) or types.is_boolean(kind)  # false is class 0, true 1
-    return "integer" if is_number else str(kind)[:40]
+    if types.is_boolean(kind):
+        return "boolean"
+    return "integer" if types.is_integer(kind) else str(kind)[:40]
 
 
 @lru_cache(maxsize=4096)
@@ -330,7 +334,7 @@ def _features(file: FileStamp) -> dict[str, Any]:
 
 def _read_labels(file: FileStamp, column: str) -> NDArray[np.int64] | list[str]:
     kind = _schema(file).get(column)
-    if kind not in ("integer", "text"):
+    if kind not in _LABEL_KINDS:
         raise DataError(f"{file.path}: has no column {column!r} of numbers or names")
     with _reading(file), _LOCK:
         # A few values in the file may unpack to any size, so it is checked batch by batch.

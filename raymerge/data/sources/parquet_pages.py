@@ -31,7 +31,7 @@ class Pages(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Where the pages of one column of values lie."""
+    """The place of the pages of one column of values."""
 
     column: str
     start: int

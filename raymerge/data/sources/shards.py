@@ -6,6 +6,7 @@ A sample is the members with one name up to the first dot, such as ``0017.jpg`` 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -17,12 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from raymerge.data.folder import is_hidden
+from raymerge.data.folder import is_hidden_path
 from raymerge.data.images import Labels, open_encoded
 from raymerge.data.sources.files import FileStamp, printable_name, read_at, require_small, stamps_of
 from raymerge.data.sources.labels import text_labels
 from raymerge.data.sources.reference import DataReference
 from raymerge.errors import DataError, one_line
+
+logger = logging.getLogger(__name__)
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff", "gif")
 _LABELS = ("cls", "json", "txt")  # the first that a sample has
@@ -181,21 +184,25 @@ class _Sample:
 @lru_cache(maxsize=4096)
 def _indexed(file: FileStamp) -> _Index:
     """Return the samples of a shard that have an image; raises :class:`DataError`."""
-    # Members of one key are a sample; of names with more dots, the first is kept for the error.
+    # Members of one key are a sample; images whose names have more dots are kept for the message.
     samples: dict[str, _Sample] = {}
-    dotted = ""
+    dotted: list[tuple[str, str]] = []
     for member in _members(file):
         key, suffix = _split(member.name)
         if suffix not in _IMAGES and suffix.rpartition(".")[2] in _IMAGES:
-            dotted = dotted or member.name
+            dotted.append((key, member.name))
         if suffix in _IMAGES or suffix in _LABELS:
             _add(samples.setdefault(key, _Sample()), member, suffix, file)
     samples = {key: sample for key, sample in samples.items() if sample.image is not None}
-    if not samples and dotted:
-        raise DataError(
-            f"{file.path}: member {printable_name(dotted)}: a name ends at its first dot in a "
+    lost = [name for key, name in dotted if key not in samples]  # others are a sample's masks
+    if lost:
+        message = (
+            f"{file.path}: member {printable_name(lost[0])}: a name ends at its first dot in a "
             "WebDataset, so this is no image; write no dots before the suffix"
         )
+        if not samples:
+            raise DataError(message)
+        logger.warning("%s; %d members are left out", message, len(lost))
     if not samples:
         raise DataError(
             f"{file.path}: holds no image ({', '.join(_IMAGES)}); expected members such as "
@@ -236,8 +243,7 @@ def _split(name: str) -> tuple[str, str]:
     """Return a member's key and suffix; the suffix of hidden files is empty."""
     folder, slash, last = name.rpartition("/")
     stem, _, suffix = last.partition(".")
-    parts = [part for part in name.split("/") if part not in (".", "..")]
-    return f"{folder}{slash}{stem}", "" if any(map(is_hidden, parts)) else suffix.lower()
+    return f"{folder}{slash}{stem}", "" if is_hidden_path(name) else suffix.lower()
 
 
 class _BoundedInfo(tarfile.TarInfo):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from raymerge.data.folder import is_hidden_path
 from raymerge.data.sources.shards import expand
 from raymerge.errors import DataError, RemoteError
 from raymerge.files.urls import is_remote
@@ -41,4 +42,6 @@ def _local(url: str) -> str:
             return paths
 
         return str(PurePosixPath(remote.fetch_folder(folder, shards)) / name)
-    return str(remote.fetch_folder(url) if remote.is_folder(url) else remote.fetch(url))
+    if not remote.is_folder(url):
+        return str(remote.fetch(url))
+    return str(remote.fetch_folder(url, is_skipped=is_hidden_path))

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -778,6 +779,33 @@ def test_a_folder_of_arrow_files_names_the_remedy(tmp_path, place):
         unlabeled_images(str(tmp_path), "w")
 
 
+def test_texts_that_are_numbers_have_places(tmp_path, samples):
+    content = [path.read_bytes() for path, _ in samples[:3]]
+    table = pa.table({"image": content, "label": ["10", "9", "0"]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    names = [f"c{i}" for i in range(11)]
+    assert labelled_images(f"{tmp_path}/x.parquet?match=index", names, "w").labels == (10, 9, 0)
+
+
+def test_a_boolean_beside_numbers_is_no_label(tmp_path, samples):
+    content = [path.read_bytes() for path, _ in samples[:2]]
+    table = pa.table({"image": content, "is_crowd": [True, True], "kind": [1, 0]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert labelled_images(f"{tmp_path}/x.parquet", ["a", "b"], "w").labels == (1, 0)
+
+
+def test_dotted_members_that_are_left_out_are_said(tmp_path, samples, caplog):
+    png = samples[0][0].read_bytes()
+    mask = ("a.mask.png", png)  # of a sample with an image, which webdataset reads so
+    reference = _tar(tmp_path / "x.tar", ("a.png", png), mask)
+    assert len(unlabeled_images(reference, "w")) == 1
+    assert not caplog.text
+    reference = _tar(tmp_path / "y.tar", ("a.png", png), ("b.v2.png", png), ("c.v2.png", png))
+    assert len(unlabeled_images(reference, "w")) == 1
+    assert "member b.v2.png: a name ends at its first dot" in caplog.text
+    assert "2 members are left out" in caplog.text
+
+
 def test_dots_in_a_members_name_are_said(tmp_path, samples):
     content = samples[0][0].read_bytes()
     reference = _tar(tmp_path / "x.tar", ("img.v1.0001.png", content))
@@ -790,3 +818,15 @@ def test_hidden_members_of_a_tar_are_no_images(tmp_path, samples):
     names = ("./a.png", "__MACOSX/._a.png", ".ipynb_checkpoints/b.png", "x/.c/d.png")
     reference = _tar(tmp_path / "x.tar", *((name, content) for name in names))
     assert len(unlabeled_images(reference, "w")) == 1
+
+
+def test_hidden_files_of_a_store_are_not_fetched(tmp_path, samples, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    monkeypatch.setenv("RAYMERGE_CACHE", str(tmp_path / "cache"))
+    png = samples[0][0].read_bytes()
+    for name in ("a/1.png", ".git/2.png", "a/.ipynb_checkpoints/3.png", "__MACOSX/a/._1.png"):
+        fs.pipe(f"/bucket/set/{name}", png)
+    assert len(unlabeled_images("memory://bucket/set", "w")) == 1
+    fetched = {path.name for path in (tmp_path / "cache").rglob("*.png")}
+    assert fetched == {"1.png"}
+    fs.store.clear()
