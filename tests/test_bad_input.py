@@ -489,7 +489,7 @@ def test_wrong_command_line(
 
 def test_pretrained_folder_that_is_not_there(attempt: Attempt) -> None:
     attempt.data["model"] = "local-dir:nowhere"
-    attempt.refused(str(attempt.folder / "nowhere"), "no such file")
+    attempt.refused(str(attempt.folder / "nowhere"), "no such folder; check the path")
 
 
 def test_pretrained_folder_without_weights(attempt: Attempt) -> None:

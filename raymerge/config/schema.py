@@ -17,6 +17,8 @@ VectorLocation = Literal["device", "host", "disk", "files"]
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _MODEL_SCHEMES = ("local-dir:", "hf-hub:")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 class ModelConfig(Frozen):
@@ -59,8 +61,18 @@ class ModelConfig(Frozen):
         if not self.is_folder and self.pretrained is None:
             raise ValueError(
                 f"model.arch={self.arch} needs model.pretrained: an open_clip tag or a checkpoint"
+                f"{self._other_forms()}"
             )
         return self
+
+    def _other_forms(self) -> str:
+        """Return how to write a model that brings its architecture, where ``arch`` may be one."""
+        if self.arch.endswith(_WEIGHT_SUFFIXES):
+            return f" (write model: {{arch: ViT-B-32, pretrained: {self.arch}}}, or its own arch)"
+        forms = [f"for a folder write local-dir:{self.arch}"] * bool(re.search(r"[/.~]", self.arch))
+        if _HUB_ID.fullmatch(self.arch):
+            forms.insert(0, f"for a model of the Hugging Face hub write hf-hub:{self.arch}")
+        return f" ({', '.join(forms)})" if forms else ""
 
 
 class TaskConfig(Frozen):

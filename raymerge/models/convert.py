@@ -28,7 +28,7 @@ from raymerge.models.checkpoints.checkpoint import (
     read_tensor,
 )
 from raymerge.models.checkpoints.huggingface import HuggingFaceCheckpoint, stored_keys
-from raymerge.models.checkpoints.locate import locate
+from raymerge.models.checkpoints.locate import locate, split_part
 from raymerge.models.checkpoints.safetensors_file import SafetensorsWriter
 from raymerge.models.pretrained import open_pretrained, unmerged_keys
 from raymerge.models.resolve import (
@@ -160,6 +160,11 @@ class _HuggingFaceView:
 
 
 def _resolve(reference: str, arch: str | None) -> ResolvedModel:
+    part = split_part(reference)[1]
+    return replace(_resolve_place(reference, arch), part=part)
+
+
+def _resolve_place(reference: str, arch: str | None) -> ResolvedModel:
     if arch is not None:
         if arch.startswith(("local-dir:", "hf-hub:")):
             return replace(resolve_model(ModelConfig(arch=arch)), weights=locate(reference))

@@ -43,7 +43,9 @@ def open_pretrained(resolved: ResolvedModel) -> tuple[VisualCheckpoint, int]:
     counts them as zero deltas. Raises :class:`CheckpointError`.
     """
     layout, expected = model_shapes(resolved)
-    checkpoint = as_open_clip(open_checkpoint(resolved.weights_reference), expected)
+    checkpoint = as_open_clip(
+        open_checkpoint(resolved.weights_reference), expected, resolved.model_cfg
+    )
     where = f"pretrained {checkpoint.path}"
     _require_text(checkpoint, layout, expected, where)
     shapes = {key: spec.shape for key, spec in checkpoint.specs.items()}

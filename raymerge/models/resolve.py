@@ -26,6 +26,7 @@ from raymerge.models.checkpoints.locate import hub_folder, locate, read_json, sp
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+_CONFIG_FILES = (CONFIG_FILE, huggingface_config.CONFIG_FILE)
 
 _MAX_SIZE = 1 << 24
 _LAYERS = re.compile(r"layers?$|depths?$|blocks?$")
@@ -73,11 +74,11 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
     model = _resolve_place(config)
     if config.other_weights is not None:
         model = replace(model, weights=locate(config.other_weights))
-    return replace(model, part=split_part(config.other_weights or config.pretrained or "")[1])
+    return replace(model, part=split_part(config.other_weights or config.reference)[1])
 
 
 def _resolve_place(config: ModelConfig) -> ResolvedModel:
-    arch = config.arch
+    arch = split_part(config.arch)[0] if config.is_folder else config.arch
     if arch.startswith("local-dir:"):
         return resolve_folder(Path(arch.removeprefix("local-dir:")), arch)
     if is_remote(arch):
@@ -98,10 +99,32 @@ def resolve_folder(folder: Path, name: str = "") -> ResolvedModel:
     """
     name = name or f"local-dir:{folder}"
     own, other = folder / CONFIG_FILE, folder / huggingface_config.CONFIG_FILE
+    if not exists(own) and not exists(other):
+        raise CheckpointError(f"model: {folder}: {_without_config(folder)}")
     is_huggingface = exists(other) and not exists(own)
     cfg = huggingface_config.read_huggingface(folder) if is_huggingface else _read_config(own)
     weights = locate(name if name.startswith("hf-hub:") else str(folder))
     return _resolved(name, cfg, weights, tokenizer="" if is_huggingface else name)
+
+
+def _without_config(folder: Path) -> str:
+    """Return what a folder lacks to be a model, and the remedy."""
+    if not exists(folder) or not folder.is_dir():
+        return "no such folder; check the path"
+    what = f"the folder holds neither {CONFIG_FILE} nor {huggingface_config.CONFIG_FILE}"
+    below = (each.parent for name in _CONFIG_FILES for each in sorted(folder.glob(f"*/{name}")))
+    inside = next(below, None)
+    if inside is not None:
+        return f"{what}; its subfolder {inside.name} does: write local-dir:{inside}"
+    try:
+        weights = locate(str(folder))
+    except CheckpointError:
+        return f"{what}, so no model; name the folder of a whole model"
+    if weights.name.startswith("adapter_model"):
+        return (
+            f"{what}: it is an adapter, which can be a task's checkpoint; name its base model here"
+        )
+    return f"{what}; name the architecture: model: {{arch: ViT-B-32, pretrained: {weights}}}"
 
 
 # --- open_clip's own architectures ---------------------------------------------------------------

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import torch
 from open_clip.factory import load_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from world import MODEL_CFG, World
 
@@ -110,10 +111,35 @@ def test_names_of_before_the_custom_text_tower_are_moved(world: World, tmp_path:
     _same(ours, model.state_dict())
 
 
+@pytest.mark.parametrize("image_size", [[16, 32], [64, 32], 32])
+def test_positions_become_those_of_any_shape_of_images(
+    world: World, tmp_path: Path, image_size: Any
+) -> None:
+    cfg = {**MODEL_CFG, "vision_cfg": {**MODEL_CFG["vision_cfg"], "image_size": image_size}}
+    state = load_file(world.root / "pretrained" / "open_clip_model.safetensors")
+    state["visual.positional_embedding"] = _positions(5 * 5 + 1, WIDTH)
+    ours = _ours(state, tmp_path / "ours", cfg)
+    model = _skeleton(tmp_path / "theirs", cfg)
+    load_checkpoint(model, str(tmp_path / "ours" / "weights.pt"), strict=True)
+    _same(ours, model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "epoch_3.bin", "my.safetensors"])
+def test_a_folder_with_weights_of_any_name_is_what_open_clip_takes(
+    world: World, tmp_path: Path, name: str
+) -> None:
+    state = load_file(world.root / "pretrained" / "open_clip_model.safetensors")
+    config = {"model_cfg": MODEL_CFG, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    (save_file if name.endswith(".safetensors") else torch.save)(state, tmp_path / name)
+    assert open_clip.create_model(f"local-dir:{tmp_path}") is not None
+    assert resolve_model(ModelConfig(arch=f"local-dir:{tmp_path}")).weights == tmp_path / name
+
+
 def test_positions_that_are_no_square_are_refused(world: World, tmp_path: Path) -> None:
     state = load_file(world.root / "pretrained" / "open_clip_model.safetensors")
     state["visual.positional_embedding"] = torch.zeros(7, WIDTH)
-    with pytest.raises(CheckpointError, match="7 positions is no square grid"):
+    with pytest.raises(CheckpointError, match="7 positions, no class token and square grid"):
         _ours(state, tmp_path / "ours")
 
 

@@ -259,3 +259,14 @@ def test_a_format_that_cannot_express_the_model_is_refused_before_the_merge(
     ran = run("merge", write_config(tmp_path / "x.yaml", data), "--also", "hf")
     refused(ran, "individual", "writes no model")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["net", "net_ema"])
+def test_the_named_part_of_a_file_is_converted(tmp_path, ours, part) -> None:
+    state = load_file(ours / WEIGHTS)
+    scales = {"net": 1.0, "net_ema": 2.0}
+    states = {name: {**state, "logit_scale": torch.tensor(scale)} for name, scale in scales.items()}
+    torch.save(states, tmp_path / "x.pt")
+    arch = f"local-dir:{ours}"
+    convert(f"{tmp_path}/x.pt#{part}", tmp_path / "out", "open_clip", arch=arch)
+    assert float(load_file(tmp_path / "out" / WEIGHTS)["logit_scale"]) == scales[part]

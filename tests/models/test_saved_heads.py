@@ -122,7 +122,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
         "is no head: it holds scale",
     ),
     "no file": (lambda p: None, "no such file"),
-    "damaged": (lambda p: p.write_bytes(b"damage") and None, "damaged"),
+    "damaged": (lambda p: p.write_bytes(b"\x80damage") and None, "damaged"),
 }
 
 

@@ -101,6 +101,16 @@ class Partial(Checkpoint, Protocol):
         ...
 
 
+def chosen_prefix(checkpoint: Checkpoint) -> str:
+    """Return the prefix of the keys in the file that a view has chosen, empty if it has not."""
+    return getattr(checkpoint, "chosen", "")
+
+
+def other_prefixes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the prefixes of the models in the file that a view has not chosen."""
+    return getattr(checkpoint, "others", ())
+
+
 class ViewCheckpoint:
     """A checkpoint whose tensors lie in others, under names of their own.
 

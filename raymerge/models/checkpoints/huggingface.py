@@ -118,39 +118,41 @@ def _inverse(table: Mapping[str, str]) -> Mapping[str, str]:
     return {key: name for name, key in table.items()}
 
 
-def vision_prefix(keys: Mapping[str, object]) -> str | None:
-    """Return the prefix of the vision tower's keys; None if they are not Hugging Face's.
-
-    Of several it is the one to take first.
-    """
+def vision_prefixes(keys: Mapping[str, object]) -> list[str]:
+    """Return the prefixes of the vision towers' keys, the one to take first; none if the keys are
+    not Hugging Face's."""
     prefixes = prefixes_of(keys.keys(), _VISION_KEYS)
-    if prefixes and all(prefixes[0] + each in keys for each in _VISION_KEYS):
-        return prefixes[0]
-    return None
+    is_whole = prefixes and all(prefixes[0] + each in keys for each in _VISION_KEYS)
+    return prefixes if is_whole else []
 
 
 def is_huggingface(keys: Mapping[str, object]) -> bool:
     """Return whether the keys are those of a CLIP that transformers has saved."""
-    return vision_prefix(keys) is not None
+    return bool(vision_prefixes(keys))
 
 
 class HuggingFaceCheckpoint:
     """Hugging Face's tensors under open_clip's names; a tensor without such a name keeps its own.
 
-    Raises :class:`CheckpointError` where tensors that open_clip packs into one do not fit together.
+    ``outside``: what the file holds beside the model, such as an optimizer's state. Raises
+    :class:`CheckpointError` where tensors that open_clip packs into one do not fit together.
     """
 
     kind = "huggingface"
 
     def __init__(self, container: Checkpoint) -> None:
         self.container, self.path = container, container.path
-        prefix = vision_prefix(container.specs)
-        assert prefix is not None  # is_huggingface
+        prefix, *others = vision_prefixes(container.specs)  # is_huggingface
+        self.chosen, self.others = prefix, tuple(others)
         self._root = prefix.removesuffix("vision_model.")
         self._vision = prefix.removeprefix(self._root)
         self._stored: dict[str, StoredKeys] = {}
+        self.outside: Mapping[str, TensorSpec] = {
+            key: spec for key, spec in container.specs.items() if not key.startswith(self._root)
+        }
         for key in container.specs:
-            self._add(key)
+            if key not in self.outside:
+                self._add(key)
         self.specs: Mapping[str, TensorSpec] = {
             name: self._spec(stored) for name, stored in self._stored.items()
         }
@@ -169,7 +171,7 @@ class HuggingFaceCheckpoint:
         bare = key.removeprefix(self._root)
         if bare.endswith("position_ids"):  # a buffer that counts from 0
             return
-        name = open_clip_name(bare, self._vision) if key.startswith(self._root) else None
+        name = open_clip_name(bare, self._vision)
         if name is None:
             in_tower = self._vision and bare.startswith(self._vision)
             own = "visual." + bare.removeprefix(self._vision) if in_tower else key

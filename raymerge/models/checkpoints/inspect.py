@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raymerge.errors import escape_unprintable
-from raymerge.models.checkpoints.checkpoint import Checkpoint, TensorSpec
+from raymerge.models.checkpoints.checkpoint import Checkpoint, TensorSpec, other_prefixes
 from raymerge.models.checkpoints.huggingface import HuggingFaceCheckpoint
 from raymerge.models.checkpoints.locate import files_of, read_json
 from raymerge.models.checkpoints.lora import LoraCheckpoint
@@ -37,7 +37,7 @@ def inspect_checkpoint(reference: str) -> dict[str, Any]:
         "tensors": len(specs),
         "parameters": sum(spec.numel for spec in specs.values()),
         "dtypes": dict(Counter(map(_dtype_name, specs.values()))),
-        "visual": _visual(checkpoint.specs),
+        "visual": _visual(checkpoint),
         "activation": _activation(checkpoint),
         "keys": {
             key: {"shape": list(spec.shape), "dtype": _dtype_name(spec)}
@@ -95,9 +95,10 @@ def _visual_text(visual: Mapping[str, Any] | None) -> str:
 # --- the visual tower and its activation ---------------------------------------------------------
 
 
-def _visual(specs: Mapping[str, TensorSpec]) -> dict[str, Any] | None:
+def _visual(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Return prefix, sizes and a ViT's dimensions of the visual tower; None if it has no tower
     with open_clip's names."""
+    specs = checkpoint.specs
     prefixes = prefixes_of(specs, _TOWER)
     if not prefixes or prefixes[0] + "conv1.weight" not in specs:
         trunks = [key.rpartition("trunk.")[0] for key in specs if _TRUNK.search(key)]
@@ -105,6 +106,7 @@ def _visual(specs: Mapping[str, TensorSpec]) -> dict[str, Any] | None:
     if not prefixes:
         return None
     prefix, *others = prefixes
+    others += other_prefixes(checkpoint)
     tower = {k.removeprefix(prefix): s for k, s in specs.items() if k.startswith(prefix)}
     parameters = sum(spec.numel for spec in tower.values())
     sizes = {"prefix": prefix, "others": others, "tensors": len(tower), "parameters": parameters}

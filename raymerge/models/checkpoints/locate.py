@@ -15,11 +15,12 @@ from typing import Any
 from raymerge.errors import CheckpointError, RemoteError, one_line
 from raymerge.files.atomic import exists
 from raymerge.files.urls import is_remote
-from raymerge.models.checkpoints.foreign import folder_remedy
+from raymerge.models.checkpoints.foreign import WEIGHT_SUFFIXES, folder_remedy, pointer_remedy
 
 # In order of preference; files of several libraries may lie in one folder.
 WEIGHT_FILES = (
     "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
     "open_clip_model.bin",
     "model.safetensors",  # Hugging Face's
@@ -30,7 +31,7 @@ WEIGHT_FILES = (
     "adapter_model.bin",
 )
 _SHARD = re.compile(r"(pytorch_)?model-\d+-of-\d+\.(safetensors|bin)")
-_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+_HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 _MAX_JSON_BYTES = 1 << 27  # an index of a million tensors has 100 MB
 _MAX_NAME_BYTES = 255
 
@@ -56,8 +57,9 @@ def split_part(reference: str) -> tuple[str, str]:
     A file of several models, such as a model and its moving average, is named so. An existing path
     is taken as it is.
     """
-    place, _, part = reference.partition("#")
-    return (place, part) if part and not exists(Path(reference)) else (reference, "")
+    place, _, part = reference.rpartition("#")
+    is_part = place and part and "/" not in part and not exists(Path(reference))
+    return (place, part) if is_part else (reference, "")
 
 
 def _weights_at(path: Path) -> Path:
@@ -69,15 +71,29 @@ def _weights_at(path: Path) -> Path:
             raise CheckpointError(f"checkpoint {path}: the folder holds none of {names}{remedy}")
         return found
     if not path.is_file():
-        remedy = "check the path"
-        if _HUB_ID.fullmatch(str(path)):
-            remedy = f"for a model of the Hugging Face hub write hf-hub:{path}"
-        raise CheckpointError(f"checkpoint {path}: no such file; {remedy}")
+        raise CheckpointError(f"checkpoint {path}: {_missing(path)}")
     return path
 
 
+def _missing(path: Path) -> str:
+    """Return why there is no file at a path, and the remedy."""
+    if path.is_symlink():
+        return f"is a link to {path.readlink()}, which does not exist; fetch that file again"
+    name = "/".join(path.parts[-2:])
+    if path.parent.exists() or not _HUB_ID.fullmatch(name) or path.suffix in WEIGHT_SUFFIXES:
+        return "no such file; check the path"
+    return (
+        f"no such file; check the path, or for a model of the Hugging Face hub write hf-hub:{name}"
+    )
+
+
 def _weights_in(folder: Path) -> Path | None:
-    files = (folder / name for name in WEIGHT_FILES)
+    """Return a folder's weights, by their name; beside open_clip's config any that it takes."""
+    names = list(WEIGHT_FILES)
+    if exists(folder / "open_clip_config.json"):
+        for suffix in (".safetensors", ".bin", ".pth"):
+            names += sorted(file.name for file in folder.glob(f"*{suffix}"))
+    files = (folder / name for name in names)
     return next((file for file in files if file.is_file()), None)
 
 
@@ -139,7 +155,8 @@ def read_json(path: Path) -> Any:
             raise ValueError(f"it has more than {_MAX_JSON_BYTES >> 20} MiB")
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {one_line(error)}") from error
+        remedy = pointer_remedy(path) or f"cannot be read as JSON: {one_line(error)}"
+        raise CheckpointError(f"{path}: {remedy}") from error
 
 
 # --- URLs ----------------------------------------------------------------------------------------

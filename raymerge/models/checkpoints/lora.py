@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from threading import Lock
@@ -69,6 +69,13 @@ def is_adapter(keys: Iterable[str]) -> bool:
     )
 
 
+def _adapter_prefix(keys: Iterable[str]) -> str:
+    """Return what stands in front of the adapter's keys, as training code saves it with others."""
+    wrapped = (key.partition(_WRAPPER) for key in keys)
+    prefixes = Counter(prefix for prefix, wrapper, _ in wrapped if wrapper)
+    return prefixes.most_common(1)[0][0] if prefixes else ""
+
+
 @dataclass(frozen=True)
 class _Change:
     """A change of rows ``part`` of ``parts`` of one of open_clip's tensors.
@@ -96,7 +103,13 @@ class LoraCheckpoint:
     kind = "lora"
 
     def __init__(self, container: Checkpoint) -> None:
-        self.container, self.path, self.specs = container, container.path, container.specs
+        self.container, self.path = container, container.path
+        self._prefix = _adapter_prefix(container.specs)
+        self.specs: Mapping[str, TensorSpec] = {
+            key.removeprefix(self._prefix): spec
+            for key, spec in container.specs.items()
+            if key.startswith(self._prefix)
+        }
         self._config = self._read_config()
         self.changes = self._collect()
 
@@ -253,7 +266,7 @@ class LoraCheckpoint:
     # --- over the pretrained model ---------------------------------------------------------------
 
     def fill(self, key: str, start: int, out_n: Tensor) -> None:
-        self.container.fill(key, start, out_n)
+        self.container.fill(self._prefix + key, start, out_n)
 
     def complete(self, base: Checkpoint, prefix: str) -> Checkpoint:
         """Return θ₀ + the adapter. Raises :class:`CheckpointError` if a shape does not fit."""
@@ -281,7 +294,7 @@ class LoraCheckpoint:
 
     def apply(self, change: _Change, rows: Tensor) -> None:
         """Add the product to ``rows`` (float32, the changed part of a tensor), or replace them."""
-        tensors = [read_tensor(self.container, key, torch.float32) for key in change.keys]
+        tensors = [read_tensor(self, key, torch.float32) for key in change.keys]
         if len(tensors) == 1:
             rows.copy_(tensors[0].t() if change.is_transposed else tensors[0])
             return

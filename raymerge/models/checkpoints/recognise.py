@@ -11,7 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 
-_AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|averaged?|teacher|shadow)(?=[._\d]|$)", re.IGNORECASE)
+_AVERAGE = re.compile(
+    r"(?:^|[._])(?:ema|swa|averaged?|momentum|target|teacher|shadow)(?=[._\d]|$)", re.IGNORECASE
+)
 
 
 def prefixes_of(keys: Collection[str], names: Collection[str]) -> list[str]:
@@ -21,7 +23,9 @@ def prefixes_of(keys: Collection[str], names: Collection[str]) -> list[str]:
     comes first, then what stands first in the file. Empty if no name is found.
     """
     wanted = frozenset(names)
-    counts = Counter(prefix for prefix, name in _splits(keys) if name in wanted)
+    # A name has few dots, so of a long key only its end can be one.
+    dots = max((name.count(".") for name in wanted), default=0)
+    counts = Counter(prefix for prefix, name in _splits(keys, dots) if name in wanted)
     if not counts:
         return []
     most = max(counts.values())
@@ -29,14 +33,15 @@ def prefixes_of(keys: Collection[str], names: Collection[str]) -> list[str]:
     return sorted(found, key=lambda prefix: bool(_AVERAGE.search(prefix)))
 
 
-def is_average(prefix: str) -> bool:
-    """Return whether a prefix names a moving average of another model's weights."""
-    return bool(_AVERAGE.search(prefix))
-
-
-def _splits(keys: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield every way to part a key at a dot, or before its first letter."""
+def _splits(keys: Collection[str], dots: int) -> Iterator[tuple[str, str]]:
+    """Yield every way to part a key, before its first letter or after a dot, into a prefix and a
+    name of at most ``dots`` dots."""
     for key in keys:
-        yield "", key
-        for dot in re.finditer(r"\.", key):
-            yield key[: dot.end()], key[dot.end() :]
+        parts = key.rsplit(".", dots + 1)
+        if len(parts) <= dots + 1:
+            yield "", key
+        end = len(key)
+        for part in reversed(parts[1:]):
+            end -= len(part)
+            yield key[:end], key[end:]
+            end -= 1

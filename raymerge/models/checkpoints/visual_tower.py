@@ -17,7 +17,13 @@ from torch import Tensor
 
 from raymerge.errors import CheckpointError, excerpt
 from raymerge.merging.layout import ParameterLayout, Piece
-from raymerge.models.checkpoints.checkpoint import SAFETENSORS_DTYPES, Checkpoint, Partial
+from raymerge.models.checkpoints.checkpoint import (
+    SAFETENSORS_DTYPES,
+    Checkpoint,
+    Partial,
+    chosen_prefix,
+    other_prefixes,
+)
 from raymerge.models.checkpoints.opening import open_checkpoint
 from raymerge.models.checkpoints.recognise import prefixes_of
 
@@ -32,8 +38,10 @@ class VisualCheckpoint:
     checkpoint: Checkpoint
     layout: ParameterLayout
     prefix: str
+    chosen: str = ""
+    """The prefix of its keys in the file."""
     others: tuple[str, ...] = ()
-    """The prefixes of other whole towers in the file, which are not read."""
+    """The prefixes of other models in the file, which are not read."""
 
     def read(self, piece: Piece, out_n: Tensor) -> None:
         """Fill ``out_n`` (n,) with a piece's columns. Raises :class:`CheckpointError` for NaN and
@@ -124,7 +132,10 @@ def match_visual(
                 f"checkpoint {checkpoint.path}: {key} is {dtype}, which cannot be merged; save it "
                 "as float32, float16 or bfloat16"
             )
-    return VisualCheckpoint(checkpoint, layout, prefix, tuple(others))
+    chosen = chosen_prefix(checkpoint) or prefix
+    return VisualCheckpoint(
+        checkpoint, layout, prefix, chosen, (*others, *other_prefixes(checkpoint))
+    )
 
 
 def _prefixes(checkpoint: Checkpoint, layout: ParameterLayout) -> list[str]:

@@ -1,51 +1,69 @@
-"""The warnings about experts: what a merge leaves out of them, and what to doubt.
+"""The warnings about checkpoints: what a merge leaves out of them, and what to doubt.
 
 Nothing here is an error: the merge goes on. Values are compared on samples of the files, which
-costs milliseconds for each expert.
+costs milliseconds for each expert. The warnings also stand in the model card, which is published:
+they name local files without their folders.
 """
 
 from __future__ import annotations
 
-import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 
 import torch
 from torch import Tensor
 
 from raymerge.errors import excerpt
+from raymerge.files.urls import is_remote, redact_url
 from raymerge.merging.layout import Piece
-from raymerge.models.checkpoints.locate import files_of
+from raymerge.models.checkpoints.locate import split_part
 from raymerge.models.checkpoints.visual_tower import VisualCheckpoint
 from raymerge.models.pretrained import unmerged_keys
 
 _SAMPLE = 1 << 16
 _TENSORS = 16
-_FILE_SAMPLES = 64
-_FILE_SAMPLE_BYTES = 4096
+_START = 64  # numbers of each tensor that tell two models apart
+_BLOCK = 1 << 20
 _FOREIGN = 0.5
 """A task vector is suspect from this part of the pretrained model's norm on; of CLIPs fine-tuned
 with the usual recipes it has a few hundredths."""
 
+# Tensors beside a model that training code saves to go on, and no loss to a merge.
+_TRAINING = re.compile(
+    r"optim|sched|scaler|exp_avg|momentum|rng|callbacks|loops|iteration|epoch|step|num_batches|"
+    r"position_ids|n_averaged|logit_(?:scale|bias)|mean$|std$",
+    re.IGNORECASE,
+)
+
 
 @dataclass(frozen=True)
-class OpenedExpert:
-    """A task's expert after it was opened and found to fit."""
+class OpenedCheckpoint:
+    """A checkpoint after it was opened and found to fit: a task's, or the pretrained model's."""
 
-    task: str
+    owner: str
     reference: str
     visual: VisualCheckpoint
 
+    @property
+    def place(self) -> str:
+        """The reference without what is private: folders of this machine, passwords."""
+        reference = split_part(self.reference)[0]
+        if is_remote(reference) or reference.startswith("hf-hub:"):
+            return redact_url(reference)
+        return PurePath(reference).name or reference
+
 
 def expert_warnings(
-    pretrained: VisualCheckpoint, experts: Sequence[OpenedExpert], *, samples: bool = True
+    model: OpenedCheckpoint, experts: Sequence[OpenedCheckpoint], *, samples: bool = True
 ) -> tuple[str, ...]:
-    """Return a sentence for whatever a user would want to know of these experts.
+    """Return a sentence for whatever a user would want to know of these checkpoints.
 
     ``samples``: whether to compare numbers too, not only names.
     """
-    warnings = []
+    pretrained = model.visual
+    warnings = [_choice(model)]
     for expert in experts:
         warnings += [_choice(expert), _left_out(pretrained, expert)]
         if samples:
@@ -55,21 +73,34 @@ def expert_warnings(
     return tuple(warning for warning in warnings if warning)
 
 
-def _choice(expert: OpenedExpert) -> str:
-    """Say which of several models in one file is merged."""
-    visual = expert.visual
+def _choice(opened: OpenedCheckpoint) -> str:
+    """Say which of several models in one file is taken."""
+    visual, place = opened.visual, opened.place
     if not visual.others:
         return ""
-    parts = [prefix.removesuffix("visual.").rstrip(".") for prefix in visual.others]
-    place = expert.reference.partition("#")[0]
+    part = re.sub(r"(?:^|\.)(?:visual|vision_model)\.$|\.$", "", visual.others[0])
+    more = [f"{_shortened(prefix)}*" for prefix in visual.others]
+    remedy = f" (to take the other one write {place}#{part})" if part else ""
     return (
-        f"{expert.task}: of {place} the model under {visual.prefix}* is merged; it also holds "
-        f"{', '.join(f'{prefix}*' for prefix in visual.others)} (to take that one write "
-        f"{place}#{parts[0]})"
+        f"{opened.owner}: of {place} the model under {_shortened(visual.chosen)}* is taken; it "
+        f"also holds {_listed(more)}{remedy}"
     )
 
 
-def _text_tower(pretrained: VisualCheckpoint, expert: OpenedExpert) -> str:
+def _shortened(prefix: str) -> str:
+    """Return a prefix of keys, shortened where it is long."""
+    return prefix if len(prefix) <= 60 else f"{prefix[:28]}…{prefix[-28:]}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+# --- what is left out ----------------------------------------------------------------------------
+
+
+def _text_tower(pretrained: VisualCheckpoint, expert: OpenedCheckpoint) -> str:
     """Say that an expert's text tower was fine-tuned as well, which a merge leaves out."""
     stored, root = expert.visual.checkpoint, expert.visual.prefix.removesuffix("visual.")
     base, changed, compared = pretrained.checkpoint, 0, 0
@@ -87,48 +118,89 @@ def _text_tower(pretrained: VisualCheckpoint, expert: OpenedExpert) -> str:
     if not changed:
         return ""
     return (
-        f"{expert.task}: the text tower in {expert.reference} was fine-tuned too ({changed} of "
+        f"{expert.owner}: the text tower in {expert.place} was fine-tuned too ({changed} of "
         f"{compared} tensors differ from the pretrained model's); only the image encoder is merged "
         "and the text tower stays the pretrained one. Give the expert's own head in "
         "tasks[].head if its scores fall"
     )
 
 
-def _left_out(pretrained: VisualCheckpoint, expert: OpenedExpert) -> str:
+def _left_out(pretrained: VisualCheckpoint, expert: OpenedCheckpoint) -> str:
     """Say which tensors beside the two towers are not merged, such as a trained classifier."""
     stored, tower = expert.visual.checkpoint, expert.visual.prefix
-    root = tower.removesuffix("visual.")
-    if stored.kind == "lora" or not tower:
+    if stored.kind == "lora":
         return ""
+    root = tower.removesuffix("visual.")
     known = {root + name for name in unmerged_keys(pretrained)}
+    other_models = tuple(
+        prefix.removesuffix("visual.").removesuffix("vision_model.")
+        for prefix in expert.visual.others
+    )
     left = [
         key
-        for key, spec in stored.specs.items()
-        if key.startswith(root) and not key.startswith(tower) and key not in known
-        if spec.dtype.is_floating_point and spec.numel > 1
+        for key, spec in {**stored.specs, **getattr(stored, "outside", {})}.items()
+        if not key.startswith(tower) and key not in known
+        if not any(model and key.startswith(model) for model in other_models)
+        if spec.dtype.is_floating_point and not _TRAINING.search(key)
     ]
-    if not left or any(other.startswith(root) for other in expert.visual.others):
+    if not left:
         return ""
-    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
     return (
-        f"{expert.task}: {len(left)} tensors of {expert.reference} belong to no tower and are left "
-        f"out ({', '.join(map(excerpt, left[:3]))}{more})"
+        f"{expert.owner}: {expert.place} also holds {_listed([excerpt(key) for key in left])}: not "
+        "in the image encoder and not in the pretrained model, so left out"
     )
 
 
-def _distance(pretrained: VisualCheckpoint, expert: OpenedExpert) -> str:
-    """Say that an expert is so far from the pretrained model that it had another base."""
+# --- what to doubt -------------------------------------------------------------------------------
+
+
+def _distance(pretrained: VisualCheckpoint, expert: OpenedCheckpoint) -> str:
+    """Say that an expert is the pretrained model itself, or so far from it that it had another
+    base."""
     pieces = _samples(pretrained)
     base_n, own_n = _read(pretrained, pieces), _read(expert.visual, pieces)
     norm = float(torch.linalg.vector_norm(base_n))
     ratio = float(torch.linalg.vector_norm(own_n - base_n)) / norm if norm else 0.0
+    if not ratio and _is_same(pretrained, expert.visual):
+        return (
+            f"{expert.owner}: {expert.place} holds the pretrained model's own weights, so its "
+            "task vector is zero; check tasks[].checkpoint"
+        )
     if not ratio > _FOREIGN:
         return ""
     return (
-        f"{expert.task}: {expert.reference} differs from the pretrained model by {ratio:.0%} of "
+        f"{expert.owner}: {expert.place} differs from the pretrained model by {ratio:.0%} of "
         "its norm, where fine-tuning moves a few per cent: it was probably fine-tuned from other "
         "weights; check model.pretrained"
     )
+
+
+def _twice(experts: Sequence[OpenedCheckpoint]) -> Iterator[str]:
+    """Say which tasks have the same weights, by whatever file: they would count twice."""
+    first: dict[bytes, OpenedCheckpoint] = {}
+    for expert in experts:
+        starts = [
+            Piece(piece.tensor, piece.start, min(piece.stop, piece.start + _START))
+            for piece in expert.visual.layout.shard(0, 1).pieces()
+        ]
+        identity = _read(expert.visual, starts).numpy().tobytes()
+        other = first.setdefault(identity, expert)
+        if other is not expert and _is_same(other.visual, expert.visual):
+            places = dict.fromkeys((other.place, expert.place))
+            yield (
+                f"{other.owner} and {expert.owner} have the same weights ({' and '.join(places)}), "
+                "which count twice in the merge; check tasks[].checkpoint"
+            )
+
+
+def _is_same(one: VisualCheckpoint, other: VisualCheckpoint) -> bool:
+    """Return whether two towers are equal in every number; both are read until they differ."""
+    for piece in one.layout.shard(0, 1).pieces():
+        for start in range(piece.start, piece.stop, _BLOCK):
+            part = [Piece(piece.tensor, start, min(piece.stop, start + _BLOCK))]
+            if not torch.equal(_read(one, part), _read(other, part)):
+                return False
+    return True
 
 
 def _samples(pretrained: VisualCheckpoint) -> list[Piece]:
@@ -146,35 +218,3 @@ def _read(visual: VisualCheckpoint, pieces: Sequence[Piece]) -> Tensor:
     for piece, part_n in zip(pieces, parts, strict=True):
         visual.fill(piece, part_n)
     return torch.cat(parts)
-
-
-# --- files given twice ---------------------------------------------------------------------------
-
-
-def _twice(experts: Sequence[OpenedExpert]) -> Iterator[str]:
-    """Say which tasks have the same weights: the task would count twice."""
-    first: dict[object, OpenedExpert] = {}
-    for expert in experts:
-        identity = _identity(expert.visual)
-        other = first.setdefault(identity, expert)
-        if other is not expert:
-            yield (
-                f"{other.task} and {expert.task} have the same checkpoint ({other.reference} and "
-                f"{expert.reference}), so it counts twice in the merge; check tasks[].checkpoint"
-            )
-
-
-def _identity(visual: VisualCheckpoint) -> object:
-    """Return what two opened experts share only if their weights are the same."""
-    files = files_of(visual.checkpoint.path)
-    return visual.prefix, tuple((file.stat().st_size, _sample_digest(file)) for file in files)
-
-
-def _sample_digest(file: Path) -> str:
-    """Return a digest of blocks that are spread over a file; a fine-tuning changes every block."""
-    size, digest = file.stat().st_size, hashlib.sha256()
-    with file.open("rb", buffering=0) as stream:
-        for i in range(_FILE_SAMPLES):
-            stream.seek(max(0, size - _FILE_SAMPLE_BYTES) * i // max(1, _FILE_SAMPLES - 1))
-            digest.update(stream.read(_FILE_SAMPLE_BYTES))
-    return digest.hexdigest()

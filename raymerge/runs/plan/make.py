@@ -42,7 +42,7 @@ from raymerge.runs.plan.checks import (
     open_expert,
 )
 from raymerge.runs.plan.estimates import learning_memory, static_memory, step_seconds
-from raymerge.runs.plan.expert_warnings import OpenedExpert, expert_warnings
+from raymerge.runs.plan.expert_warnings import OpenedCheckpoint, expert_warnings
 from raymerge.runs.plan.plan import Plan, TaskPlan
 from raymerge.runs.plan.remote_headers import (
     HeaderConfig,
@@ -144,11 +144,12 @@ def check(
     # The remaining checks compare the estimates with this machine.
     plan = _estimate(config, model, tasks, resources, problems, probe)
     opened = [
-        OpenedExpert(task.name, str(task.checkpoint), expert)
+        OpenedCheckpoint(task.name, str(task.checkpoint), expert)
         for task, expert in checked
         if expert is not None
     ]
-    warnings = problems.attempt(expert_warnings, model.pretrained, opened, samples=samples)
+    base = OpenedCheckpoint("model", config.model.reference, model.pretrained)
+    warnings = problems.attempt(expert_warnings, base, opened, samples=samples)
     plan = replace(plan, warnings=warnings or ())
     problems.attempt(check_memory, plan, resources)
     problems.attempt(check_separate_output, config, model.resolved)

@@ -17,6 +17,7 @@ from torch import nn
 
 from raymerge.errors import CheckpointError
 from raymerge.models.checkpoints.opening import open_checkpoint
+from raymerge.models.resolve import resolve_folder
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 605247071\n"
 
@@ -50,6 +51,11 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "json": (lambda p: p.write_text(json.dumps({"architectures": ["CLIPModel"]})), "JSON file"),
     "hdf5": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64)), "HDF5"),
     "parquet": (lambda p: p.write_bytes(b"PAR1" + bytes(64)), "Parquet table"),
+    "text": (lambda p: p.write_bytes(b"Entry not found"), r"text \('Entry not found'\)"),
+    "annex": (lambda p: p.write_bytes(b"/annex/objects/SHA256E-s3--abc"), "`git annex get`"),
+    "dvc": (lambda p: p.write_bytes(b"outs:\n- md5: 0aa\n  path: x.pt\n"), "`dvc pull`"),
+    "zeros": (lambda p: p.write_bytes(bytes(4096)), "zeros, as of an unfinished download"),
+    "image": (lambda p: p.write_bytes(b"\xff\xd8\xff\xe0" + bytes(64)), "JPEG image"),
     "arrow": (lambda p: p.write_bytes(b"ARROW1" + bytes(64)), "Arrow table"),
 }
 
@@ -82,6 +88,7 @@ def test_a_checkpoint_one_level_down_is_named(tmp_path: Path) -> None:
     for name in ("checkpoint-500", "checkpoint-1000"):
         _weights(tmp_path / "run" / name)
     (tmp_path / "run" / "logs").mkdir()
+    torch.save({}, tmp_path / "run" / "optimizer.pt")
     message = rf"its subfolder checkpoint-1000, checkpoint-500 does: name {tmp_path}/run/checkpoint"
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path / "run")
@@ -91,6 +98,61 @@ def test_a_folder_with_a_file_of_an_unknown_name_names_it(tmp_path: Path) -> Non
     (tmp_path / "last.ckpt").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=rf"it holds last.ckpt: name .*{tmp_path}/last.ckpt"):
         open_checkpoint(tmp_path)
+
+
+def test_a_file_several_levels_down_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "version_0" / "checkpoints" / "epoch=3.ckpt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"x")
+    (tmp_path / "optimizer.pt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"holds version_0/checkpoints/epoch=3.ckpt: name"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("flax_model.msgpack", "is a Flax model: .*from_flax"),
+        ("tf_model.h5", "is a TensorFlow model: .*from_tf"),
+        ("saved_model.pb", "TensorFlow SavedModel"),
+        ("_CHECKPOINT_METADATA", "Orbax"),
+        ("model.onnx", "ONNX"),
+        ("data-00000-of-00001.arrow", "Arrow files, without weights"),
+        ("below/__0_0.distcp", "below is a distributed checkpoint: .*dcp_to_torch .*below"),
+    ],
+)
+def test_a_folder_of_another_kind_is_named(tmp_path: Path, file: str, message: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_a_dangling_link_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").symlink_to("blobs/abc")
+    with pytest.raises(CheckpointError, match="is a link to blobs/abc, which does not exist"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_config_that_is_a_pointer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_bytes(POINTER)
+    with pytest.raises(CheckpointError, match=r"config.json: is a Git LFS pointer .*git lfs pull"):
+        resolve_folder(tmp_path)
+
+
+def test_what_a_folder_lacks_to_be_a_model_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="so no model; name the folder of a whole model"):
+        resolve_folder(tmp_path)
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"arch: ViT-B-32, pretrained: .*model.safetensors"):
+        resolve_folder(tmp_path)
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"subfolder checkpoint-5 does: write local-dir:"):
+        resolve_folder(tmp_path)
+    _weights(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="it is an adapter, which can be a task's checkpoint"):
+        resolve_folder(tmp_path / "adapter")
 
 
 def test_distributed_checkpoints_are_named(tmp_path: Path) -> None:
@@ -110,3 +172,8 @@ def test_a_bare_hub_id_is_told_its_prefix(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="write hf-hub:openai/clip-vit-base-patch32"):
         open_checkpoint("openai/clip-vit-base-patch32")
+    # A config's paths are absolute by then.
+    with pytest.raises(CheckpointError, match="write hf-hub:openai/clip-vit-base-patch32"):
+        open_checkpoint(tmp_path / "openai/clip-vit-base-patch32")
+    with pytest.raises(CheckpointError, match=r"no such file; check the path$"):
+        open_checkpoint(tmp_path / "experts/eurosat.safetensors")

@@ -376,3 +376,17 @@ def test_common_patterns_are_accepted(tmp_path) -> None:
     for pattern in plain:
         change = {"alpha_pattern": {pattern: 2}}
         inspect_checkpoint(str(write_adapter(tmp_path / "x", QUERY, {**PLAIN, **change})))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "net._orig_mod.", "state_dict.model."])
+def test_an_adapter_in_training_code_is_the_plain_one(
+    base: VisualCheckpoint, tmp_path: Path, prefix: str
+) -> None:
+    adapted = adapt(clip_model(), target_modules=TOWER)
+    adapted.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    moments = {"state": {0: {"exp_avg": torch.ones(3)}}}
+    wrapped = {prefix + key: each for key, each in state.items()}
+    torch.save({"model": wrapped, "optimizer": moments}, tmp_path / "adapter_model.bin")
+    assert_merged(base, tmp_path, adapted)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from raymerge.errors import CheckpointError
 from raymerge.merging.layout import ParameterLayout
 from raymerge.models.checkpoints.inspect import inspect_checkpoint, inspection_text
+from raymerge.models.checkpoints.locate import split_part
 from raymerge.models.checkpoints.opening import open_checkpoint
 from raymerge.models.checkpoints.recognise import prefixes_of
 from raymerge.models.checkpoints.visual_tower import match_visual
@@ -122,3 +123,14 @@ def test_the_prefix_with_the_most_names_comes_first_and_averages_last():
     assert prefixes_of(["ema.a", "ema.b.c", "z.a", "z.b.c"], names) == ["z.", "ema."]
     assert prefixes_of(["semantic.a", "net.a"], names) == ["semantic.", "net."]
     assert prefixes_of(["q"], names) == []
+
+
+def test_a_long_key_of_many_dots_costs_its_length():
+    key = "a." * (1 << 20) + "b"
+    assert prefixes_of([key], ("b", "c.d")) == [key[:-1]]
+
+
+def test_a_hash_in_a_folder_names_no_part():
+    assert split_part("run#3/x.pt") == ("run#3/x.pt", "")
+    assert split_part("run#3/x.pt#model.clip") == ("run#3/x.pt", "model.clip")
+    assert split_part("hf://ORG/NAME/x.pt#ema") == ("hf://ORG/NAME/x.pt", "ema")

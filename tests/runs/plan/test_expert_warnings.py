@@ -14,6 +14,9 @@ from commands import Commands, config_data, write_config
 from safetensors.torch import load_file, save_file
 from world import World
 
+from raymerge.models.convert import convert as convert_checkpoint
+from raymerge.runs.plan.expert_warnings import OpenedCheckpoint
+
 WEIGHTS = "open_clip_model.safetensors"
 
 
@@ -66,8 +69,26 @@ def test_one_file_for_two_tasks_names_both(
     else:
         copy(other, tmp_path / "x.safetensors")
     (warning,) = said(tmp_path / "x.safetensors")
-    assert warning.startswith("colour and shade have the same checkpoint (")
-    assert "counts twice" in warning
+    assert warning.startswith("colour and shade have the same weights (")
+    assert "count twice in the merge" in warning
+
+
+def test_the_same_weights_in_another_container_are_the_same(
+    world: World, said: Any, tmp_path: Path
+) -> None:
+    state = load_file(world.config["tasks"][1]["checkpoint"])
+    torch.save({"model": state, "epoch": 3}, tmp_path / "x.pt")
+    (warning,) = said(tmp_path / "x.pt")
+    assert "colour and shade have the same weights (x.pt and shade.safetensors)" in warning
+    # One number at the end of one tensor makes another model.
+    state["visual.conv1.weight"].view(-1)[-1] += 1
+    torch.save(state, tmp_path / "x.pt")
+    assert said(tmp_path / "x.pt") == []
+
+
+def test_the_pretrained_model_as_an_expert_is_said(world: World, said: Any) -> None:
+    (warning,) = said(world.root / "pretrained")
+    assert warning.startswith("colour: pretrained holds the pretrained model's own weights")
 
 
 def test_an_expert_of_another_base_is_doubted(world: World, said: Any, tmp_path: Path) -> None:
@@ -87,17 +108,66 @@ def test_a_trained_classifier_is_said_to_be_left_out(
     state = _whole(world, **{"classifier.weight": torch.ones(3, 24)})
     save_file(state, tmp_path / "x.safetensors")
     (warning,) = said(tmp_path / "x.safetensors")
-    assert "1 tensors of" in warning
-    assert "left out ('classifier.weight')" in warning
+    assert warning.startswith("colour: x.safetensors also holds 'classifier.weight': ")
+    assert warning.endswith("so left out")
+
+
+@pytest.mark.parametrize("beside", ["fc.weight", "head.bias", "text_model.ln.weight"])
+def test_a_head_beside_a_bare_tower_is_said_and_an_optimizer_is_not(
+    world: World, said: Any, tmp_path: Path, beside: str
+) -> None:
+    tower = load_file(world.config["tasks"][0]["checkpoint"])
+    state = {key.replace("visual.", "encoder."): each for key, each in tower.items()}
+    moments = {0: {"exp_avg": torch.ones(3), "step": torch.tensor(1.0)}}
+    training = {"optimizer_states": [{"state": moments}], "optimizer": {"state": moments}}
+    torch.save({"net": state, **training}, tmp_path / "x.pt")
+    assert said(tmp_path / "x.pt") == []
+    torch.save({"net": {**state, beside: torch.ones(3)}, **training}, tmp_path / "x.pt")
+    (warning,) = said(tmp_path / "x.pt")
+    assert f"also holds 'net.{beside}'" in warning
 
 
 def test_the_choice_among_several_models_is_said(world: World, said: Any, tmp_path: Path) -> None:
     state = load_file(world.config["tasks"][0]["checkpoint"])
     torch.save({"model_ema": state, "model": state}, tmp_path / "x.pt")
     (warning,) = said(tmp_path / "x.pt")
-    assert "the model under model.visual.* is merged; it also holds model_ema.visual.*" in warning
-    assert f"write {tmp_path}/x.pt#model_ema" in warning
+    assert "the model under model.visual.* is taken; it also holds model_ema.visual.*" in warning
+    assert "to take the other one write x.pt#model_ema" in warning
     assert said(f"{tmp_path}/x.pt#model_ema") == []
+
+
+@pytest.mark.parametrize("library", ["open_clip", "huggingface"])
+def test_the_choice_is_said_of_the_pretrained_model_too(
+    world: World, said: Any, tmp_path: Path, library: str
+) -> None:
+    folder, weights = world.root / "pretrained", WEIGHTS
+    if library == "huggingface":
+        folder = tmp_path / "hf"
+        convert_checkpoint(str(world.root / "pretrained"), folder, "huggingface")
+        weights = "model.safetensors"
+    state, own = load_file(folder / weights), tmp_path / "own"
+    both = {f"{part}.{key}": each for part in ("net", "net_ema") for key, each in state.items()}
+    shutil.copytree(folder, own)
+    (own / weights).unlink()
+    name = {"open_clip": "open_clip_model.bin", "huggingface": "pytorch_model.bin"}[library]
+    torch.save(both, own / name)
+    expert = world.config["tasks"][0]["checkpoint"]
+    (warning,) = said(expert, model=f"local-dir:{own}")
+    tower = "vision_model." if library == "huggingface" else ""
+    assert warning.startswith(f"model: of own the model under net.{tower}* is taken; it also holds")
+    assert "write own#net_ema" in warning
+    assert said(expert, model=f"local-dir:{own}#net_ema") == []
+
+
+def test_warnings_carry_neither_folders_nor_passwords(world: World) -> None:
+    visual = None
+    for reference, place in (
+        ("/home/ada/secret/x.pt#model", "x.pt"),
+        ("https://me:pw@host/x.pt?token=t#model", "https://host/x.pt"),
+        ("hf-hub:ORG/NAME", "hf-hub:ORG/NAME"),
+        ("local-dir:/home/ada/m", "m"),
+    ):
+        assert OpenedCheckpoint("a", reference, visual).place == place  # type: ignore[arg-type]
 
 
 def test_merge_says_it_too_and_so_does_the_card(
@@ -107,8 +177,10 @@ def test_merge_says_it_too_and_so_does_the_card(
     tasks[0]["checkpoint"] = tasks[1]["checkpoint"]
     data = config_data(world, tasks=tasks, method={"name": "average"}, output=str(tmp_path / "out"))
     Commands(capsys).ok("merge", write_config(tmp_path / "c.yaml", data))
-    assert "colour and shade have the same checkpoint" in caplog.text
-    assert "- colour and shade have the same checkpoint" in (tmp_path / "out/README.md").read_text()
+    assert "colour and shade have the same weights (shade.safetensors)" in caplog.text
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- colour and shade have the same weights (shade.safetensors)" in card
+    assert str(world.root) not in card
 
 
 def test_eval_of_a_whole_model_takes_its_own_text_tower(
