@@ -23,7 +23,8 @@ FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 _ANY_PIXELS = 1 << 24
 _PIXELS_PER_BYTE = 1 << 13
-_WHITE_16 = (1 << 16) - 1
+_WHITE_8, _WHITE_16 = (1 << 8) - 1, (1 << 16) - 1
+_BITS_PER_SAMPLE = 258  # the tag of a TIFF; cameras and microscopes store 12 of 16
 _LARGE = Lock()
 
 
@@ -162,16 +163,32 @@ def decoding(image: Image.Image) -> Iterator[Image.Image]:
 
 
 def as_8_bit(image: Image.Image) -> Image.Image:
-    """Return an image of 8 bits a channel; 16-bit grey is scaled, where Pillow would clip it.
+    """Return an image of 8 bits a channel; deeper grey is scaled, where Pillow would clip it.
 
-    Raises :class:`ValueError` for other numbers, which have no white.
+    Other numbers have no white: they are taken as they are from 0 to 255, as Pillow takes them.
+    Raises :class:`ValueError` for those that would be clipped, or become black.
     """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image)
-    if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > _WHITE_16:
+    white = _white(image)
+    if white is not None:
+        return Image.fromarray((values * (np.float32(255) / white)).round().astype(np.uint8))
+    lowest, highest = values.min(initial=0), values.max(initial=0)
+    is_fraction = image.mode == "F" and 0 < highest <= 1
+    if not (lowest >= 0 and highest <= _WHITE_8) or is_fraction:
         raise ValueError(
             f"its pixels are {values.dtype} from {values.min():g} to {values.max():g}, which have "
             "no white; save it with 8 or 16 bits a channel"
         )
-    return Image.fromarray((values.astype(np.float32) / 257).round().astype(np.uint8))
+    return image
+
+
+def _white(image: Image.Image) -> int | None:
+    """Return the number that stands for white in a grey image of more than 8 bits, if one does."""
+    if image.mode == "I":  # Pillow scales the maximum of a PGM to 16 bits
+        return _WHITE_16 if image.format in ("PNG", "PPM") else None
+    if image.mode == "F":
+        return None
+    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
+    return (1 << bits) - 1 if _WHITE_8 < 1 << bits <= _WHITE_16 else _WHITE_16

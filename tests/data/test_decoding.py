@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,107 @@ def test_an_image_that_would_be_enormous_when_scaled(tmp_path, preprocess, size)
     Image.new("L", size).save(tmp_path / "x.png")
     with pytest.raises(DataError, match="too long for its width"):
         decode(tmp_path / "x.png", preprocess)
+
+
+# --- more than 8 bits, and other kinds of pixels --------------------------------------------------
+
+GRADIENT = np.linspace(0, 65535, 24 * 24).reshape(24, 24)
+
+
+def _plain(tmp_path: Path, preprocess: Preprocess, levels: np.ndarray) -> torch.Tensor:
+    Image.fromarray(levels.round().astype(np.uint8)).save(tmp_path / "plain.png")
+    return decode(tmp_path / "plain.png", preprocess)
+
+
+def _twelve_bit_tiff(path: Path, levels: np.ndarray) -> Path:
+    """Two pixels in three bytes, as cameras pack them; Pillow reads it and cannot write it."""
+    pairs = levels.astype(np.uint16).reshape(-1, 2)
+    packed = b"".join(
+        bytes([int(a) >> 4, (int(a) & 15) << 4 | int(b) >> 8, int(b) & 255]) for a, b in pairs
+    )
+    height, width = levels.shape
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height,
+            279: len(packed)}  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(packed))
+    path.write_bytes(head + packed + struct.pack("<H", len(tags)) + entries + bytes(4))
+    return path
+
+
+def _deep(path: Path) -> Path:
+    if path.suffix == ".pgm":
+        head = f"P5 24 24 {65535}\n".encode()
+        path.write_bytes(head + GRADIENT.round().astype(">u2").tobytes())
+    else:
+        Image.fromarray(GRADIENT.round().astype(np.uint16)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_scaled_in_every_format(tmp_path, preprocess, suffix):
+    path = _deep(tmp_path / f"x.{suffix}")
+    assert check_image(path) is None
+    assert torch.equal(decode(path, preprocess), _plain(tmp_path, preprocess, GRADIENT / 257))
+
+
+def test_twelve_bits_are_scaled_by_their_own_white(tmp_path, preprocess):
+    levels = (GRADIENT / 65535 * 4095).round()
+    path = _twelve_bit_tiff(tmp_path / "x.tif", levels)
+    assert check_image(path) is None
+    expected = _plain(tmp_path, preprocess, levels / 4095 * 255)
+    assert torch.equal(decode(path, preprocess), expected)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_numbers_from_0_to_255_are_read_as_before(tmp_path, preprocess, kind):
+    levels = np.tile(np.arange(24) * 10, (24, 1))
+    Image.fromarray(levels.astype(kind)).save(tmp_path / "x.tif")
+    assert check_image(tmp_path / "x.tif") is None
+    with Image.open(tmp_path / "x.tif") as image:
+        expected = preprocess.to_pixels(image)
+    assert torch.equal(decode(tmp_path / "x.tif", preprocess), expected)
+
+
+@pytest.mark.parametrize(
+    ("levels", "span"),
+    [
+        (np.array([[0, 70_000]], np.int32), "int32 from 0 to 70000"),
+        (np.array([[-5, 200]], np.int32), "int32 from -5 to 200"),
+        (np.array([[0, 300.5]], np.float32), r"float32 from 0 to 300\.5"),
+        (np.array([[0, 0.75]], np.float32), r"float32 from 0 to 0\.75"),
+        (np.array([[0, np.nan]], np.float32), "float32 from nan to nan"),
+        (np.array([[0, np.inf]], np.float32), "float32 from 0 to inf"),
+    ],
+)
+def test_pixels_that_would_be_clipped_or_black_are_named(tmp_path, preprocess, levels, span):
+    Image.fromarray(levels).save(tmp_path / "x.tif")
+    message = (
+        rf"image {tmp_path}/x\.tif: does not decode \(its pixels are {span}, which have no white"
+    )
+    with pytest.raises(DataError, match=message):
+        decode(tmp_path / "x.tif", preprocess)
+    assert "have no white" in str(check_image(tmp_path / "x.tif"))
+
+
+KINDS = {
+    "CMYK": lambda image: image.convert("CMYK"),
+    "palette": lambda image: image.convert("P"),
+    "grey with alpha": lambda image: image.convert("LA"),
+    "alpha": lambda image: image.convert("RGBA"),
+    "one bit": lambda image: image.convert("1"),
+    "YCbCr": lambda image: image.convert("YCbCr"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_pixels_are_open_clips(tmp_path, preprocess, kind):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+    path = tmp_path / ("x.jpg" if kind in ("CMYK", "YCbCr") else "x.png")
+    options = {"transparency": 3} if kind == "palette" else {}
+    KINDS[kind](image).save(path, **options)
+    assert check_image(path) is None
+    with Image.open(path) as stored:
+        expected = image_transform_v2(CFG, is_train=False)(stored)
+    found = preprocess.normalise(decode(path, preprocess)[None])[0]
+    assert torch.equal(found, expected)
