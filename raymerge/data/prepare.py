@@ -9,7 +9,6 @@ Legend: C classes.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,15 @@ from typing import Any
 import numpy as np
 
 from raymerge.config.suites.specs import DataSet, HuggingFace, Split
-from raymerge.data.sources.files import stamps_of
-from raymerge.errors import DataError, one_line
+from raymerge.data.folder import match_names
+from raymerge.data.images import Source
+from raymerge.data.sources import labelled_images
+from raymerge.data.sources.reference import DataReference
+from raymerge.errors import DataError, RaymergeError, RunError, excerpt
 from raymerge.files.atomic import stage_file
 
 FetchSplit = Callable[[HuggingFace, str], Sequence[Path]]
-"""Returns a split's Parquet files in order; raises :class:`DataError`."""
+"""Returns a split's files in order, Parquet or tar shards; raises :class:`DataError`."""
 
 _ROWS = 200
 """Rows per row group, which is read as a whole."""
@@ -72,9 +74,9 @@ def _prepare(data_set: DataSet, split: Split, root: Path, fetch: FetchSplit) -> 
     try:
         if new:
             _write(data_set, split, path, fetch)
-        counts = _class_counts(path, data_set.classes)
+        counts = _class_counts(path, data_set)
         _require_whole(counts, data_set, split)
-    except DataError as error:
+    except RaymergeError as error:
         remedy = f"remove {path} to fetch it again"
         if not counts:
             remedy = data_set.status or "run this again to fetch what is missing"
@@ -112,16 +114,14 @@ def _write(data_set: DataSet, split: Split, path: Path, fetch: FetchSplit) -> No
     if where is None:
         raise DataError("no published copy is known")
     files = fetch(where, where.splits[split])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # Of two at once, each writes a file of its own, and the last one that is whole stays.
     try:
-        # Of two at once, each writes a file of its own; the last one whole stays.
-        with stage_file(path, path.parent) as (partial, commit):
-            _rewrite(files, where, data_set, partial)
-            commit()
-    except DataError:
-        raise
-    except Exception as error:  # pyarrow's own errors, of whatever kind
-        raise DataError(f"the published copy cannot be read ({one_line(error)})") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{path.parent}: cannot be made: {error.strerror or error}") from error
+    with stage_file(path, path.parent) as (partial, commit):
+        _rewrite(files, where, data_set, partial)
+        commit()
 
 
 def _rewrite(files: Sequence[Path], where: HuggingFace, data_set: DataSet, out: Path) -> None:
@@ -133,74 +133,50 @@ def _rewrite(files: Sequence[Path], where: HuggingFace, data_set: DataSet, out: 
         {b"huggingface": json.dumps(_features(data_set)).encode()}
     )
     with pq.ParquetWriter(out, schema) as writer:
-        for images, labels in _batches(files, where, data_set):
-            writer.write_table(pa.table([images, labels], schema=schema), row_group_size=_ROWS)
+        for source in _sources(files, where):
+            places = _class_places(source, data_set)
+            for start in range(0, len(source), _ROWS):
+                rows = range(start, min(start + _ROWS, len(source)))
+                images = [{"bytes": _content(source, row), "path": None} for row in rows]
+                labels = places[rows.start : rows.stop]
+                writer.write_table(pa.table([images, labels], schema=schema), row_group_size=_ROWS)
 
 
-def _batches(
-    files: Sequence[Path], where: HuggingFace, data_set: DataSet
-) -> Iterator[tuple[list[Mapping[str, Any]], list[int]]]:
-    import pyarrow.parquet as pq
+def _sources(files: Sequence[Path], where: HuggingFace) -> Iterator[Source]:
+    """Yield the published files as any config's files are read.
 
-    # The numbers of each file's labels may have an order of its own.
-    if files[0].suffix == ".tar":
-        yield from _shard_batches(files, data_set)
+    The numbers of each Parquet file's labels may have an order of its own.
+    """
+    from raymerge.data.sources.parquet import column_names, open_parquet
+    from raymerge.data.sources.shards import open_shards
+
+    if files[0].suffix.lower() == ".tar":
+        yield open_shards(DataReference(where.id, where.id), files)
         return
     for file in files:
-        with pq.ParquetFile(file) as parquet:
-            columns = parquet.schema_arrow.names
-            missing = [name for name in (where.image, where.label) if name not in columns]
-            if missing:
-                raise DataError(f"{file.name}: no column {missing[0]!r}; it has {columns}")
-            place_of = _places(_stored_names(parquet.schema_arrow.metadata, where.label), data_set)
-            for batch in parquet.iter_batches(_ROWS, columns=[where.image, where.label]):
-                labels = [int(label) for label in batch.column(where.label).to_pylist()]
-                wrong = [label for label in labels if not 0 <= label < len(place_of)]
-                if wrong:
-                    raise DataError(
-                        f"{file.name}: label {wrong[0]} is not in 0 to {len(place_of) - 1}"
-                    )
-                images = batch.column(where.image).to_pylist()
-                yield (
-                    [_image(each) for each in images],
-                    [place_of[label] for label in labels],
-                )
+        # A copy that has been published again may name its columns otherwise.
+        columns = column_names(file)
+        named = {"image": where.image, "label": where.label}
+        options = {key: name for key, name in named.items() if name in columns}
+        yield open_parquet(DataReference(file.name, file.name, options), [file])
 
 
-def _shard_batches(
-    files: Sequence[Path], data_set: DataSet
-) -> Iterator[tuple[list[Mapping[str, Any]], list[int]]]:
-    """Yield the samples of tar shards, whose labels are numbers in the spec's order."""
-    from raymerge.data.sources.shards import TarShards
-
-    shards, place_of = TarShards(stamps_of(files)), _places(None, data_set)
-    stored = shards.labels()
-    labels = stored.numbers.tolist()
-    wrong = [label for label in labels if not 0 <= label < len(place_of)]
-    if stored.are_texts or wrong:
-        raise DataError(f"{files[0].name}: its labels are not the numbers 0 to {len(place_of) - 1}")
-    for start in range(0, len(shards), _ROWS):
-        rows = range(start, min(start + _ROWS, len(shards)))
-        yield (
-            [{"bytes": shards.encoded(row), "path": None} for row in rows],
-            [place_of[labels[row]] for row in rows],
-        )
+def _content(source: Source, row: int) -> bytes:
+    content = source.encoded(row)
+    if content is None:
+        raise DataError(f"{source.name(row)}: an image's bytes are not in the file")
+    return content
 
 
-def _image(stored: Any) -> Mapping[str, Any]:
-    content = stored["bytes"] if isinstance(stored, dict) else stored
-    if not isinstance(content, bytes):
-        raise DataError("an image's bytes are not in the file")
-    return {"bytes": content, "path": None}
-
-
-def _stored_names(metadata: Mapping[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
-    """Return the class names in the metadata of the published copy, or None."""
-    try:
-        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
-    except (KeyError, ValueError, TypeError):
-        return None
-    return tuple(map(str, names)) if isinstance(names, list) else None
+def _class_places(source: Source, data_set: DataSet) -> list[int]:
+    """Return the index of each image's class in the spec's class names."""
+    stored = source.labels()
+    place_of = np.array(_places(stored.names, data_set), dtype=np.int64)
+    wrong = stored.numbers[(stored.numbers < 0) | (stored.numbers >= len(place_of))]
+    if len(wrong):
+        raise DataError(f"{source.name(0)}: label {wrong[0]} is not in 0 to {len(place_of) - 1}")
+    places: list[int] = place_of[stored.numbers].tolist()
+    return places
 
 
 def _places(stored: Sequence[str] | None, data_set: DataSet) -> list[int]:
@@ -213,15 +189,13 @@ def _places(stored: Sequence[str] | None, data_set: DataSet) -> list[int]:
     place_of = {name: place for place, name in enumerate(data_set.classnames)}
     if stored is None:
         return [place_of[name] for name in order]
-    index_of = {_plain(name): place for name, place in place_of.items()}
-    index_of |= {_plain(name): place for place, name in enumerate(data_set.labels or ())}
-    places = [index_of.get(_plain(name)) for name in stored]
+    places = match_names(stored, data_set.classnames, "the published copy", "class")
     if all(place is None for place in places) and len(stored) == data_set.classes:
         return [place_of[name] for name in order]
     unknown = [name for name, place in zip(stored, places, strict=True) if place is None]
     indices = [place for place in places if place is not None]
     if unknown or len(set(indices)) != len(indices) or len(indices) != data_set.classes:
-        what = f"such as {unknown[0]!r}" if unknown else "some twice"
+        what = f"such as {excerpt(unknown[0])}" if unknown else "some twice"
         raise DataError(
             f"the published copy has {len(stored)} classes for {data_set.classes} in its spec, "
             f"{len(unknown)} that it does not know, {what}"
@@ -229,26 +203,15 @@ def _places(stored: Sequence[str] | None, data_set: DataSet) -> list[int]:
     return indices
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[\W_]+", "", name.casefold())
-
-
 def _features(data_set: DataSet) -> Mapping[str, Any]:
     label = {"_type": "ClassLabel", "names": list(data_set.classnames)}
     return {"info": {"features": {"image": {"_type": "Image"}, "label": label}}}
 
 
-def _class_counts(path: Path, classes: int) -> list[int]:
+def _class_counts(path: Path, data_set: DataSet) -> list[int]:
     """Return the number of images of each class; raises :class:`DataError`."""
-    import pyarrow.parquet as pq
-
-    try:
-        labels = pq.read_table(path, columns=["label"]).column("label").to_numpy()
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({one_line(error)})") from error
-    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-        raise DataError(f"{path}: a label is not in 0 to {classes - 1}")
-    counts: list[int] = np.bincount(labels, minlength=classes).tolist()
+    images = labelled_images(str(path), data_set.classnames, data_set.name)
+    counts: list[int] = np.bincount(images.labels, minlength=data_set.classes).tolist()
     return counts
 
 

@@ -4,13 +4,17 @@ files, or tar shards."""
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
+from raymerge.data.folder import is_hidden_path
 from raymerge.data.sources.parquet import ParquetRows, open_parquet, split_files
 from raymerge.data.sources.reference import DataReference
 from raymerge.data.sources.shards import TarShards, open_shards
 from raymerge.errors import DataError, one_line
 
+_CONVERTED = "refs/convert/parquet"
+"""The branch on which the hub keeps a copy in Parquet of data sets in other forms."""
 _FORM = re.compile(
     r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?:(?P<split>\w+(\.\w+)*)", re.ASCII
 )
@@ -36,18 +40,30 @@ def hub_files(
 ) -> list[Path]:
     """Return a split's files in order: Parquet, or the tar shards of a repository without any.
 
+    A repository with neither is read as the hub has converted it, unless a revision is named.
     ``text``: the data set's name in errors.
     """
     root = _fetch(text, name, revision, split, config)
-    parquet = sorted(root.rglob("*.parquet"))
-    shards = [
-        path
-        for path in sorted(root.rglob("*.tar"))
-        if path.parent.name == split or re.fullmatch(rf"{split}(-\d.*)?", path.stem)
-    ]
-    if shards and not parquet:
-        return shards
-    return split_files(parquet, root, split, config, text)
+    if not _files_below(root, split) and revision is None:
+        with suppress(DataError):  # the error of what the user named says more
+            converted = _fetch(text, name, _CONVERTED, split, config)
+            root = converted if _files_below(converted, split) else root
+    files = _files_below(root, split)
+    if files and files[0].suffix == ".tar":
+        return files
+    return split_files(files, root, split, config, text)
+
+
+def _files_below(root: Path, split: str) -> list[Path]:
+    """Return the Parquet files below a folder, or else the shards of a split, sorted."""
+    visible = [p for p in sorted(root.rglob("*")) if not is_hidden_path(str(p.relative_to(root)))]
+    parquet = [path for path in visible if path.suffix == ".parquet"]
+    shards = [path for path in visible if path.suffix == ".tar" and _is_of(path, split)]
+    return parquet or shards
+
+
+def _is_of(shard: Path, split: str) -> bool:
+    return shard.parent.name == split or shard.stem.partition("-")[0] == split
 
 
 def _fetch(text: str, name: str, revision: str | None, split: str, config: str | None) -> Path:

@@ -128,6 +128,12 @@ def open_parquet(
     return rows
 
 
+def column_names(path: Path) -> tuple[str, ...]:
+    """Return the columns of a file; raises :class:`DataError`."""
+    (stamp,) = stamps_of([path])
+    return tuple(_schema(stamp))
+
+
 @dataclass(frozen=True)
 class ParquetRows:
     """A :class:`~raymerge.data.images.Source`: the rows of some files in their order."""
