@@ -124,7 +124,7 @@ def _whole_model(resolved: ResolvedModel) -> Checkpoint:
     return ViewCheckpoint(checkpoint.path, checkpoint.kind, origins)
 
 
-class _HuggingFaceView:
+class HuggingFaceView:
     """A model's tensors under Hugging Face's keys: transposed, or as equal parts of a packed one.
 
     Raises :class:`CheckpointError` for a tensor that Hugging Face's CLIP does not have.
@@ -197,7 +197,7 @@ def _files(resolved: ResolvedModel, to: Format) -> Mapping[str, Callable[[Path],
     dtypes = {spec.dtype for spec in model.specs.values()}
     dtype = str(dtypes.pop() if len(dtypes) == 1 else torch.float32).removeprefix("torch.")
     config, preprocessor = _configs(resolved, dtype)
-    view = _HuggingFaceView(model)
+    view = HuggingFaceView(model)
     return {
         HF_WEIGHTS_FILE: lambda path: _write_tensors(view, path),
         huggingface_config.CONFIG_FILE: lambda path: _write_text(path, _json(config)),

@@ -22,12 +22,20 @@ from raymerge.apps.peers.methods import (
     WholeTies,
     same_everywhere,
 )
-from raymerge.apps.peers.state_dicts import Inputs, dtype_named, find, find_local, open_state_dict
+from raymerge.apps.peers.state_dicts import (
+    AdaptedModel,
+    Inputs,
+    dtype_named,
+    find,
+    find_local,
+    open_state_dict,
+)
 from raymerge.config import Config
 from raymerge.config.loading import absolute_path, parse_config
 from raymerge.config.suites import DATA_SETS
 from raymerge.errors import ConfigError, did_you_mean, excerpt
 from raymerge.files.atomic import exists
+from raymerge.models.checkpoints.checkpoint import Checkpoint
 
 _PRETRAINED = "_pretrained_"
 
@@ -76,14 +84,17 @@ _DATA_SETS = {
     "oxford_flowers102": "flowers102",
     "oxford-iiit-pet": "oxford_pets",
 }
-_PATHS = ("pretrained_model_name_or_path", "state_dict_path", "pickle_path", "path")
+_PATHS = ("pretrained_model_name_or_path", "state_dict_path", "pickle_path", "path", "model_name")
+_LORA_LOADER = "load_lora_vision_model_hf"
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """The references of a pool's models by name, in order."""
+    """The references of a pool's models by name, in order; ``bases``: of those that are adapters,
+    the reference of the model that each was trained on."""
 
     models: Mapping[str, str]
+    bases: Mapping[str, str]
     pretrained: str | None
     kind: str
     architecture: str | None
@@ -114,6 +125,7 @@ def read_fusion_bench(data: Mapping[str, Any], path: Path, text: str | None) -> 
     models = f"{count} model{'s' if count > 1 else ''}"
     summary = [f"fusion_bench pool {path}: {name} of {models}{onto}: {settings}"]
     summary += [f"  {model}: {reference}" for model, reference in pool.models.items()]
+    summary += [f"  {name} is an adapter over {base}" for name, base in pool.bases.items()]
     if inputs.left_out:
         left_out = len(inputs.left_out)
         summary.append(f"  {left_out} of the base's tensors are in no model and left out")
@@ -163,8 +175,9 @@ def _pool(data: Mapping[str, Any], source: str) -> _Pool:
     if len(dtypes) > 1:
         raise ConfigError(f"{where}: torch_dtype: the models differ; give one for all")
     kind = str(pool.get("_target_") or pool.get("type") or "").rpartition(".")[2]
+    bases = {k: str(v["base_model_name"]) for k, v in entries.items() if _is_lora(v)}
     return _Pool(
-        models, paths.get(_PRETRAINED), kind,
+        models, bases, paths.get(_PRETRAINED), kind,
         _architecture(entries.get(_PRETRAINED)), next(iter(dtypes), None),
     )  # fmt: skip
 
@@ -175,18 +188,38 @@ def _reference(entry: object, where: str) -> str:
         return entry
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where}: expected a path; got {excerpt(entry)}")
+    if _is_lora(entry):
+        return _adapter(entry, where)
     for key in entry:
         if "peft" in str(key) or "lora" in str(entry[key]).lower():
             raise ConfigError(
-                f"{where}: {key}: adapters are merged by raymerge's own methods, not by this "
-                "file's; write a raymerge config with the adapter's folder as the task's "
-                "checkpoint (docs/formats.md), or merge the adapter into its model with PEFT and "
-                "give that"
+                f"{where}: {key}: of adapters, those of {_LORA_LOADER} are merged, with "
+                "base_model_name, peft_name and merge_and_unload: true; merge another adapter into "
+                "its model with PEFT and give that, or write a raymerge config with its folder as "
+                "the task's checkpoint (docs/formats.md)"
             )
     for key in _PATHS:
         if isinstance(entry.get(key), str):
             return str(entry[key])
     raise ConfigError(f"{where}: names no file; give one of {', '.join(_PATHS)}")
+
+
+def _is_lora(entry: object) -> bool:
+    target = entry.get("_target_") if isinstance(entry, Mapping) else None
+    return str(target).rpartition(".")[2] == _LORA_LOADER
+
+
+def _adapter(entry: Mapping[str, Any], where: str) -> str:
+    """Return the adapter of an entry. Raises :class:`ConfigError`."""
+    for key in ("base_model_name", "peft_name"):
+        if not isinstance(entry.get(key), str):
+            raise ConfigError(f"{where}.{key}: expected a path; got {excerpt(entry.get(key))}")
+    if entry.get("merge_and_unload") is not True:
+        raise ConfigError(
+            f"{where}.merge_and_unload: {excerpt(entry.get('merge_and_unload', False))} would "
+            "average the adapters' factors, whose products are no average; write true"
+        )
+    return str(entry["peft_name"])
 
 
 def _dtype(entry: object) -> object:
@@ -208,8 +241,15 @@ def _open(pool: _Pool, method: str, root: Path, source: str) -> Inputs:
     needs_base = method in ("task_arithmetic", "ties_merging")
     if needs_base and pool.pretrained is None:
         raise ConfigError(f"{source}: models.{_PRETRAINED}: missing; {method} needs it")
-    models = [open_state_dict(find(reference, root)) for reference in pool.models.values()]
-    base = open_state_dict(find(str(pool.pretrained), root)) if needs_base else None
+    references = dict.fromkeys((*pool.bases.values(), *[str(pool.pretrained)] * needs_base))
+    bases = {reference: open_state_dict(find(reference, root)) for reference in references}
+    models: list[Checkpoint] = [
+        AdaptedModel(find(reference, root), bases[pool.bases[name]])
+        if name in pool.bases
+        else open_state_dict(find(reference, root))
+        for name, reference in pool.models.items()
+    ]
+    base = bases[str(pool.pretrained)] if needs_base else None
     # A CLIPVisionModelPool loads vision models only, though the files may hold whole ones.
     vision = pool.kind == "CLIPVisionModelPool" and any(
         key.startswith("vision_model.") for model in models for key in model.specs
@@ -359,6 +399,11 @@ def _tasks(entries: object, pool: _Pool, root: Path, source: str) -> list[dict[s
             "not know them) for " + ", ".join(no_images)
         )
     for name, reference in pool.models.items():
+        if pool.bases.get(name, pool.pretrained) != pool.pretrained:
+            raise ConfigError(
+                f"{source}: models.{name}.base_model_name: {excerpt(pool.bases[name])} is not the "
+                f"{_PRETRAINED} model {excerpt(pool.pretrained)}; an adapter is merged onto its own"
+            )
         tasks[name].setdefault("checkpoint", _checkpoint(reference, root))
     return list(tasks.values())
 

@@ -21,9 +21,22 @@ from raymerge.files.atomic import exists
 from raymerge.files.urls import is_remote
 from raymerge.merging.layout import CELL
 from raymerge.models.checkpoints import locate
-from raymerge.models.checkpoints.checkpoint import SAFETENSORS_DTYPES, Checkpoint, read_tensor
+from raymerge.models.checkpoints.checkpoint import (
+    SAFETENSORS_DTYPES,
+    Checkpoint,
+    ViewCheckpoint,
+    read_tensor,
+)
+from raymerge.models.checkpoints.huggingface import (
+    HuggingFaceCheckpoint,
+    is_huggingface,
+    stored_keys,
+)
+from raymerge.models.checkpoints.lora import LoraCheckpoint
+from raymerge.models.checkpoints.opening import open_checkpoint
 from raymerge.models.checkpoints.opening import open_state_dict as open_file
 from raymerge.models.checkpoints.visual_tower import all_finite, require_finite
+from raymerge.models.convert import HuggingFaceView
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer*", "model*.safetensors")
@@ -82,8 +95,38 @@ def open_state_dict(reference: str) -> Checkpoint:
     return open_file(reference)
 
 
+class AdaptedModel(ViewCheckpoint):
+    """A Hugging Face CLIP with a LoRA adapter merged into it, under its own names.
+
+    Raises :class:`CheckpointError` if the two do not fit.
+    """
+
+    def __init__(self, adapter: str, base: Checkpoint) -> None:
+        opened = open_checkpoint(adapter)
+        if not isinstance(opened, LoraCheckpoint) or not is_huggingface(base.specs):
+            raise CheckpointError(
+                f"checkpoint {opened.path}: a LoRA adapter over a Hugging Face CLIP is expected; "
+                f"it is {opened.kind}, over {base.path}"
+            )
+        own = HuggingFaceView(opened.complete(HuggingFaceCheckpoint(base), "visual."))
+        stored = (stored_keys(f"visual.{name}") for name in opened.changes)
+        changed = {key: (own, key) for each in stored if each is not None for key in each.keys}
+        missing = sorted(changed.keys() - base.specs.keys())
+        if missing:
+            raise CheckpointError(
+                f"checkpoint {base.path}: {missing[0]} is not in it, and {opened.path} changes it; "
+                "give the adapter's base model"
+            )
+        super().__init__(
+            opened.path, opened.kind, {**{k: (base, k) for k in base.specs}, **changed}
+        )
+        self.base = base
+
+
 def files_of(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """Return the files that hold a checkpoint's tensors."""
+    """Return the files that hold a checkpoint's tensors; of an adapted model the base's first."""
+    if isinstance(checkpoint, AdaptedModel):
+        return (*files_of(checkpoint.base), checkpoint.path)
     files = locate.files_of(checkpoint.path)
     return tuple(files[1:] or files)  # the shards of an index, without the index
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import yaml
 from commands import Commands, refused
 from foreign import merged, random_models, save, three, write
+from huggingface_world import clip_model
+from huggingface_world import save as save_model
 
 from raymerge.apps.peers import open_foreign
 from raymerge.apps.peers.job import Job
 from raymerge.config import Config
 from raymerge.config.methods import AdaMerging
+from raymerge.errors import ConfigError
 
 POOL = {"_pretrained_": "base.safetensors", "one": "one.safetensors", "two": "two.safetensors"}
 
@@ -224,3 +229,78 @@ def test_raymerges_own_files_are_not_read_as_other_tools_files(tmp_path: Path) -
     job = open_foreign(pool)
     assert isinstance(job, Job)
     assert yaml.safe_load(job.text) == yaml.safe_load(pool.read_text())
+
+
+LORA = "fusion_bench.models.linearized.vision_model.load_lora_vision_model_hf"
+
+
+def _lora_pool(root: Path) -> dict[str, Any]:
+    """Write a base and two adapters; the pool is laid out as fusion_bench's own."""
+    model, generator = clip_model(), torch.Generator().manual_seed(1)
+    save_model(model, root / "base")
+    pool: dict[str, Any] = {"_pretrained_": {"_target_": "x.load_fft_vision_model_hf"}}
+    pool["_pretrained_"]["model_name"] = "base"
+    for name, targets in (("one", ["q_proj", "v_proj"]), ("two", ["k_proj", "out_proj", "fc1"])):
+        towers = [f"vision_model.*{target}" for target in targets]
+        config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=f".*({'|'.join(towers)})")
+        adapted = peft.get_peft_model(deepcopy(model), config)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        adapted.save_pretrained(root / name)
+        save_model(adapted.merge_and_unload(), root / f"whole-{name}")
+        pool[name] = {"_target_": LORA, "base_model_name": "base", "peft_name": name}
+        pool[name]["merge_and_unload"] = True
+    return pool
+
+
+@pytest.mark.parametrize("method", ["simple_average", "task_arithmetic", "ties_merging"])
+def test_its_own_lora_pool_equals_the_pool_of_merged_models(
+    tmp_path: Path, run: Commands, method: str
+) -> None:
+    models = _lora_pool(tmp_path)
+    data = {"_target_": "fusion_bench.modelpool.CLIPVisionModelPool", "models": models}
+    ours = _merge(run, tmp_path, {**data, "method": method})
+    assert (tmp_path / "out" / "config.json").is_file()
+    whole = {name: f"whole-{name}" for name in ("one", "two")}
+    theirs = _merge(run, tmp_path, {**data, "models": {**models, **whole}, "method": method})
+    assert ours.keys() == theirs.keys()
+    assert all(key.startswith("vision_model.") for key in ours)
+    for key, each in theirs.items():
+        torch.testing.assert_close(ours[key], each, rtol=1e-5, atol=1e-6)
+
+
+def test_adamerging_takes_the_adapters_as_checkpoints(tmp_path: Path) -> None:
+    models = _lora_pool(tmp_path)
+    tasks = [{"name": n, "adapt": "images", "classnames": ["a", "b"]} for n in ("one", "two")]
+    data = {"models": models, "method": "clip_layer_wise_adamerging", "tasks": tasks}
+    data["model"] = "local-dir:base"
+    config = open_foreign(write(tmp_path / "pool.yaml", data))
+    assert isinstance(config, Config)
+    assert [task.checkpoint for task in config.tasks] == [str(tmp_path / n) for n in ("one", "two")]
+    models["two"]["base_model_name"] = "other"
+    with pytest.raises(ConfigError, match=r"base_model_name: 'other' is not the _pretrained_"):
+        open_foreign(write(tmp_path / "pool.yaml", data))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"merge_and_unload": False},
+            "merge_and_unload: False would average the adapters' factors",
+        ),
+        ({"merge_and_unload": None}, "write true"),
+        ({"peft_name": None}, "one.peft_name: expected a path"),
+        ({"peft_name": "base"}, "a LoRA adapter over a Hugging Face CLIP is expected"),
+        ({"_target_": "x.load_l_lora_vision_model_hf"}, "those of load_lora_vision_model_hf are"),
+    ],
+)
+def test_adapters_that_cannot_be_merged_are_refused_with_the_remedy(
+    tmp_path: Path, run: Commands, change: dict[str, Any], message: str
+) -> None:
+    models = _lora_pool(tmp_path)
+    models["one"].update(change)
+    config = write(tmp_path / "pool.yaml", {"models": models, "method": "simple_average"})
+    refused(run("plan", config), message)
