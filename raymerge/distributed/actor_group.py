@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from raymerge.config import ClusterConfig
@@ -91,6 +92,9 @@ class ActorGroup:
     def preemption_pending(self) -> bool:
         """Return whether a node of a worker is about to be taken back."""
         return self._pool.preemption_pending(self._groups.workers)
+
+    def require_visible(self, file: Path) -> None:
+        self._recovery.retry("start", lambda: self._pool.require_visible(file))
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]:
         self._request, self._progress = request, progress

@@ -6,9 +6,10 @@ for its peers. What follows from a failure is decided in ``recovery``.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
@@ -20,7 +21,7 @@ from ray.exceptions import RayError
 
 from raymerge.config import ClusterConfig
 from raymerge.distributed.failures import WorkerFailure, classify
-from raymerge.engine.messages import Heartbeat
+from raymerge.engine.messages import Heartbeat, IncidentKind
 
 W = TypeVar("W", bound=Hashable)
 
@@ -40,15 +41,22 @@ they grow to hundreds of megabytes.
 
 _WAIT_S = 1.0
 _GRACE_S = 0.5  # enough for failures of the same cause to become known
-_FIRST_STEP_S, _MIN_STEP_S, _STEP_MEDIANS = 600.0, 60.0, 5.0
+_FIRST_STEP_S, _MIN_STEP_S, _STEP_MEDIANS = 600.0, 10.0, 5.0
+_PING_EVERY_S = 2.0
+_PROBE_AFTER_S, _PROBE_S, _PROBES = 1.5, 1.0, 3
+"""A node whose worker has left a ping unanswered for a while is probed, this often in a row."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call in progress: the actor and the reference of the result."""
+    """A call in progress: the actor and the reference of the result.
+
+    ``node``: the address and port of its node's raylet, if it is another node.
+    """
 
     actor: Any
     result: Any
+    node: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def wait_for_results(
     a worker's own error unchanged.
     """
     pending = {call.result: worker for worker, call in calls.items()}
-    monitor = _HeartbeatMonitor({w: call.actor for w, call in calls.items()}, limits.hang_s)
+    monitor = _HeartbeatMonitor(calls, limits.hang_s)
     deadline = time.monotonic() + limits.call_s
     failures: dict[W, WorkerFailure] = {}
     # Until the first failure: take results, and check on those who have not answered.
@@ -142,10 +150,12 @@ def _take_result(
 class _HeartbeatMonitor(Generic[W]):
     """Pings the workers whose results are outstanding, each with one ping at a time."""
 
-    actors: Mapping[W, Any]
+    calls: Mapping[W, Call]
     hang_s: float
     _pings: dict[W, tuple[Any, float]] = field(default_factory=dict)
     _last_heartbeats: dict[W, float] = field(default_factory=dict)
+    _missed: dict[tuple[str, int], int] = field(default_factory=dict)
+    """The probes in a row that each node has not answered."""
 
     @property
     def interval_s(self) -> float:
@@ -158,11 +168,35 @@ class _HeartbeatMonitor(Generic[W]):
         for worker in pending:
             if worker in self._pings:
                 self._take_heartbeat(worker)
-            elif now - self._last_heartbeats.get(worker, -inf) > self.hang_s / 4:
-                self._pings[worker] = (ping(self.actors[worker]), now)
+            elif now - self._last_heartbeats.get(worker, -inf) > min(
+                self.hang_s / 4, _PING_EVERY_S
+            ):
+                self._pings[worker] = (ping(self.calls[worker].actor), now)
             if worker in self._pings and now - self._pings[worker][1] > self.hang_s:
                 reason = f"answered no ping for {self.hang_s:g} s (cluster.hang_timeout_s)"
                 failures[worker] = WorkerFailure("worker", reason)
+        return failures | self._unreachable(now, [w for w in pending if w not in failures])
+
+    def _unreachable(self, now: float, pending: Sequence[W]) -> dict[W, WorkerFailure]:
+        """Return the workers whose node answers no connection any more.
+
+        The kernel answers a connection however busy its processes are, so this tells a cut link
+        from a slow worker, and long before a heartbeat is given up.
+        """
+        late = {
+            node: [w for w in pending if self.calls[w].node == node]
+            for worker in pending
+            if (node := self.calls[worker].node) is not None
+            and worker in self._pings
+            and now - self._pings[worker][1] > _PROBE_AFTER_S
+        }
+        failures: dict[W, WorkerFailure] = {}
+        for node, workers in late.items():
+            missed = 0 if answers(node) else self._missed.get(node, 0) + 1
+            self._missed[node] = missed
+            if missed >= _PROBES:
+                failure = WorkerFailure("worker", f"is on {node[0]}, which cannot be reached")
+                failures |= dict.fromkeys(workers, failure)
         return failures
 
     def _take_heartbeat(self, worker: W) -> None:
@@ -179,12 +213,24 @@ class _HeartbeatMonitor(Generic[W]):
 
         It needs a restart only if it is not merely waiting for its peers in a collective.
         """
-        heartbeat = _heartbeat(self.actors[worker])
+        heartbeat = _heartbeat(self.calls[worker].actor)
         reason = f"sent no result within {limits.call_s:g} s"
         if heartbeat is not None:
             reason += f" (it has been in {heartbeat.phase} for {heartbeat.seconds:.0f} s)"
         is_stuck = heartbeat is None or not heartbeat.waits_for_peers
-        return WorkerFailure("worker", f"{reason}; raise {limits.key}", needs_restart=is_stuck)
+        kind: IncidentKind = "worker" if is_stuck else "interruption"  # whom a peer keeps waiting
+        return WorkerFailure(kind, f"{reason}; raise {limits.key}", needs_restart=is_stuck)
+
+
+def answers(node: tuple[str, int]) -> bool:
+    """Return whether a node accepts a connection, or refuses it, within a moment."""
+    try:
+        with socket.create_connection(node, timeout=_PROBE_S):
+            return True
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
 
 
 def is_idle(actor: Any) -> bool:

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raymerge.distributed.calls import ACTOR_OPTIONS
 from raymerge.distributed.placement import Placement
 from raymerge.engine.messages import WorkerSpec
+from raymerge.engine.worker.identity import Identity, own_identity
 from raymerge.engine.worker.served import ModelSource
 from raymerge.engine.worker.worker import MergeWorker
 
@@ -34,13 +35,17 @@ class WorkerSlot:
 
 @dataclass(frozen=True)
 class Location:
-    """The node of an actor. ``interface``: the network interface that has ``address``."""
+    """The node of an actor. ``interface``: the network interface that has ``address``.
+
+    ``identity``: None on the driver's own node, which has the driver's files.
+    """
 
     node: str
     gpus: tuple[str, ...]
     address: str
     interface: str | None
     pid: int
+    identity: Identity | None = None
 
 
 def reserve_slots(placement: Placement) -> list[WorkerSlot]:
@@ -86,10 +91,10 @@ def start_actor(
 
 def request_location(actor: Any) -> Any:
     """Return a reference to the actor's :class:`Location`, which shows that it is ready."""
-    return actor.__ray_call__.remote(_location)
+    return actor.__ray_call__.remote(_location, ray.get_runtime_context().get_node_id())
 
 
-def _location(worker: MergeWorker) -> Location:
+def _location(worker: MergeWorker, driver_node: str) -> Location:
     context = ray.get_runtime_context()
     address: str = ray.util.get_node_ip_address()
     interface = next(
@@ -101,4 +106,16 @@ def _location(worker: MergeWorker) -> Location:
         None,
     )
     gpus = tuple(map(str, ray.get_gpu_ids()))
-    return Location(context.get_node_id(), gpus, address, interface, os.getpid())
+    node = context.get_node_id()
+    identity = None if node == driver_node else own_identity(worker.source.inputs())
+    return Location(node, gpus, address, interface, os.getpid(), identity)
+
+
+def raylet_of(location: Location) -> tuple[str, int] | None:
+    """Return address and port of a location's node; None for the driver's own node."""
+    if location.identity is None:
+        return None
+    for node in ray.nodes():
+        if node["NodeID"] == location.node:
+            return str(node["NodeManagerAddress"]), int(node["NodeManagerPort"])
+    return None

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,6 +18,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import remove_placement_group
 
 from raymerge.config import ClusterConfig
+from raymerge.distributed.agreement import agreement_check, sees, unseen
 from raymerge.distributed.calls import Call, Limits, wait_for_results
 from raymerge.distributed.failures import PREEMPTED, Budget, WorkerFailure, classify
 from raymerge.distributed.placement import Placement
@@ -24,6 +26,7 @@ from raymerge.distributed.placement_groups import (
     Location,
     WorkerSlot,
     all_reserved,
+    raylet_of,
     request_location,
     reserve_slots,
     start_actor,
@@ -42,14 +45,15 @@ class PoolWorker:
     """A worker slot and the actor that runs in it now, if any.
 
     ``location_request``: the reference of the location, until the actor is ready. ``location``:
-    None until then. ``spec``: None while it has no rank. ``report``: None until it has loaded the
-    current request.
+    None until then. ``raylet``: its node's address and port, None on the driver's own node.
+    ``spec``: None while it has no rank. ``report``: None until it has loaded the current request.
     """
 
     slot: WorkerSlot
     actor: Any = None
     location_request: Any = None
     location: Location | None = None
+    raylet: tuple[str, int] | None = None
     spec: WorkerSpec | None = None
     report: LoadReport | None = None
 
@@ -101,6 +105,7 @@ class WorkerPool:
             spec, threads=placement.cpus_per_worker, use_gpu=placement.gpus_per_worker > 0
         )
         # Store the source first: if it cannot be pickled, no slot stays reserved.
+        self._check_agreement = agreement_check(source.inputs)
         self._source = source.store_parts(lambda value: StoredValue(ray.put(value)))
         self.workers = [PoolWorker(slot) for slot in reserve_slots(placement)]
         self.start_limits = Limits(
@@ -186,9 +191,13 @@ class WorkerPool:
         """Note that a worker is ready; restart it, while the budget allows, if it died instead."""
         try:
             location = ray.get(worker.location_request)
-            worker.location, worker.location_request = location, None
         except RayError as error:
             self._retry_start(worker, classify(error))
+            return
+        if location.identity is not None:
+            self._check_agreement(location.address, location.identity)
+        worker.location, worker.location_request = location, None
+        worker.raylet = raylet_of(location)
 
     def _retry_start(self, worker: PoolWorker, failure: WorkerFailure) -> None:
         self.stop(worker)
@@ -235,16 +244,36 @@ class WorkerPool:
         self, results: Mapping[PoolWorker, Any], limits: Limits, on_result: OnResult
     ) -> None:
         """Wait for the references ``results``; raises :class:`CallFailedError` if any fails."""
-        calls = {worker: Call(worker.actor, result) for worker, result in results.items()}
+        calls = {
+            worker: Call(worker.actor, result, worker.raylet) for worker, result in results.items()
+        }
         failures = wait_for_results(calls, limits, on_result)
         if failures:
             raise CallFailedError({w: self.attribute(w, f) for w, f in failures.items()})
+
+    def require_visible(self, file: Path) -> None:
+        """Raise :class:`RunError` unless every node of a worker sees a file of the driver's."""
+        nodes = {w.location.address: w for w in self.ready if w.location and w.location.identity}
+        answers = {w: w.actor.__ray_call__.remote(_sees, str(file)) for w in nodes.values()}
+        blind: list[str] = []
+
+        def note(worker: PoolWorker, is_seen: bool) -> None:
+            if not is_seen and worker.location is not None:
+                blind.append(worker.location.address)
+
+        self.wait_for(answers, self.start_limits, note)
+        if blind:
+            raise unseen(file, sorted(blind))
 
     def attribute(self, worker: PoolWorker, failure: WorkerFailure) -> WorkerFailure:
         """Return the failure, as a preemption if the worker was lost with an announced node."""
         node = None if worker.location is None else worker.location.node
         is_announced = node in self._preemption.announced_nodes
         return PREEMPTED if is_announced and failure.needs_restart else failure
+
+
+def _sees(worker: MergeWorker, path: str) -> bool:
+    return sees(path)
 
 
 def _by_location(worker: PoolWorker) -> tuple[int, str, tuple[str, ...], int]:

@@ -124,6 +124,8 @@ def _run(
     # On a cluster the number of workers is known only now.
     if group is not None:
         check_one_group(config, group.workers)
+        if any(task.test for task in config.tasks):
+            _require_shared(folder.path, group)
     inputs.require_finite()
     lambdas_JL = inputs.initial_lambdas()
     # Find λ, or the merged vector, from images; for other methods both are known already.
@@ -167,6 +169,12 @@ def _run(
         seconds=clock.laps,
         output=folder.path,
     )
+
+
+def _require_shared(output: Path, group: WorkerGroup) -> None:
+    """Raise :class:`RunError` unless the workers, which score the written model, see the output."""
+    with stage_file(output, nearest_folder(output)) as (temporary, _):
+        group.require_visible(temporary)
 
 
 def _score_written(config: Config, group: WorkerGroup, model: str | None) -> dict[str, TaskScore]:

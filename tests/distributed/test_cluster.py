@@ -17,4 +17,4 @@ with connect(None, 1):
 def test_workers_of_a_private_ray_are_not_nice():
     """Ray's default is 15, with which they starve beside any other program."""
     ran = python(CODE)
-    assert ran.stdout.split()[-1] == str(os.nice(0)), ran.stderr
+    assert ran.stderr.split()[-1] == str(os.nice(0)), ran.stderr

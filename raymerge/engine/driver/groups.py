@@ -7,6 +7,7 @@ actors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from raymerge.engine.messages import (
@@ -57,6 +58,10 @@ class WorkerGroup(Stepper, Protocol):
         """True while a machine of the group is about to be taken away."""
         ...
 
+    def require_visible(self, file: Path) -> None:
+        """Raise :class:`~raymerge.errors.RunError` unless every worker sees the driver's file."""
+        ...
+
     def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]: ...
 
     def evaluate(
@@ -82,6 +87,9 @@ class LocalGroup:
 
         self.source = source
         self._worker = MergeWorker(source, spec)
+
+    def require_visible(self, file: Path) -> None:
+        pass
 
     def load(self, request: LoadRequest, progress: Progress | None = None) -> list[LoadReport]:
         return [self._worker.load(request, progress)]

@@ -75,6 +75,10 @@ class ModuleSource:
     populations: tuple[int, ...]
     classes: int
 
+    def inputs(self) -> Mapping[str, Callable[[], str]]:
+        """Return nothing: the driver sends the model, its experts and examples themselves."""
+        return {}
+
     def serve(self, spec: WorkerSpec, pinned: Pinned) -> ModuleModel:
         return ModuleModel(self, spec, pinned)
 

@@ -107,6 +107,10 @@ class ModelSource(Protocol):
     @property
     def task_names(self) -> tuple[str, ...]: ...
 
+    def inputs(self) -> Mapping[str, Callable[[], str]]:
+        """Return a function for the digest of every input that a worker reads from its node."""
+        ...
+
     def serve(self, spec: WorkerSpec, pinned: Pinned) -> ServedModel:
         """Make the model; ``pinned``: the examples that the worker holds already."""
         ...
