@@ -37,6 +37,7 @@ from raymerge.models.pretrained import open_pretrained
 from raymerge.runs.folder import Recorder, RunFolder
 from raymerge.runs.inputs import MergeInputs
 from raymerge.runs.plan.checks import check_one_group
+from raymerge.runs.plan.expert_warnings import OpenedCheckpoint, choice_warning
 from raymerge.runs.plan.make import make_plan
 from raymerge.runs.plan.plan import Plan
 from raymerge.runs.state import fingerprint, learning_states
@@ -90,8 +91,7 @@ def merge(
     folder = RunFolder(Path(config.output))
     folder.check(config, resume=resume, overwrite=overwrite)
     plan = make_plan(config, known_resources(config))
-    for warning in plan.warnings:
-        logger.warning("%s", escape_unprintable(warning))
+    _warn(plan.warnings)
     require_also(plan.resolved, also)
     inputs = MergeInputs(config, plan)
     if also and not inputs.method.merges:
@@ -251,15 +251,22 @@ def evaluate(config: Config, model: str | None = None) -> dict[str, TaskScore]:
     config = config.model_copy(update={"tasks": tasks, "method": method, **unwritten})
     # Check the config and the model before starting workers.
     plan = make_plan(config, known_resources(config), experts=own)
+    _warn(plan.warnings)
     if model is not None and not own:
         pretrained, _ = open_pretrained(plan.resolved)
-        open_visual(model, pretrained.layout, pretrained)
+        visual = open_visual(model, pretrained.layout, pretrained)
+        _warn([choice_warning(OpenedCheckpoint("--model", model, visual))])
         model = _for_workers(model, locate(model))
         if _is_whole(model, plan):  # its heads come from its own text tower
             config = config.model_copy(update={"model": config.model.with_weights(model)})
     scored = model or _for_workers(config.model.reference, plan.resolved.weights)
     with open_group(config, None) as group:
         return score(config, group, None if own else scored)
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in filter(None, warnings):
+        logger.warning("%s", escape_unprintable(warning))
 
 
 def _is_whole(model: str, plan: Plan) -> bool:

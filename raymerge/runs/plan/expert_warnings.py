@@ -63,9 +63,9 @@ def expert_warnings(
     ``samples``: whether to compare numbers too, not only names.
     """
     pretrained = model.visual
-    warnings = [_choice(model)]
+    warnings = [choice_warning(model)]
     for expert in experts:
-        warnings += [_choice(expert), _left_out(pretrained, expert)]
+        warnings += [choice_warning(expert), _left_out(pretrained, expert)]
         if samples:
             warnings += [_text_tower(pretrained, expert), _distance(pretrained, expert)]
     if samples:
@@ -73,7 +73,7 @@ def expert_warnings(
     return tuple(warning for warning in warnings if warning)
 
 
-def _choice(opened: OpenedCheckpoint) -> str:
+def choice_warning(opened: OpenedCheckpoint) -> str:
     """Say which of several models in one file is taken."""
     visual, place = opened.visual, opened.place
     if not visual.others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from commands import Commands, config_data, write_config
 from safetensors.torch import load_file, save_file
 from world import World
 
+from raymerge.config import ModelConfig
 from raymerge.models.convert import convert as convert_checkpoint
 from raymerge.runs.plan.expert_warnings import OpenedCheckpoint
 
@@ -184,7 +186,7 @@ def test_merge_says_it_too_and_so_does_the_card(
 
 
 def test_eval_of_a_whole_model_takes_its_own_text_tower(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any
 ) -> None:
     """The same scores as when the model itself is the config's pretrained model."""
     generator = torch.Generator().manual_seed(3)
@@ -206,3 +208,15 @@ def test_eval_of_a_whole_model_takes_its_own_text_tower(
 
     assert scores(base, "--model", folder / WEIGHTS) == scores(own)
     assert scores(own) != scores(base)
+    # One of several models in a file, which is said.
+    torch.save({"model": state, "model_ema": changed}, tmp_path / "x.pt")
+    caplog.clear()
+    assert scores(base, "--model", f"{tmp_path}/x.pt#model_ema") == scores(own)
+    assert caplog.text == ""
+    assert scores(base, "--model", tmp_path / "x.pt") == scores(base)
+    assert "--model: of x.pt the model under model.visual.* is taken; it also" in caplog.text
+
+
+def test_other_weights_reach_the_workers() -> None:
+    config = ModelConfig(arch="local-dir:base").with_weights("x.pt#ema")
+    assert pickle.loads(pickle.dumps(config)).other_weights == "x.pt#ema"
