@@ -66,12 +66,30 @@ def saved_head(task: TaskConfig, where: str, features: int) -> Tensor:
     return weight_CD.t().contiguous()
 
 
+def _prefix(checkpoint: Checkpoint, shape: tuple[int, int]) -> str:
+    """Return the prefix of the only head of a shape in a file, else that of the most likely one.
+
+    Raises :class:`CheckpointError` for several.
+    """
+    heads = [
+        prefix
+        for prefix in prefixes_of(checkpoint.specs, ("weight",))
+        if checkpoint.specs[f"{prefix}weight"].shape == shape
+    ]
+    if len(heads) > 1:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path}: holds {len(heads)} heads of {shape[0]} classes x "
+            f"{shape[1]} features ({', '.join(f'{head}*' for head in heads[:3])}); name one: "
+            f"{checkpoint.path.name}#{heads[0].rstrip('.')}"
+        )
+    return heads[0] if heads else next(iter(prefixes_of(checkpoint.specs, ("weight", "bias"))), "")
+
+
 def _require_fit(checkpoint: Checkpoint, classes: int, features: int) -> str:
     """Return the prefix of a head's keys. Raises :class:`CheckpointError` unless it is a head
     without bias over normalised features."""
-    path = checkpoint.path
-    prefix = next(iter(prefixes_of(checkpoint.specs, ("weight", "bias"))), "")
-    specs = {key.removeprefix(prefix): spec for key, spec in checkpoint.specs.items()}
+    path, prefix = checkpoint.path, _prefix(checkpoint, (classes, features))
+    specs = {k.removeprefix(prefix): s for k, s in checkpoint.specs.items() if k.startswith(prefix)}
     unexpected = sorted(specs.keys() - {"weight", "bias"})
     if "weight" not in specs or unexpected:
         names = ", ".join((unexpected or sorted(specs))[:3])

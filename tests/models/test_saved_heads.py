@@ -66,6 +66,31 @@ def test_half_precision_is_widened(tmp_path: Path) -> None:
     assert torch.equal(head_DC, _random().half().float().t())
 
 
+NESTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "compiled": lambda weight: {"_orig_mod.weight": weight},
+    "training code": lambda weight: {
+        "model": {"fc.weight": weight, "fc.bias": torch.zeros(3)},
+        "optimizer": {"state": {0: torch.ones(2)}},
+    },
+    "beside its tower": lambda weight: {"visual.proj": torch.ones(4, 24), "head.weight": weight},
+}
+
+
+@pytest.mark.parametrize("nest", NESTS)
+def test_the_only_head_of_a_file_is_found(tmp_path: Path, nest: str) -> None:
+    torch.save(NESTS[nest](_random()), tmp_path / "x.pt")
+    assert torch.equal(saved_head(_task(tmp_path / "x.pt"), WHERE, 24), _random().t())
+
+
+def test_of_several_heads_one_is_named(tmp_path: Path) -> None:
+    heads = {"old": {"weight": _random() + 1}, "new": {"weight": _random()}}
+    torch.save(heads, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"holds 2 heads of 3 classes .*name one: x\.pt#"):
+        saved_head(_task(tmp_path / "x.pt"), WHERE, 24)
+    head_DC = saved_head(_task(Path(f"{tmp_path}/x.pt#new")), WHERE, 24)
+    assert torch.equal(head_DC, _random().t())
+
+
 def test_the_logits_equal_those_of_the_released_class(tmp_path: Path) -> None:
     released = ClassificationHead(_random())
     write_release(released, tmp_path / "head.pt", "pickle 4")
