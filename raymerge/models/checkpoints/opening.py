@@ -65,7 +65,10 @@ def open_state_dict(reference: str | Path) -> Checkpoint:
 
 def _part_of(checkpoint: Checkpoint, part: str) -> Checkpoint:
     """Return the tensors whose keys start with ``part`` and a dot, under what follows."""
-    start = part.rstrip(".") + "."
+    start, root = part.rstrip(".") + ".", getattr(checkpoint, "root", "")
+    if root.startswith(start):  # what is opened lies in that part alone
+        return checkpoint
+    start = start.removeprefix(root)
     keys = [key for key in checkpoint.specs if key.startswith(start)]
     if not keys:
         parts = {key.partition(".")[0] for key in checkpoint.specs if "." in key}

@@ -8,7 +8,7 @@ read from the file on request.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ from raymerge.models.checkpoints.pickle_containers import (
     StoredTensor,
     UnreadableTensor,
 )
+from raymerge.models.checkpoints.recognise import is_training_state
 from raymerge.models.checkpoints.unpickle import Budget, DamagedError, RefusedError, StandIn
 
 _MAX_DEPTH = 100
+_MAX_LISTED = 1000
 _MAX_NAME_BYTES = 1024
 _PLAIN = (bool, int, float, str)
 _REGISTERED: Mapping[str, tuple[type, ...]] = {
@@ -44,8 +46,8 @@ class PickledCheckpoint:
     """A pickled module, state dict, or nest of these; its keys are the paths that lead to tensors.
 
     ``kind``: "pickled module", else the container, "torch" or "pickle". ``attributes``: the plain
-    values among a module's attributes. Raises :class:`CheckpointError`, which names whatever the
-    pickle asks for besides data.
+    values among a module's attributes. ``root``: the path in the file to what is opened. Raises
+    :class:`CheckpointError`, which names whatever the pickle asks for besides data.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,7 +56,7 @@ class PickledCheckpoint:
         try:
             self._file = open_file(path)
             value, self.kind = PickleFile(path).load()
-            value, found = _innermost(value, dict(_tensors(value, Budget())))
+            value, self.root, found = _innermost(value, dict(_tensors(value, Budget())))
             if isinstance(value, StandIn):
                 self.kind, self.attributes = "pickled module", _attributes(value)
         except RefusedError as error:
@@ -98,7 +100,7 @@ class PickledCheckpoint:
 
 def _readable(found: Mapping[str, Found], value: Any, path: Path) -> Mapping[str, StoredTensor]:
     """Return the tensors if all can be read. Raises :class:`CheckpointError`."""
-    if not isinstance(value, Mapping | StandIn):
+    if not isinstance(value, Mapping | StandIn) and not found:
         raise CheckpointError(
             f"checkpoint {path}: holds a {type(value).__name__}, not a state dict (name → tensor); "
             "save the model's state_dict()"
@@ -109,7 +111,9 @@ def _readable(found: Mapping[str, Found], value: Any, path: Path) -> Mapping[str
             "returns it"
         )
     tensors = {key: each for key, each in found.items() if isinstance(each, StoredTensor)}
-    unreadable = sorted(found.keys() - tensors.keys())
+    unreadable = [
+        key for key in sorted(found.keys() - tensors.keys()) if not is_training_state(key)
+    ]
     if unreadable:
         raise CheckpointError(
             f"checkpoint {path}: {excerpt(unreadable[0])} is sparse, quantized, nested, "
@@ -118,8 +122,10 @@ def _readable(found: Mapping[str, Found], value: Any, path: Path) -> Mapping[str
     return tensors
 
 
-def _innermost(value: Any, found: dict[str, Found]) -> tuple[Any, dict[str, Found]]:
-    """Return the only dict or module of a nest that holds tensors, and the tensors by its names."""
+def _innermost(value: Any, found: dict[str, Found]) -> tuple[Any, str, dict[str, Found]]:
+    """Return the only dict or module of a nest that holds tensors, the path to it, and the tensors
+    by its names."""
+    root = ""
     while isinstance(value, dict):
         nests = {f"{key}.": each for key, each in value.items() if isinstance(each, dict | StandIn)}
         start = next((nest for nest in nests if all(name.startswith(nest) for name in found)), None)
@@ -127,7 +133,8 @@ def _innermost(value: Any, found: dict[str, Found]) -> tuple[Any, dict[str, Foun
             break
         value = nests[start]
         found = {name.removeprefix(start): each for name, each in found.items()}
-    return value, found
+        root += start
+    return value, root, found
 
 
 def _tensors(value: Any, budget: Budget) -> Iterator[tuple[str, Found]]:
@@ -144,8 +151,7 @@ def _tensors(value: Any, budget: Budget) -> Iterator[tuple[str, Found]]:
             return
         if len(above) > _MAX_DEPTH:
             raise DamagedError(f"dicts or modules more than {_MAX_DEPTH} deep")
-        entries = _module_entries(value, budget) if isinstance(value, StandIn) else value.items()
-        for key, entry in entries:
+        for key, entry in _entries(value, budget):
             budget.spend(1 + len(prefix) // _MAX_NAME_BYTES)
             if not isinstance(key, str | int):
                 continue
@@ -154,10 +160,23 @@ def _tensors(value: Any, budget: Budget) -> Iterator[tuple[str, Found]]:
                 raise DamagedError(f"a name of {len(name)} letters, {excerpt(name)}")
             if isinstance(entry, Found):
                 yield name, entry
-            elif isinstance(entry, dict) or _is_module(entry):
+            elif _is_nest(entry):
                 yield from walk(entry, f"{name}.", (*above, id(value)))
 
-    return walk(value, "", ()) if isinstance(value, dict | StandIn) else iter(())
+    return walk(value, "", ()) if _is_nest(value) else iter(())
+
+
+def _is_nest(value: Any) -> bool:
+    """Return whether a value may hold a model: a dict, a module, or a short list of these."""
+    is_short = isinstance(value, list | tuple) and len(value) <= _MAX_LISTED
+    return isinstance(value, dict) or is_short or _is_module(value)
+
+
+def _entries(value: Any, budget: Budget) -> Iterable[tuple[Any, Any]]:
+    """Return what a nest holds, by name or place."""
+    if isinstance(value, StandIn):
+        return _module_entries(value, budget)
+    return value.items() if isinstance(value, dict) else enumerate(value)
 
 
 def _is_module(value: Any) -> bool:

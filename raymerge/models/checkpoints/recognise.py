@@ -15,6 +15,18 @@ _AVERAGE = re.compile(
     r"(?:^|[._])(?:ema|swa|averaged?|momentum|target|teacher|shadow)(?=[._\d]|$)", re.IGNORECASE
 )
 
+# Tensors beside a model that training code saves to go on.
+_TRAINING = re.compile(
+    r"optim|sched|scaler|exp_avg|momentum|shadow|rng|callbacks|loops|iteration|epoch|step|"
+    r"num_batches|position_ids|n_averaged|logit_(?:scale|bias)|mean$|std$",
+    re.IGNORECASE,
+)
+
+
+def is_training_state(key: str) -> bool:
+    """Return whether a key outside of a model names a state of its training."""
+    return _TRAINING.search(key) is not None
+
 
 def prefixes_of(keys: Collection[str], names: Collection[str]) -> list[str]:
     """Return the prefixes under which most of ``names`` stand, the one to take first.

@@ -19,6 +19,7 @@ from raymerge.errors import excerpt
 from raymerge.files.urls import is_remote, redact_url
 from raymerge.merging.layout import Piece
 from raymerge.models.checkpoints.locate import split_part
+from raymerge.models.checkpoints.recognise import is_training_state
 from raymerge.models.checkpoints.visual_tower import VisualCheckpoint
 from raymerge.models.pretrained import unmerged_keys
 
@@ -29,13 +30,6 @@ _BLOCK = 1 << 20
 _FOREIGN = 0.5
 """A task vector is suspect from this part of the pretrained model's norm on; of CLIPs fine-tuned
 with the usual recipes it has a few hundredths."""
-
-# Tensors beside a model that training code saves to go on, and no loss to a merge.
-_TRAINING = re.compile(
-    r"optim|sched|scaler|exp_avg|momentum|rng|callbacks|loops|iteration|epoch|step|num_batches|"
-    r"position_ids|n_averaged|logit_(?:scale|bias)|mean$|std$",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -141,7 +135,7 @@ def _left_out(pretrained: VisualCheckpoint, expert: OpenedCheckpoint) -> str:
         for key, spec in {**stored.specs, **getattr(stored, "outside", {})}.items()
         if not key.startswith(tower) and key not in known
         if not any(model and key.startswith(model) for model in other_models)
-        if spec.dtype.is_floating_point and not _TRAINING.search(key)
+        if spec.dtype.is_floating_point and not is_training_state(key)
     ]
     if not left:
         return ""

@@ -73,6 +73,12 @@ NESTS: dict[str, Callable[[], Any]] = {
     "timm": lambda: {"state_dict": _tower(), "state_dict_ema": _tower(seed=1)},
     "deep": lambda: {"a": {"b": {"c": {"d": _tower("net.")}}}, "e": torch.ones(2)},
     "a pickled module in a dict": lambda: {"model": _module(), "epoch": 1},
+    "a list": lambda: [_tower(), {"lr": 0.1}],
+    "a tuple in a dict": lambda: {"models": (_tower(), _tower("ema.", seed=1)), "epoch": 1},
+    "beside an optimizer that cannot be read": lambda: {
+        "model": _tower(),
+        "optimizer": {"state": {0: {"exp_avg": torch.eye(3).to_sparse()}}},
+    },
     "student and teacher": lambda: {"teacher": _tower(seed=1), "student": _tower()},
 }
 
@@ -134,3 +140,13 @@ def test_a_hash_in_a_folder_names_no_part():
     assert split_part("run#3/x.pt") == ("run#3/x.pt", "")
     assert split_part("run#3/x.pt#model.clip") == ("run#3/x.pt", "model.clip")
     assert split_part("hf://ORG/NAME/x.pt#ema") == ("hf://ORG/NAME/x.pt", "ema")
+
+
+@pytest.mark.parametrize("part", ["model", "model.net", "model.net.visual"])
+def test_the_only_part_of_a_file_can_be_named(tmp_path: Path, part: str) -> None:
+    torch.save({"model": {"net": _tower(), "temperature": 3}, "epoch": 1}, tmp_path / "x.pt")
+    opened = match_visual(open_checkpoint(f"{tmp_path}/x.pt#{part}"), LAYOUT)
+    expected = torch.cat([each.flatten() for each in _tower("").values()])
+    assert torch.equal(_numbers(opened.flat()), _numbers(expected))
+    with pytest.raises(CheckpointError, match="#'mode' is unknown"):
+        open_checkpoint(f"{tmp_path}/x.pt#mode")
