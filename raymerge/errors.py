@@ -27,8 +27,21 @@ def escape_unprintable(text: str) -> str:
 def shorten(line: str, limit: int = _LONGEST_LINE) -> str:
     """Return a line with its middle left out if it is longer than ``limit``: what and where stand
     at its head, and the remedy at its end."""
-    half = limit // 2
-    return line if len(line) <= limit else f"{line[:half]} … {line[-half:]}"
+    if len(line) <= limit:
+        return line
+    head, tail = _head(line, limit // 2), line[-(limit // 2) :]
+    if line[-len(tail) - 1] != " " and "@" in tail.split(" ")[0]:
+        tail = tail.partition(" ")[2]
+    return f"{head} … {tail}"
+
+
+def _head(line: str, limit: int) -> str:
+    """Return the first characters of a line without an address that ends beyond them.
+
+    Its password is redacted later, and only where the whole address stands.
+    """
+    head, space, last = line[:limit].rpartition(" ")
+    return head if "://" in last else head + space + last
 
 
 def printable_lines(text: str) -> str:
@@ -42,12 +55,23 @@ def one_line(error: object, limit: int = 160) -> str:
     An error without a text gives the name of its class.
     """
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return text if len(text) <= limit else _head(text, limit - 1) + "…"
+
+
+class _Excerpt(reprlib.Repr):
+    def repr_str(self, text: str, level: int) -> str:
+        if "://" in text and len(text) > self.maxstring - 2:
+            # Part of an address would show part of its password, which is redacted only in whole.
+            text = f"{text[: text.index('://')][-20:]}://…"
+        return super().repr_str(text, level)
+
+
+_EXCERPT = _Excerpt()
 
 
 def excerpt(value: object, limit: int = 60) -> str:
     """Return a value as Python writes it, bounded: YAML aliases can make one of any size."""
-    text = reprlib.repr(value)
+    text = _EXCERPT.repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -13,10 +13,12 @@ from raymerge.errors import (
     UserError,
     did_you_mean,
     escape_unprintable,
+    excerpt,
     one_line,
     printable_lines,
     unknown_name,
 )
+from raymerge.files.urls import redact
 from raymerge.models.checkpoints.inspect import inspect_checkpoint, inspection_text
 
 
@@ -80,3 +82,22 @@ def test_a_message_of_megabytes_keeps_its_head_and_its_remedy():
 
 def test_lines_are_printed_without_codes_for_the_terminal():
     assert printable_lines("a\x1b[31m\nb\u202e") == "a\\x1b[31m\nb\\u202e"
+
+
+@pytest.mark.parametrize("lead", [990, 995, 999, 1003, 1010])
+def test_no_part_of_a_password_is_left_where_a_long_message_is_cut(lead: int) -> None:
+    url = "https://me:s3cr3tpassword@host/x"
+    for text in (f"{'a' * lead} {url} {'b' * 3000}", f"{'a' * 3000} {url} {'b' * (lead - 20)}"):
+        line = redact(str(UserError(text)))
+        assert "s3" not in line
+        assert "password" not in line
+        assert len(line) < 2100
+
+
+def test_an_excerpt_shows_no_part_of_a_password() -> None:
+    for value in (
+        "https://me:s3cr3t@host/a/long/path/x.pt",
+        ["https://u:s3cr3t@host/a/long/path.pt"],
+    ):
+        assert "s3" not in redact(excerpt(value))
+    assert excerpt("https://h/x.pt") == "'https://h/x.pt'"

@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,14 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder if it exists; killed in between, it is gone and its rest a leftover."""
+    if path.is_dir():
+        rest = path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}.{time.time_ns()}.tmp")
+        path.replace(rest)
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def _commit(temporary: Path, path: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +30,8 @@ from raymerge.engine.driver.state import LearningState
 from raymerge.engine.messages import Incident
 from raymerge.engine.scores import TaskScore, results_json
 from raymerge.errors import RunError, UserError
-from raymerge.files.atomic import remove_leftovers, write_json, write_text
-from raymerge.files.fencing import claim_attempt, newest_attempt
-from raymerge.files.output_folder import require_output
+from raymerge.files.atomic import write_json, write_text
+from raymerge.files.output_folder import OutputFolder
 from raymerge.files.urls import is_remote, redact, redact_url
 from raymerge.merging.registry import describe, merged_checkpoints, method_of
 from raymerge.models.checkpoints.digests import remember, sha256
@@ -44,9 +42,9 @@ from raymerge.report import write_plots, write_report
 from raymerge.runs.model_card import model_card
 from raymerge.runs.plan.plan import Plan
 from raymerge.runs.state import StateStore, fingerprint
-from raymerge.runs.tracking import remove_tracking_files
+from raymerge.runs.tracking import tracking_files
 
-_ATTEMPTS = ".attempts"
+_CONFIG = "config.yaml"
 _JOB_COPY = "working_dir_files"  # the folder of files that `ray job submit` uploads
 
 _OWN_FILES = (
@@ -55,7 +53,6 @@ _OWN_FILES = (
     "lambdas.json",
     "results.json",
     "metrics.jsonl",
-    "config.yaml",
     "environment.json",
     "README.md",
     "report.html",
@@ -69,9 +66,10 @@ class RunFolder:
     """The output folder of one run and the paths in it."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
+        writer = "`raymerge merge`"
+        self._output = OutputFolder(path, [_CONFIG], "results.json", writer=writer)
+        self.path = self._output.path
         self._prepared = False
-        self._attempt = 0
 
     @property
     def state(self) -> Path:
@@ -95,82 +93,43 @@ class RunFolder:
                 f"output {self.path}: lies in the job's uploaded copy, which Ray deletes; give an "
                 "absolute path that every node can reach"
             )
-        flags = {"resume": resume, "overwrite": overwrite}
-        in_use = require_output(self.path, ["config.yaml"], writer="`raymerge merge`", flags=flags)
+        in_use = self._output.check({"resume": resume, "overwrite": overwrite})
         if in_use and resume:
             self._require_same_run(config)
 
     def _require_same_run(self, config: Config) -> None:
-        if fingerprint(load_config(self.path / "config.yaml")) != fingerprint(config):
+        if fingerprint(load_config(self.path / _CONFIG)) != fingerprint(config):
             raise UserError(
                 f"output {self.path}: --resume continues the run of its config.yaml, and this "
                 "config differs from it; resume with that config, or choose another folder"
             )
 
-    @property
-    def previous(self) -> Path:
-        """The place of a whole run that is being replaced."""
-        return self.path / ".previous"
-
     def prepare(self, config: Config, *, resume: bool) -> None:
         """Create and claim the folder, set an earlier run's files aside, write the config."""
-        if self._prepared:
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output {self.path}: cannot be created: {error.strerror}") from error
-        remove_leftovers(self.path)
-        if not resume:
-            self._set_aside()
-        write_text(self.path / "config.yaml", dump_config(config))
-        self._attempt = claim_attempt(self.path / _ATTEMPTS)
-        self._prepared = True
+        if not self._prepared:
+            self._output.claim([] if resume else self._own_files())
+            write_text(self.path / _CONFIG, dump_config(config))
+            self._prepared = True
 
     def require_own(self) -> None:
-        """Raise :class:`RunError` if another run has taken the folder over since."""
-        if newest_attempt(self.path / _ATTEMPTS) != self._attempt:
-            raise RunError(
-                f"output {self.path}: another run has taken it over; this one writes nothing more"
-            )
-
-    def _set_aside(self) -> None:
-        """Move a whole earlier run into a hidden folder, where it stays until this one is whole.
-
-        What an incomplete run has left is removed.
-        """
-        is_whole = (self.path / "results.json").exists()
-        if is_whole:
-            shutil.rmtree(self.previous, ignore_errors=True)
-            self.previous.mkdir()
-            shutil.copy2(self.path / "config.yaml", self.previous)
-        for file in self._own_files():
-            if is_whole:
-                target = self.previous / file.relative_to(self.path)
-                target.parent.mkdir(exist_ok=True)
-                file.replace(target)
-            else:
-                file.unlink(missing_ok=True)
-        remove_tracking_files(self.path)
-        for state in self.state.glob("step-*"):  # attempts stay: they fence old drivers off
-            shutil.rmtree(state, ignore_errors=True)
+        """Raise :class:`RunError` if another driver has taken the folder over since."""
+        self._output.require_own()
 
     def _own_files(self) -> list[Path]:
-        """Return a run's files except the config, which marks the folder and is replaced next."""
-        names = {*_OWN_FILES, *(f"{HF_FOLDER}/{name}" for name in HF_FILES)} - {"config.yaml"}
-        return [self.path / name for name in sorted(names) if (self.path / name).exists()]
-
-    def finish(self) -> None:
-        """Remove the run that this one replaces: this one is whole."""
-        shutil.rmtree(self.previous, ignore_errors=True)
+        """Return what a run has written, but the config and the attempts, which fence drivers."""
+        names = {*_OWN_FILES, *(f"{HF_FOLDER}/{name}" for name in HF_FILES)}
+        files = [self.path / name for name in sorted(names) if (self.path / name).exists()]
+        return [*files, *tracking_files(self.path), *self.state.glob("step-*")]
 
     def write_model_config(self, resolved: ResolvedModel) -> None:
         """Write open_clip's config, with which the folder loads as ``local-dir:``."""
+        self.require_own()
         write_text(self.path / CONFIG_FILE, resolved.config_json)
 
     def write_lambdas(
         self, tasks: Sequence[str], layers: Sequence[str], lambdas_KL: Tensor
     ) -> None:
+        self.require_own()
         values = {"tasks": list(tasks), "layers": list(layers), "values": lambdas_KL.tolist()}
         write_json(self.path / "lambdas.json", values)
 
@@ -189,8 +148,13 @@ class RunFolder:
         seconds: Mapping[str, float],
         incidents: Sequence[Incident],
     ) -> None:
-        """Write results, provenance, the model card and the report."""
+        """Write provenance, the model card, results and the report."""
+        environment = _environment(config, plan)
         self.require_own()
+        write_json(self.path / "environment.json", environment)
+        if plan.output_bytes:
+            card = model_card(config, plan, scores, environment["hashes"], self._lambdas(config))
+            write_text(self.path / "README.md", card)
         results = results_json(config.method.name, scores)
         results["description"] = describe(config.method)
         results["timings"] = {"seconds": dict(seconds)}
@@ -198,14 +162,9 @@ class RunFolder:
             {**asdict(incident), "reason": redact(incident.reason)} for incident in incidents
         ]
         write_json(self.path / "results.json", results)
-        environment = _environment(config, plan)
-        write_json(self.path / "environment.json", environment)
-        if plan.output_bytes:
-            card = model_card(config, plan, scores, environment["hashes"], self._lambdas(config))
-            write_text(self.path / "README.md", card)
         write_plots(self.path)
         write_report(self.path)
-        self.finish()
+        self._output.finish()
 
 
 class Recorder:
@@ -226,6 +185,7 @@ class Recorder:
         urgent: Callable[[], bool] = lambda: False,
         log: Callable[[StepRecord], None] = lambda record: None,
     ) -> None:
+        self._folder = folder
         self._store, self._every, self._urgent, self._log = store, every, urgent, log
         self._state, self._saved = start, start.step
         keep_lines(folder.metrics, start.step)
@@ -259,6 +219,7 @@ class Recorder:
 
     def _save(self) -> None:
         if self._state.step > self._saved:
+            self._folder.require_own()
             self._store.save(self._state)
             self._saved = self._state.step
 

@@ -71,7 +71,7 @@ def model_card(
         table=_table(config, scores, lambdas),
         note=_note(config, plan),
         hashes="\n".join(
-            _row([_owner(config, file), _code(Path(file).name), f"`{digest}`"])
+            _row([_owner(config, file), code(Path(file).name), f"`{digest}`"])
             for file, digest in hashes.items()
         ),
         authors=_authors(config),
@@ -96,7 +96,7 @@ def _title(config: Config) -> str:
 
 def _summary(config: Config, plan: Plan) -> str:
     """Return one or two sentences on the models, the method and its paper."""
-    method, model = method_of(config.method), _code(Path(plan.model).name)
+    method, model = method_of(config.method), code(Path(plan.model).name)
     text_tower = f"the text tower is that of the pretrained model, {model}."
     if method.reference:
         reference = f"{method.reference}: a reference ({method.paper})."
@@ -187,7 +187,8 @@ def plain(text: str) -> str:
     return escape_unprintable(text).translate(marks)
 
 
-def _code(name: str) -> str:
+def code(name: str) -> str:
+    """Return a name as Markdown shows it literally, as code."""
     return f"<code>{plain(name)}</code>"  # between backticks an escaped mark would show its code
 
 

@@ -76,11 +76,10 @@ def _require_login() -> None:
         raise UserError(f"tracking.wandb: not logged in; {remedy}")
 
 
-def remove_tracking_files(output: Path) -> None:
-    """Remove the event files of a run that is replaced, and its id, which is not used again."""
-    for events in (output / _TENSORBOARD).glob("events.out.tfevents.*"):
-        events.unlink(missing_ok=True)
-    (output / _WANDB / _RUN_ID).unlink(missing_ok=True)
+def tracking_files(output: Path) -> list[Path]:
+    """Return a run's event files and its id, which a run that replaces it does not use again."""
+    files = [*(output / _TENSORBOARD).glob("events.out.tfevents.*"), output / _WANDB / _RUN_ID]
+    return [file for file in files if file.exists()]
 
 
 class Tracking:

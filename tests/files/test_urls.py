@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import pytest
 
@@ -102,8 +103,55 @@ def test_no_secret_of_any_spelling_is_left(text):
 def test_addresses_without_secrets_stay_readable():
     for text in (
         "see 'https://host/a@1.2/b' and ask x@y.org",
+        "https://host/a.pt#visual.trunk: no such part",
+        "tasks[0].class_token: is unknown; HF_TOKEN: set it, or run `hf auth login`",
+        "torchvision:EuroSAT?root=/data&split=test behind https://host/x?match=index",
         "hf://datasets/org/name@main/x.parquet",
         "s3://bucket/key, abfs://container@account/x",
         "basic settings",
     ):
         assert redact(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # Passwords with marks that end a host, or an address.
+        "https://me:it's-{}@host/x",
+        "https://me:a {}@host/x",
+        "https://me:a\\{}@host/x",
+        "https://me:a?{}@host/x",
+        "https://me:a#{}@host/x",
+        "https://me:12/{}@host/x",
+        "https://me:p@ss/{}@host/x",
+        "https://me:a%40{}%2F@host/x",
+        "https://{}@host/x",
+        "https://me:{}@host/x and (https://you:{}@host/y).",
+        # Parameters behind a quote, in a path and in a fragment; an address in a query.
+        "https://host/it's?token={}",
+        "https://host/x?a=it's&token={}",
+        "https://host/x;token={}",
+        "https://host/x#token={}",
+        "https://host/x?next=https%3A%2F%2Fme%3A{}%40host",
+        "https%3A%2F%2Fme%3A{}%40host%2Fx",
+        # Headers, settings, and tokens by their form.
+        "Authorization: {}",
+        "{{'Authorization': 'Basic {}'}}",
+        "X-Auth-Token: {}",
+        "AWS_SECRET_ACCESS_KEY={}",
+        "WANDB_API_KEY='{}'",
+        "ghp_{}",
+    ],
+)
+def test_secrets_of_every_kind_are_redacted(text):
+    secret = "5ecr3tABCDEFGHIJKLMNOP"
+    assert secret not in redact(f"x '{text.format(secret, secret)}': no such file")
+
+
+@pytest.mark.parametrize(
+    "part", ["a", "a-", "a.", ";a=,", "://a", "%3A%2F%2F", "token", "a:'", "@"]
+)
+def test_redaction_takes_time_in_proportion_to_the_text(part):
+    began = time.perf_counter()
+    redact("https://host/ " + part * 100_000)
+    assert time.perf_counter() - began < 10

@@ -20,7 +20,7 @@ from raymerge.apps.peers.methods import Method
 from raymerge.apps.peers.state_dicts import Inputs, Part, files_of
 from raymerge.errors import CheckpointError, UserError, escape_unprintable
 from raymerge.files.atomic import stage_file, write_json, write_text
-from raymerge.files.output_folder import nearest_folder, require_output
+from raymerge.files.output_folder import OutputFolder, nearest_folder
 from raymerge.files.progress import progress_bar
 from raymerge.files.threads import parallel_map
 from raymerge.models.checkpoints.checkpoint import TensorSpec, read_tensor
@@ -28,6 +28,7 @@ from raymerge.models.checkpoints.digests import hash_ahead, remember, sha256
 from raymerge.models.checkpoints.locate import read_json
 from raymerge.models.checkpoints.safetensors_file import SafetensorsWriter
 from raymerge.models.checkpoints.visual_tower import all_finite
+from raymerge.runs.model_card import code, plain
 
 WEIGHTS = "model.safetensors"
 _MODEL_CARD = """---
@@ -37,7 +38,7 @@ _MODEL_CARD = """---
 
 {summary}
 
-Made by raymerge from the {tool} file `{config}`.
+Made by raymerge from the {tool} file {config}.
 
 ## Files
 
@@ -64,6 +65,8 @@ _MODEL_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+_CARD = "README.md"
+_OWN_FILES = (WEIGHTS, _CARD, *_MODEL_FILES)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ class Job:
 
     def run(self, output: str | None, *, overwrite: bool = False) -> Path:
         """Write the output folder. Raises :class:`UserError` before anything is written."""
-        folder = self._output_folder(output, overwrite)
+        target = self._output_folder(output, overwrite)
+        folder = target.path
         self._model_files()
         print("\n".join(map(escape_unprintable, self.summary)), file=sys.stderr)
         # The weights are complete before anything in the folder is replaced.
@@ -122,26 +126,31 @@ class Job:
         hash_ahead(str(file) for file in files)
         with stage_file(folder / WEIGHTS, nearest_folder(folder)) as (temporary, commit):
             self._merge(temporary)
-            folder.mkdir(parents=True, exist_ok=True)
+            target.claim([folder / n for n in _OWN_FILES if (folder / n).exists()])
+            write_text(folder / self.config_name, self.text)  # marks the folder
+            target.require_own()
             commit()
 
-        # Config and tokenizer, the file that was merged, the model card.
+        # Config and tokenizer, the model card.
         self._copy_model_files(folder)
-        write_text(folder / self.config_name, self.text)
-        write_text(folder / "README.md", self._model_card(files))
+        card = self._model_card(files)
+        target.require_own()
+        write_text(folder / _CARD, card)
+        target.finish()
         remember()
         return folder
 
-    def _output_folder(self, output: str | None, overwrite: bool) -> Path:
+    def _output_folder(self, output: str | None, overwrite: bool) -> OutputFolder:
         name = output or self.output
         if name is None:
             raise UserError("output: missing; name a folder with --output")
-        folder = Path(name).absolute()
         writer = f"a merge of {self.tool}'s files"
-        require_output(folder, [self.config_name], writer=writer, flags={"overwrite": overwrite})
+        target = OutputFolder(Path(name), [self.config_name], _CARD, writer=writer)
+        target.check({"overwrite": overwrite})
+        folder = target.path
         if any(file.parent == folder for row in self.inputs.rows for file in files_of(row)):
             raise UserError(f"output {folder}: holds a model that is merged; choose another folder")
-        return folder
+        return target
 
     def _merge(self, path: Path) -> None:
         inputs = self.inputs
@@ -206,11 +215,13 @@ class Job:
         common = Path(os.path.commonpath([file.parent for file in files]))
         return _MODEL_CARD.format(
             front=yaml.safe_dump(front, sort_keys=False),
-            title=self.title,
-            summary="\n".join(f"- {line.strip()}" for line in self.summary),
+            title=plain(self.title),
+            summary="\n".join(f"- {plain(line.strip())}" for line in self.summary),
             tool=self.tool,
-            config=self.config_name,
-            hashes="\n".join(f"| `{f.relative_to(common)}` | `{sha256(f)}` |" for f in files),
+            config=code(self.config_name),
+            hashes="\n".join(
+                f"| {code(str(f.relative_to(common)))} | `{sha256(f)}` |" for f in files
+            ),
         )
 
 

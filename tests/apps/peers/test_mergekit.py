@@ -326,6 +326,39 @@ def test_the_output_folder_has_a_model_card_and_the_file(tmp_path: Path, run: Co
     assert "lambda: 0.5" in (out / "mergekit_config.yml").read_text()
 
 
+def test_a_replaced_merge_is_kept_until_the_new_one_is_whole(
+    tmp_path: Path, run: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three(tmp_path)
+    config, out = mergekit(tmp_path, "task_arithmetic", {"weight": 0.5}), tmp_path / "out"
+    run.ok("merge", config, "--output", out)
+    names = ("model.safetensors", "mergekit_config.yml", "README.md")
+    old = {name: (out / name).read_bytes() for name in names}
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    again = ("merge", config, "--output", out, "--overwrite", "-o", "parameters.lambda=0.5")
+    with monkeypatch.context() as patch:
+        patch.setattr("raymerge.apps.peers.job.Job._model_card", killed)
+        run(*again)
+    assert {name: (out / ".previous" / name).read_bytes() for name in names} == old
+    run.ok(*again)
+    assert not (out / ".previous").exists()
+    assert (out / "model.safetensors").read_bytes() != old["model.safetensors"]
+
+
+def test_the_card_shows_names_literally(tmp_path: Path, run: Commands) -> None:
+    three(tmp_path)
+    (tmp_path / "one.safetensors").rename(tmp_path / "<img src=x>`|.safetensors")
+    config = mergekit(tmp_path, "task_arithmetic", {"weight": 0.5})
+    config.write_text(config.read_text().replace("one.safetensors", "<img src=x>`|.safetensors"))
+    run.ok("merge", config, "--output", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "<img" not in card
+    assert "&#60;img src=x&#62;&#96;&#124;.safetensors" in card
+
+
 def test_plan_prints_the_merge_and_writes_nothing(tmp_path: Path, run: Commands) -> None:
     three(tmp_path)
     config = mergekit(tmp_path, "task_arithmetic", {"weight": 0.5}, {"weight": 1.0})
