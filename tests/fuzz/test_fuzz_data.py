@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from fuzzing import PREPROCESS, Ground, mutants
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from stored_sets import write_npz, write_parquet, write_tar
@@ -45,6 +48,17 @@ PARQUETS = [
         lambda p, s: write_parquet(p, s, struct=False, labels=["x", "y", "x", "y"]), "parquet"
     ),
 ]
+
+
+def packed(codec: str) -> bytes:
+    """Return a data set whose labels unpack to far more than the file has."""
+    table = pa.table({"image": [b"x"] * 4, "label": ["y" * (1 << 20), "x", "y", "x"]})
+    out = io.BytesIO()
+    pq.write_table(table, out, compression=codec)
+    return out.getvalue()
+
+
+LARGE = [packed(codec) for codec in ("zstd", "brotli", "gzip", "snappy")]
 NPZS = [
     originals(write_npz, "npz"),
     originals(lambda p, s: write_npz(p, s, compressed=True), "npz"),
@@ -105,28 +119,104 @@ def test_parquet(ground: Ground, content: bytes) -> None:
     examine(ground, content, "parquet")
 
 
+@given(content=mutants(LARGE))
+def test_parquet_pages(ground: Ground, content: bytes) -> None:
+    """Pages that unpack to far more than they take, with damaged sizes."""
+    examine(ground, content, "parquet")
+
+
+VALUES = st.sampled_from((0, 1, 1 << 10, 1 << 20, 30 << 20))
+
+
+@given(
+    size=VALUES,
+    rows=st.sampled_from((1, 3, 100, 5000)),
+    codec=st.sampled_from(("none", "snappy", "zstd", "brotli", "gzip")),
+    encoding=st.sampled_from(
+        ("dictionary", "PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY")
+    ),
+    column=st.sampled_from(("image", "label")),
+)
+@settings(max_examples=max(20, settings.default.max_examples // 25))
+def test_parquet_values_that_stand_for_many(
+    ground: Ground, size: int, rows: int, codec: str, encoding: str, column: str
+) -> None:
+    """One value for thousands of rows takes no more memory than a few of them."""
+    if encoding != "dictionary" and size * rows > 100 << 20:
+        rows = max(1, (100 << 20) // size)  # the writer holds all of them
+    one = pa.array([bytes(size) if column == "image" else "x" * size])
+    many = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), one)
+    other = [b"x"] * rows if column == "label" else [0] * rows
+    table = pa.table({column: many if encoding == "dictionary" else many.dictionary_decode(),
+                      "label" if column == "image" else "image": other})  # fmt: skip
+    how = {"dictionary_pagesize_limit": 1 << 30} if encoding == "dictionary" else {
+        "use_dictionary": False, "column_encoding": {column: encoding}}  # fmt: skip
+    out = io.BytesIO()
+    pq.write_table(table, out, compression=codec, store_schema=False, **how)
+    examine(ground, out.getvalue(), "parquet")
+
+
 @given(content=mutants(NPZS))
 def test_npz(ground: Ground, content: bytes) -> None:
     examine(ground, content, "npz")
 
 
+@given(
+    kind=st.sampled_from(b"xgXLKSV17"),
+    size=st.sampled_from((0, 1, 20, 600, 70_000, 1 << 20, 1 << 33)),
+    content=st.binary(max_size=30)
+    | st.sampled_from((b"1", b"9" * 500, b"20 GNU.sparse.map=9,9", b"17 size=99999999", b"9 a=\n"))
+    | st.builds(
+        "{} {}={}\n".format,
+        st.integers(-1, 10**30),
+        st.sampled_from(("path", "size", "GNU.sparse.major", "GNU.sparse.map", "hdrcharset")),
+        st.sampled_from(("1", "-1", "9" * 400, "../x.png", "BINARY", "1,2,3", "")),
+    ).map(str.encode),
+    repeat=st.sampled_from((1, 2, 4000)),
+)
+def test_tar_extended_headers(
+    ground: Ground, kind: int, size: int, content: bytes, repeat: int
+) -> None:
+    """Headers of pax and GNU before a member, of any length, with numbers of many digits."""
+    content *= repeat
+    info = tarfile.TarInfo("x.png")
+    info.type, info.size = bytes([kind]), size or len(content)
+    head = info.tobuf(tarfile.GNU_FORMAT)
+    examine(ground, head + content + bytes(-len(content) % 512) + TARS[0], "tar")
+
+
 HEADERS = st.builds(
     "{{'descr': {}, 'fortran_order': {}, 'shape': {}, }}".format,
-    st.sampled_from(("'|u1'", "'|O'", "'<i8'", "[('a', '<f8')]", "'<U999999999'", "x", "'|V9'")),
+    st.sampled_from(("'|u1'", "'|O'", "'<i8'", "[('a', '<f8')]", "'<U999999999'", "x", "'|V9'",
+                     "'<U450000000'", "'<U2000'", "'|b1'")),
     st.sampled_from(("False", "True", "None", "__import__('os')")),
     st.sampled_from(("(4, 8, 8, 3)", "(-1, 8, 8)", "(2**40, 1, 1)", "(99999999999999999999, 1, 1)",
                      "(4,)", "()", "(0, 8, 8)", "('a',)", "((((", "(4, 8, 8, 3.0)")),
 )  # fmt: skip
 
 
-@given(header=HEADERS | st.text(max_size=60), method=st.sampled_from((0, 8)))
-def test_npz_headers(ground: Ground, header: str, method: int) -> None:
+@given(
+    header=HEADERS | st.text(max_size=60),
+    method=st.sampled_from((0, 8)),
+    version=st.integers(0, 4),
+    length=st.sampled_from((None, 0, 10_000, 65_535, 1 << 20, 2**32 - 1)),
+    rest=st.sampled_from((768, 0, 1 << 20, 40 << 20)),
+    fields=st.sampled_from(("images", "labels", "both")),
+)
+def test_npz_headers(
+    ground: Ground, header: str, method: int, version: int, length: int | None, rest: int,
+    fields: str,
+) -> None:  # fmt: skip
     text = header.encode().ljust(118)
-    member = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(768)
+    width = 2 if version < 2 else 4
+    size = min(len(text) if length is None else length, 256**width - 1).to_bytes(width, "little")
+    member = b"\x93NUMPY" + bytes([version, 0]) + size + text
+    member += bytes(rest if method or rest < 1 << 20 else 768)
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", method) as archive:
-        archive.writestr("images.npy", member)
-        archive.writestr("labels.npy", member if method else npy(np.arange(4) % 2))
+        images = npy(np.zeros((4, 8, 8, 3), np.uint8))
+        archive.writestr("images.npy", images if fields == "labels" else member)
+        archive.writestr("labels.npy", npy(np.arange(4) % 2) if fields == "images" else member)
     examine(ground, out.getvalue(), "npz")
 
 
