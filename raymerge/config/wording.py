@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from raymerge.errors import did_you_mean, excerpt, unknown_name
+from raymerge.errors import did_you_mean, excerpt, one_line, shorten, unknown_name
 
 _ALSO_READ = {"Config": ("preset", "suite"), "TaskConfig": ("dataset",)}
 """Keys that loading takes out before validation, by schema."""
@@ -34,7 +34,7 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
 
     # Errors about a value: our own validators word theirs; a union has one for each choice.
     if first["type"] == "value_error":
-        reason = str(first["ctx"]["error"])
+        reason = shorten(str(first["ctx"]["error"]), 400)
         return f"{key}: {reason}" if key else reason
     hint = "; put it in quotes" if _is_unquoted(first) else ""
     messages = [e["msg"] for e in error.errors() if _key_path(e["loc"], schema) == key]
@@ -60,7 +60,7 @@ def _key_path(loc: Sequence[int | str], schema: type[BaseModel]) -> str:
         if isinstance(item, int):
             parts[-1] += f"[{item}]"
         elif _is_key(loc[:i], item, schema):
-            parts.append(item)
+            parts.append(one_line(item, 60))
     return ".".join(parts)
 
 

@@ -17,6 +17,7 @@ from raymerge.data import folder
 from raymerge.data.images import ImageList, Source, StoredImages
 from raymerge.data.sources.labels import as_places, class_indices
 from raymerge.data.sources.reference import DataReference, parse_reference
+from raymerge.data.sources.unread import other_form, remedy_of
 from raymerge.data.sources.urls import local_reference
 from raymerge.errors import DataError
 
@@ -131,7 +132,8 @@ def _open(reference: DataReference) -> Source | None:
         return open_arrays(reference, path)
     if path.is_file():
         raise DataError(
-            f"{path}: is no image folder and no .parquet, .tar or .npz file; see docs/data.md"
+            f"{path}: is no image folder and no .parquet, .tar or .npz file; "
+            f"{remedy_of(path) or 'see docs/data.md'}"
         )
     _refuse_options(reference)
     return None
@@ -141,11 +143,9 @@ def _open_folder(reference: DataReference, root: Path) -> Source | None:
     """Open a folder of Parquet or tar files; None for a folder that holds any image."""
     stored = _stored_files(root)
     if not stored or folder.image_files(root):
-        if not stored and any(path.suffix == ".arrow" for path in _near(root, 3)):
-            raise DataError(
-                f"{root}: holds Arrow files, as save_to_disk of datasets writes them; write each "
-                "split with split.to_parquet(FILE) and name that file"
-            )
+        form = other_form(root, _near(root, 3)) if stored == [] else ""
+        if form and not folder.image_files(root):  # images may lie deeper
+            raise DataError(f"{root}: {form}")
         _refuse_options(reference)
         return None
     if stored[0].suffix.lower() == ".tar":
@@ -160,15 +160,15 @@ def _open_folder(reference: DataReference, root: Path) -> Source | None:
     return open_parquet(reference, files)
 
 
-def _stored_files(root: Path) -> list[Path]:
+def _stored_files(root: Path) -> list[Path] | None:
     """Return the tar files of a folder, or its Parquet files at most two folders deeper.
 
-    The search ends at the first image.
+    The search ends at the first image, and returns None.
     """
     files: list[Path] = []
     for path in _near(root, 3):
         if folder.is_image(path):
-            return []
+            return None
         if path.suffix.lower() == ".parquet" or (
             path.suffix.lower() == ".tar" and path.parent == root
         ):

@@ -779,6 +779,46 @@ def test_a_folder_of_arrow_files_names_the_remedy(tmp_path, place):
         unlabeled_images(str(tmp_path), "w")
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train.zip"], r"holds archives \(train\.zip\); unpack them, and name the folder"),
+        (["images.tar.gz"], r"holds compressed files \(images\.tar\.gz\); unpack them"),
+        (["train/0.tar", "test/0.tar"], r"holds tar shards in t\w+; name .*/t\w+$"),
+        (["a/1.heic"], r"images of another format \(1\.heic\); convert the images"),
+        (["train_32x32.mat"], r"holds arrays .*np\.savez"),
+        (["t10k-images-idx3-ubyte.gz"], "torchvision:MNIST:test"),
+        (["cifar-10-batches-py/data_batch_1"], "torchvision:CIFAR10:test"),
+        (
+            ["snapshots/abc/data/x/test.parquet"],
+            r"the hub's cache; name .*/snapshots/abc, or write",
+        ),
+        (["dataset_dict.json", "train/data-00000-of-00001.arrow"], "write each split with split"),
+        (["labels.csv"], r"holds records \(labels\.csv\); write the images as a folder"),
+        (["notes.txt"], "holds no image|0 class folders"),
+    ],
+)
+def test_a_folder_of_another_form_is_named_with_the_remedy(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    for read in (unlabeled_images, lambda text, where: labelled_images(text, CLASSES, where)):
+        with pytest.raises(
+            DataError, match=message if "holds no image" not in message else ""
+        ) as r:
+            read(str(tmp_path), "w")
+        assert "\n" not in str(r.value)
+
+
+def test_files_of_other_forms_beside_images_do_not_matter(tmp_path):
+    write_image(tmp_path / "a" / "b" / "c" / "d" / "1.png", np.random.default_rng(0))
+    for name in ("labels.csv", "train.zip", "x.arrow"):
+        (tmp_path / name).write_bytes(b"x")
+    assert len(unlabeled_images(str(tmp_path), "w")) == 1
+    with pytest.raises(DataError, match=r"train\.zip: is no image folder .*; unpack it, and name"):
+        unlabeled_images(str(tmp_path / "train.zip"), "w")
+
+
 def test_texts_that_are_numbers_have_places(tmp_path, samples):
     content = [path.read_bytes() for path, _ in samples[:3]]
     table = pa.table({"image": content, "label": ["10", "9", "0"]})
