@@ -37,6 +37,10 @@ def unlabeled_images(folder: str, where: str) -> ImageList:
             f"{where}: {root}: holds no image ({', '.join(sorted(SUFFIXES))}); name a folder that "
             "holds some"
         )
+    filled = {path.relative_to(root).parts[0] for path in paths}
+    empty = [p.name for p in sorted(root.iterdir()) if _is_class_folder(p) and p.name not in filled]
+    if empty:
+        logger.warning("%s: %d folders hold no image (%s)", where, len(empty), quote_names(empty))
     return ImageList(tuple(paths), (-1,) * len(paths))
 
 
@@ -46,7 +50,7 @@ def labelled_images(folder: str, classnames: Sequence[str], where: str) -> Image
     Classes without an image are said in a warning.
     """
     root = _existing(folder, where)
-    folders = [p.name for p in root.iterdir() if p.is_dir() and not is_hidden(p.name)]
+    folders = [path.name for path in root.iterdir() if _is_class_folder(path)]
     names = dict(zip(folders, _classes_of(folders, classnames, where, root), strict=True))
     of_class: dict[int, list[Path]] = {label: [] for label in range(len(classnames))}
     beside = 0
@@ -104,11 +108,15 @@ def _classes_of(
     return [place for place in places if place is not None]
 
 
+def _is_class_folder(path: Path) -> bool:
+    return path.is_dir() and not is_hidden(path.name)
+
+
 def _holds_classes(folder: Path, classnames: Sequence[str]) -> bool:
     """Return whether all visible folders in a folder are classes by name."""
     plain = {plain_name(name) for name in classnames}
     with suppress(OSError):
-        names = [p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name)]
+        names = [path.name for path in folder.iterdir() if _is_class_folder(path)]
         return bool(names) and all(plain_name(name) in plain for name in names)
     return False
 

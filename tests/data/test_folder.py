@@ -87,6 +87,7 @@ def test_a_class_without_images_is_scored_and_said(tmp_path, caplog, is_there):
     if is_there:
         (tmp_path / "b").mkdir()
     assert len(unlabeled_images(str(tmp_path), "w")) == 2
+    assert ("w: 1 folders hold no image ('b')" in caplog.text) == is_there
     assert labelled_images(str(tmp_path), ["a", "b", "c"], "w").labels == (0, 2)
     assert "w: 1 of 3 classes have no image ('b')" in caplog.text
 
