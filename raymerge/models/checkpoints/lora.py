@@ -35,6 +35,7 @@ CONFIG_FILE = "adapter_config.json"
 _WRAPPER = "base_model.model."
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _TEXT = re.compile(r"(?:^|\.)text_model\.|(?:^|\.)(text_projection|token_embedding)$")
+_VISUAL = re.compile(r"(?:^|\.)(?:vision_model|visual_projection|visual)\.")
 _MAX_PATTERN_LENGTH = 256
 _MAX_REPEATS = 3
 # A repeated group, or many repeats, can take for ever to fail; no name of modules needs them.
@@ -76,6 +77,17 @@ def _adapter_prefix(keys: Iterable[str]) -> str:
     return prefixes.most_common(1)[0][0] if prefixes else ""
 
 
+def _changed_or_visual(specs: Mapping[str, TensorSpec]) -> Mapping[str, TensorSpec]:
+    """Return the factors and the visual tensors of a whole wrapped model's state dict, which also
+    holds its text tower, and the untrained copies of ``modules_to_save``."""
+    return {
+        key: spec
+        for key, spec in specs.items()
+        if _LORA.fullmatch(key) or (_VISUAL.search(key) and not key.endswith("position_ids"))
+        if ".original_module." not in key
+    }
+
+
 @dataclass(frozen=True)
 class _Change:
     """A change of rows ``part`` of ``parts`` of one of open_clip's tensors.
@@ -110,6 +122,8 @@ class LoraCheckpoint:
             for key, spec in container.specs.items()
             if key.startswith(self._prefix)
         }
+        if any(".base_layer." in key for key in self.specs):
+            self.specs = _changed_or_visual(self.specs)
         self._config = self._read_config()
         self.changes = self._collect()
 

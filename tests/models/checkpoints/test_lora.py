@@ -390,3 +390,15 @@ def test_an_adapter_in_training_code_is_the_plain_one(
     wrapped = {prefix + key: each for key, each in state.items()}
     torch.save({"model": wrapped, "optimizer": moments}, tmp_path / "adapter_model.bin")
     assert_merged(base, tmp_path, adapted)
+
+
+@pytest.mark.parametrize("case", ["all linear", "saved whole", "bias"])
+def test_a_whole_wrapped_state_dict_is_the_merged_model(
+    base: VisualCheckpoint, tmp_path: Path, case: str
+) -> None:
+    adapted = adapt(clip_model(), **CASES[case])
+    adapted.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    state = {"state_dict": {f"net.{key}": each for key, each in adapted.state_dict().items()}}
+    torch.save({**state, "epoch": 3}, tmp_path / "adapter_model.bin")
+    assert_merged(base, tmp_path, adapted)
