@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -18,7 +19,13 @@ import torch
 from torch import Tensor
 
 from raymerge.config import ModelConfig
-from raymerge.errors import CheckpointError, RunError, UserError, one_line
+from raymerge.errors import (
+    CheckpointError,
+    RunError,
+    UserError,
+    escape_unprintable,
+    one_line,
+)
 from raymerge.files.atomic import stage_folder, sync, write_atomically
 from raymerge.models.checkpoints import huggingface_config
 from raymerge.models.checkpoints.checkpoint import (
@@ -30,6 +37,7 @@ from raymerge.models.checkpoints.checkpoint import (
 from raymerge.models.checkpoints.huggingface import HuggingFaceCheckpoint, stored_keys
 from raymerge.models.checkpoints.locate import locate, split_part
 from raymerge.models.checkpoints.safetensors_file import SafetensorsWriter
+from raymerge.models.checkpoints.visual_tower import choice_of
 from raymerge.models.pretrained import open_pretrained, unmerged_keys
 from raymerge.models.resolve import (
     CONFIG_FILE,
@@ -41,6 +49,8 @@ from raymerge.models.resolve import (
 
 Format = Literal["open_clip", "hf"]
 Also = Literal["hf", "state_dict"]
+
+logger = logging.getLogger(__name__)
 
 HF_FOLDER = "hf"
 STATE_DICT_FILE = "state_dict.pt"
@@ -70,6 +80,8 @@ def convert(
     _require_free(destination)
     resolved = _resolve(reference, arch)
     files = _files(resolved, to)
+    if choice := choice_of(open_pretrained(resolved)[0], resolved.weights.name):
+        logger.warning("%s", escape_unprintable(choice))
     with stage_folder(destination) as folder:
         for name, write in files.items():
             write(folder / name)

@@ -9,6 +9,7 @@ Legend: K models, L layers, T tensors, P columns of the flat vector, B examples,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,15 +40,17 @@ from raymerge.engine.worker.module_model import (
     flat_copy,
 )
 from raymerge.engine.worker.vectors import StreamedTaskVectorStore
-from raymerge.errors import UserError
+from raymerge.errors import UserError, escape_unprintable
 from raymerge.files.progress import progress_bar
 from raymerge.merging.basis import Basis, BasisInputs, ConstantRow
 from raymerge.merging.layout import LayerMap
 from raymerge.merging.method import Method, Schedule
 from raymerge.merging.registry import method_of
 from raymerge.models.checkpoints.task_vectors import ties_statistics
-from raymerge.models.checkpoints.visual_tower import VisualCheckpoint
+from raymerge.models.checkpoints.visual_tower import VisualCheckpoint, choice_of
 from raymerge.runs.inputs import make_learning, uniform_lambdas
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,9 @@ def merge_module(
     parts = ModuleParts(model, experts, merged, logits)
     files = ModuleFiles.open(parts)
     opened = [files.experts[name] for name in experts]
+    for name, expert in files.experts.items():
+        if choice := choice_of(expert, expert.checkpoint.path.name):
+            logger.warning("experts[%r]: %s", name, escape_unprintable(choice))
     ties = partial(ties_statistics, files.pretrained, opened)
     basis = row.basis(options, BasisInputs(tuple(experts), seed, ties))
     layers = files.layout.layers(row.granularity(options))

@@ -262,7 +262,7 @@ def test_a_format_that_cannot_express_the_model_is_refused_before_the_merge(
 
 
 @pytest.mark.parametrize("part", ["net", "net_ema"])
-def test_the_named_part_of_a_file_is_converted(tmp_path, ours, part) -> None:
+def test_the_named_part_of_a_file_is_converted(tmp_path, ours, part, caplog) -> None:
     state = load_file(ours / WEIGHTS)
     scales = {"net": 1.0, "net_ema": 2.0}
     states = {name: {**state, "logit_scale": torch.tensor(scale)} for name, scale in scales.items()}
@@ -270,3 +270,6 @@ def test_the_named_part_of_a_file_is_converted(tmp_path, ours, part) -> None:
     arch = f"local-dir:{ours}"
     convert(f"{tmp_path}/x.pt#{part}", tmp_path / "out", "open_clip", arch=arch)
     assert float(load_file(tmp_path / "out" / WEIGHTS)["logit_scale"]) == scales[part]
+    assert caplog.text == ""
+    convert(f"{tmp_path}/x.pt", tmp_path / "first", "open_clip", arch=arch)
+    assert "of x.pt the model under net.* is taken; it also holds net_ema.*" in caplog.text

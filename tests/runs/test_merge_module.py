@@ -108,6 +108,21 @@ def test_files_state_dicts_and_modules_are_the_same(models, tmp_path: Path) -> N
         assert torch.equal(tensor, other.state_dict[name]), name
 
 
+def test_an_expert_in_training_code_is_found_and_the_choice_is_said(
+    models, tmp_path: Path, caplog
+) -> None:
+    model, experts = models
+    plain = raymerge.merge_module(model, experts, "average").state_dict
+    first, other = next(iter(experts)), next(reversed(experts.values()))
+    state = {f"_orig_mod.{key}": each for key, each in experts[first].state_dict().items()}
+    torch.save({"ema": other.state_dict(), "net": state, "epoch": 2}, tmp_path / "x.pt")
+    wrapped = raymerge.merge_module(
+        model, {**experts, first: tmp_path / "x.pt"}, "average"
+    ).state_dict
+    assert all(torch.equal(wrapped[key], each) for key, each in plain.items())
+    assert "x.pt the model under net._orig_mod.* is taken; it also holds ema.*" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["average", "dare", "tsv", "iso_c", "iso_cts", "wudi"])
 def test_every_method_without_data_changes_every_matrix(models, name: str) -> None:
     model, experts = models

@@ -32,9 +32,11 @@ from raymerge.models.checkpoints.huggingface import (
     is_huggingface,
     stored_keys,
 )
+from raymerge.models.checkpoints.locate import split_part
 from raymerge.models.checkpoints.lora import LoraCheckpoint
 from raymerge.models.checkpoints.opening import open_checkpoint
 from raymerge.models.checkpoints.opening import open_state_dict as open_file
+from raymerge.models.checkpoints.recognise import prefixes_of
 from raymerge.models.checkpoints.visual_tower import all_finite, require_finite
 from raymerge.models.convert import HuggingFaceView
 
@@ -54,10 +56,11 @@ def find(reference: str, root: Path) -> str:
     """
     if is_remote(reference):
         return reference
-    name = reference.removeprefix("local-dir:").removeprefix("hf-hub:")
+    place, part = split_part(reference)
+    name = place.removeprefix("local-dir:").removeprefix("hf-hub:")
     path = find_local(name, root)
     if path is not None:
-        return path
+        return f"{path}#{part}" if part else path
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and Path(name).suffix not in (
         ".safetensors", ".pt", ".pth", ".bin", ".ckpt",
     ):  # fmt: skip
@@ -88,11 +91,21 @@ def _download(repository: str) -> Path:
 
 def open_state_dict(reference: str) -> Checkpoint:
     """Open a file, or a folder as transformers writes it: one file, or shards with an index."""
-    for name in _WEIGHTS if Path(reference).is_dir() else ():
-        for file in (Path(reference, f"{name}.index.json"), Path(reference, name)):
+    place, part = split_part(reference)
+    for name in _WEIGHTS if Path(place).is_dir() else ():
+        for file in (Path(place, f"{name}.index.json"), Path(place, name)):
             if file.is_file():
-                return open_file(file)
+                return open_file(f"{file}#{part}" if part else file)
     return open_file(reference)
+
+
+def _named_alike(row: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """Return a model under the names of another, where a wrapper has put a prefix in front."""
+    prefix = next(iter(prefixes_of(row.specs, other.specs)), "")
+    if not prefix or row is other:
+        return row
+    keys = {key.removeprefix(prefix): key for key in row.specs if key.startswith(prefix)}
+    return ViewCheckpoint(row.path, row.kind, {name: (row, key) for name, key in keys.items()})
 
 
 class AdaptedModel(ViewCheckpoint):
@@ -174,7 +187,8 @@ class Inputs:
         only: str = "",
         base_named: bool = False,
     ) -> None:
-        self.models, self.base = tuple(models), base
+        first = models[0] if base is None else base
+        self.models, self.base = tuple(_named_alike(each, first) for each in models), base
         self.rows = (*self.models, *([] if base is None else [base]))
         # Names and shapes are compared before anything is read.
         naming = self.rows if base_named else self.models

@@ -28,6 +28,7 @@ from raymerge.merging.fisher import add_row_squares
 from raymerge.merging.layout import ParameterLayout
 from raymerge.models.checkpoints.checkpoint import Checkpoint, TensorSpec
 from raymerge.models.checkpoints.opening import open_stored
+from raymerge.models.checkpoints.recognise import prefixes_of
 from raymerge.models.checkpoints.visual_tower import VisualCheckpoint, match_visual
 from raymerge.models.flat import view_flat
 
@@ -127,7 +128,7 @@ class ModuleFiles:
             )
         ignored = state.keys() - set(layout.names)
         experts = {
-            name: match_visual(_open_expert(name, expert, ignored), layout)
+            name: match_visual(_open_expert(name, expert, layout, ignored), layout)
             for name, expert in parts.experts.items()
         }
         pretrained = match_visual(_as_checkpoint("the model", state, ignored), layout)
@@ -143,14 +144,17 @@ def _layout(model: nn.Module, merged: Callable[[str], bool]) -> ParameterLayout:
     return ParameterLayout.of({k: t for k, t in state.items() if k not in tied and merged(k)})
 
 
-def _open_expert(name: str, expert: Expert, ignored: set[str]) -> Checkpoint:
+def _open_expert(
+    name: str, expert: Expert, layout: ParameterLayout, ignored: set[str]
+) -> Checkpoint:
     if isinstance(expert, nn.Module):
         expert = expert.state_dict()
     if isinstance(expert, Mapping):
         return _as_checkpoint(f"experts[{name!r}]", expert, ignored)
     checkpoint = open_stored(str(expert))
-    specs = checkpoint.specs.items()
-    checkpoint.specs = {key: spec for key, spec in specs if key not in ignored}
+    specs, prefixes = checkpoint.specs, prefixes_of(checkpoint.specs, layout.names)
+    skipped = {prefix + key for prefix in ("", *prefixes) for key in ignored}
+    checkpoint.specs = {key: spec for key, spec in specs.items() if key not in skipped}
     return checkpoint
 
 

@@ -42,7 +42,7 @@ def prefixes_of(keys: Collection[str], names: Collection[str]) -> list[str]:
         return []
     most = max(counts.values())
     found = [prefix for prefix, count in counts.items() if count == most]
-    return sorted(found, key=lambda prefix: bool(_AVERAGE.search(prefix)))
+    return sorted(found, key=lambda prefix: (bool(_AVERAGE.search(prefix)), prefix != ""))
 
 
 def _splits(keys: Collection[str], dots: int) -> Iterator[tuple[str, str]]:

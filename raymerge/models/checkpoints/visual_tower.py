@@ -9,6 +9,7 @@ Legend: n columns of one piece.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -138,6 +139,32 @@ def match_visual(
     )
 
 
+def choice_of(visual: VisualCheckpoint, place: str) -> str:
+    """Return which of several models in a file was taken; empty where it holds only one.
+
+    ``place``: the file, as the sentence is to name it.
+    """
+    if not visual.others:
+        return ""
+    part = re.sub(r"(?:^|\.)(?:visual|vision_model)\.$|\.$", "", visual.others[0])
+    more = [f"{_shortened(prefix)}*" for prefix in visual.others]
+    remedy = f" (to take the other one write {place}#{part})" if part else ""
+    return (
+        f"of {place} the model under {_shortened(visual.chosen)}* is taken; it also holds "
+        f"{listing(more)}{remedy}"
+    )
+
+
+def _shortened(prefix: str) -> str:
+    return prefix if len(prefix) <= 60 else f"{prefix[:28]}…{prefix[-28:]}"
+
+
+def listing(names: Sequence[str], limit: int = 3) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{more}"
+
+
 def _prefixes(checkpoint: Checkpoint, layout: ParameterLayout) -> list[str]:
     """Return the prefixes under which the most tensors are present, the one to take first."""
     prefixes = prefixes_of(checkpoint.specs, layout.names)
@@ -181,8 +208,5 @@ def _shape_hint(key: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> 
     return "is it another architecture? choose the one that it was fine-tuned from"
 
 
-def _listing(word: str, names: Sequence[str], limit: int = 4) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{len(names)} {word} ({', '.join(names[:limit])}{more})"
+def _listing(word: str, names: Sequence[str]) -> str:
+    return f"{len(names)} {word} ({listing(names, 4)})" if names else ""

@@ -7,7 +7,6 @@ they name local files without their folders.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -20,7 +19,7 @@ from raymerge.files.urls import is_remote, redact_url
 from raymerge.merging.layout import Piece
 from raymerge.models.checkpoints.locate import split_part
 from raymerge.models.checkpoints.recognise import is_training_state
-from raymerge.models.checkpoints.visual_tower import VisualCheckpoint
+from raymerge.models.checkpoints.visual_tower import VisualCheckpoint, choice_of, listing
 from raymerge.models.pretrained import unmerged_keys
 
 _SAMPLE = 1 << 16
@@ -69,26 +68,8 @@ def expert_warnings(
 
 def choice_warning(opened: OpenedCheckpoint) -> str:
     """Say which of several models in one file is taken."""
-    visual, place = opened.visual, opened.place
-    if not visual.others:
-        return ""
-    part = re.sub(r"(?:^|\.)(?:visual|vision_model)\.$|\.$", "", visual.others[0])
-    more = [f"{_shortened(prefix)}*" for prefix in visual.others]
-    remedy = f" (to take the other one write {place}#{part})" if part else ""
-    return (
-        f"{opened.owner}: of {place} the model under {_shortened(visual.chosen)}* is taken; it "
-        f"also holds {_listed(more)}{remedy}"
-    )
-
-
-def _shortened(prefix: str) -> str:
-    """Return a prefix of keys, shortened where it is long."""
-    return prefix if len(prefix) <= 60 else f"{prefix[:28]}…{prefix[-28:]}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    choice = choice_of(opened.visual, opened.place)
+    return f"{opened.owner}: {choice}" if choice else ""
 
 
 # --- what is left out ----------------------------------------------------------------------------
@@ -100,7 +81,8 @@ def _text_tower(pretrained: VisualCheckpoint, expert: OpenedCheckpoint) -> str:
     base, changed, compared = pretrained.checkpoint, 0, 0
     for name, key in unmerged_keys(pretrained).items():
         own, theirs = stored.specs.get(root + name), base.specs[key]
-        if own is None or own.shape != theirs.shape or not own.dtype.is_floating_point:
+        is_scale = name in ("logit_scale", "logit_bias")
+        if own is None or own.shape != theirs.shape or not own.dtype.is_floating_point or is_scale:
             continue
         count, compared = min(_SAMPLE, own.numel), compared + 1
         ours_n, theirs_n = torch.empty(count, dtype=own.dtype), torch.empty(count)
@@ -140,7 +122,7 @@ def _left_out(pretrained: VisualCheckpoint, expert: OpenedCheckpoint) -> str:
     if not left:
         return ""
     return (
-        f"{expert.owner}: {expert.place} also holds {_listed([excerpt(key) for key in left])}: not "
+        f"{expert.owner}: {expert.place} also holds {listing([excerpt(key) for key in left])}: not "
         "in the image encoder and not in the pretrained model, so left out"
     )
 

@@ -15,6 +15,7 @@ from commands import Commands, refused
 from foreign import merged, random_models, save, three, write
 from huggingface_world import clip_model
 from huggingface_world import save as save_model
+from safetensors.torch import load_file
 
 from raymerge.apps.peers import open_foreign
 from raymerge.apps.peers.job import Job
@@ -304,3 +305,22 @@ def test_adapters_that_cannot_be_merged_are_refused_with_the_remedy(
     models["one"].update(change)
     config = write(tmp_path / "pool.yaml", {"models": models, "method": "simple_average"})
     refused(run("plan", config), message)
+
+
+def test_models_as_training_code_saves_them_are_the_plain_ones(
+    tmp_path: Path, run: Commands
+) -> None:
+    three(tmp_path)
+    plain = _merge(run, tmp_path, {"models": POOL, "method": "task_arithmetic"})
+    for name, prefix in (("one", "_orig_mod."), ("two", "net.model.")):
+        state = load_file(tmp_path / f"{name}.safetensors")
+        wrapped = {f"{prefix}{key}": each for key, each in state.items()}
+        other = {key: each + 1 for key, each in state.items()}
+        moments = {"state": {0: {"exp_avg": torch.ones(2)}}}
+        torch.save({"model": wrapped, "ema": other, "optimizer": moments}, tmp_path / f"{name}.pt")
+    pool = {"_pretrained_": "base.safetensors", "one": "one.pt", "two": "two.pt"}
+    ours = _merge(run, tmp_path, {"models": pool, "method": "task_arithmetic"})
+    assert all(torch.equal(ours[key], each) for key, each in plain.items())
+    pool["two"] = "two.pt#ema"
+    other = _merge(run, tmp_path, {"models": pool, "method": "task_arithmetic"})
+    torch.testing.assert_close(other["a"], plain["a"] + 0.3)
