@@ -18,7 +18,9 @@ from raymerge.data.sources.files import FileStamp
 _ANY_PAGE_BYTES = 1 << 26
 _MOST_RATIO = 256
 """A larger page may not unpack to more than this times its size in the file."""
-_HEADER_BYTES, _MOST_HEADER_BYTES = 1 << 10, 1 << 24
+_HEADER_BYTES, _MOST_HEADER_BYTES, _MOST_FOOTER_BYTES = 1 << 10, 1 << 24, 1 << 25
+_ANY_PAGES, _BYTES_PER_PAGE = 1 << 10, 1 << 10
+"""Above the first number, pages must have the second number of bytes on average."""
 _DEEPEST = 16
 _DATA_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = 0, 2, 3
 
@@ -55,7 +57,9 @@ def column_pages(file: FileStamp, group: int, column: str) -> Pages:
 
 
 def _page_sizes(stream: BinaryIO, chunk: _Chunk) -> list[int]:
-    sizes, place, values = [], chunk.start, 0
+    sizes: list[int] = []
+    place, values = chunk.start, 0
+    most = max(_ANY_PAGES, (chunk.end - chunk.start) // _BYTES_PER_PAGE)
     while place < chunk.end and values < chunk.values:
         header, length = _page_header(stream, place)
         unpacked, packed = _size(header, 2), _size(header, 3)
@@ -64,6 +68,8 @@ def _page_sizes(stream: BinaryIO, chunk: _Chunk) -> list[int]:
                 f"a page of column {chunk.column!r:.60} would unpack from {packed:,} to "
                 f"{unpacked:,} bytes"
             )
+        if len(sizes) == most:
+            raise ValueError(f"column {chunk.column!r:.60} has over {most:,} pages in a row group")
         sizes.append(unpacked)
         place += length + packed
         kind = _size(header, 1)
@@ -95,6 +101,8 @@ def _chunks(file: FileStamp) -> list[list[_Chunk]]:
         length, magic = struct.unpack("<I4s", stream.read(8))
         if magic != b"PAR1" or length > file.size - 8:
             raise ValueError("its footer is damaged or encrypted")
+        if length > _MOST_FOOTER_BYTES:
+            raise ValueError(f"its footer has {length:,} bytes")
         stream.seek(file.size - 8 - length)
         content = stream.read(length)
     try:

@@ -543,6 +543,19 @@ def test_a_parquet_page_that_unpacks_to_gigabytes_is_refused_by_its_header(tmp_p
         assert labelled_images(str(path), ["a"], "w").labels == (0,)
 
 
+def test_pages_without_number_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_pages, "_ANY_PAGES", 8)
+    table = pa.table({"image": [b"x" * 50] * 40, "label": [0] * 40})
+    pq.write_table(table, tmp_path / "x.parquet", use_dictionary=False, data_page_size=1,
+                   write_batch_size=1)  # fmt: skip
+    with pytest.raises(DataError, match=r"column 'image' has over 8 pages in a row group"):
+        unlabeled_images(str(tmp_path / "x.parquet"), "w").items[0].encoded()
+    monkeypatch.setattr(parquet_pages, "_MOST_FOOTER_BYTES", 100)
+    parquet_pages._chunks.cache_clear()
+    with pytest.raises(DataError, match=r"its footer has \d+ bytes"):
+        unlabeled_images(str(tmp_path / "x.parquet"), "w").items[0].encoded()
+
+
 def test_a_large_value_is_unpacked_for_few_rows_at_a_time(tmp_path, monkeypatch):
     """A dictionary of one value for many rows, and values that repeat the one before them."""
     monkeypatch.setattr(parquet, "_MOST_GROUP_BYTES", 1 << 26)
