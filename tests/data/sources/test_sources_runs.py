@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,43 @@ def _tensors(file: Path) -> bytes:
     """Without the header, which has the fingerprint of the images' names."""
     content = file.read_bytes()
     return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+@pytest.fixture(scope="module")
+def top1s() -> set[float]:
+    return set()
+
+
+@pytest.mark.parametrize("form", ["folder", "empty folder", "numbers", "texts", "tar"])
+def test_a_class_without_test_images_is_scored_the_same_in_every_form(
+    world: World, tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture, top1s: set[float]
+) -> None:
+    """The other classes' images keep their predictions: the missing class stays in the head."""
+    tasks = deepcopy(list(world.config["tasks"]))
+    names = tasks[0]["classnames"]
+    kept = tmp_path / "test"
+    shutil.copytree(tasks[0]["test"], kept)
+    shutil.rmtree(kept / names[1])
+    if form == "empty folder":
+        (kept / names[1]).mkdir()
+    samples = samples_of(kept, names)
+    texts = [names[label] for _, label in samples]
+    tasks[0]["test"] = {
+        "folder": lambda: kept,
+        "empty folder": lambda: kept,
+        "numbers": lambda: write_parquet(tmp_path / "x.parquet", samples),
+        "texts": lambda: write_parquet(tmp_path / "x.parquet", samples, labels=texts),
+        "tar": lambda: write_tar(tmp_path / "x.tar", samples, "txt", texts),
+    }[form]()
+    tasks[0]["test"] = str(tasks[0]["test"])
+    method = {"name": "task_arithmetic"}
+    _, (_, whole) = _merge(world, tmp_path / "whole", method=method)
+    _, (_, scores) = _merge(world, tmp_path / "out", tasks=tasks, method=method)
+    task = tasks[0]["name"]
+    assert scores[task]["examples"] == whole[task]["examples"] * 2 // 3
+    top1s.add(scores[task]["top1"])
+    assert len(top1s) == 1  # of every form
+    assert {name: each for name, each in scores.items() if name != task} == {
+        name: each for name, each in whole.items() if name != task
+    }
+    assert f"1 of 3 classes have no image ({names[1]!r})" in caplog.text
