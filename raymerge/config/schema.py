@@ -190,7 +190,7 @@ class ClusterConfig(Frozen):
     load_timeout_s: float = Field(default=3600.0, gt=0)
     step_timeout_s: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """Longest step of workers that answer heartbeats. ``auto``: five times the median of the last
-    steps and at least a minute; ten minutes for the first."""
+    steps and at least ten seconds; ten minutes for the first."""
     hang_timeout_s: float = Field(default=60.0, gt=0)
     """A worker that answers no heartbeat for this long is killed and restarted."""
     replace_timeout_s: float = Field(default=60.0, ge=0)
