@@ -75,9 +75,8 @@ def split_files(
     if not places:
         there = sorted({"/".join(_place(path.relative_to(root))) for path in files})
         target = "/".join(filter(None, (config, split)))
-        raise DataError(
-            f"{text}: holds no Parquet file of {target}; it has {quote_names(there, 9) or 'none'}"
-        )
+        choose = f"it has {quote_names(there, 9)}; choose one" if there else "name other files"
+        raise DataError(f"{text}: holds no Parquet file of {target}; {choose}")
     _require_all(list(places), text)
     return list(places)
 

@@ -44,7 +44,7 @@ _ERRORS = (
 )
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
              tarfile.GNUTYPE_LONGLINK)  # fmt: skip
-_MOST_EXTENDED_BYTES = 1 << 16
+_MOST_EXTENDED_BYTES, _MOST_GLOBAL_KEYS = 1 << 16, 1000
 _LONG_NUMBER = re.compile(rb"\d{400}")
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
@@ -260,6 +260,9 @@ class _BoundedInfo(tarfile.TarInfo):
             if _LONG_NUMBER.search(shard.fileobj.read(self.size)):
                 raise tarfile.ReadError("an extended header with a number of hundreds of digits")
             shard.fileobj.seek(place)
+            # Every later member copies them all.
+            if len(shard.pax_headers) > _MOST_GLOBAL_KEYS:
+                raise tarfile.ReadError(f"over {_MOST_GLOBAL_KEYS} keys in global headers")
         member: tarfile.TarInfo = super()._proc_member(shard)  # type: ignore[misc]
         return member
 

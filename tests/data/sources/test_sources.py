@@ -622,6 +622,16 @@ def test_long_numbers_in_a_tars_headers_are_refused_at_once(tmp_path, samples, k
     assert len(unlabeled_images(reference, "w")) == 1
 
 
+def test_global_headers_that_grow_are_refused(tmp_path, samples):
+    records = b"".join(b"%d %07d=x\n" % (13, key) for key in range(1500))
+    with tarfile.open(tmp_path / "x.tar", "w") as shard:
+        for _ in range(3):
+            add(shard, "header", records, type=tarfile.XGLTYPE)
+            add(shard, "a.png", samples[0][0].read_bytes())
+    with pytest.raises(DataError, match=r"x\.tar: .*over 1000 keys in global headers"):
+        unlabeled_images(str(tmp_path / "x.tar"), "w")
+
+
 def test_long_names_of_members_are_read_in_both_forms(tmp_path, samples):
     content = samples[0][0].read_bytes()
     name = "a" * 90 + "/" + "b" * 90 + "/ü.png"
