@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from raymerge.errors import CheckpointError, excerpt
@@ -80,6 +81,7 @@ _TEXT = re.compile(rb"[\t\n\r\x20-\x7e]+")
 _TEXT_PICKLE = re.compile(rb"\(|[cip][\w.]*\n")  # protocol 0 writes text
 _MAX_LISTED = 3
 _MAX_ENTRIES = 1000
+_MAX_FOLDERS = 100
 _MAX_DEPTH = 4
 
 
@@ -123,7 +125,8 @@ def _foreign_text(head: bytes) -> tuple[str, str] | None:
     """Return what a text is; None if the file is binary, or a pickle in letters."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text.lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "a web page", f"it may be an error or a login page; {_AGAIN}"
+        remedy = f"it may be an error, a login page or the page about the file; {_AGAIN}"
+        return "a web page", f"{remedy} (on hubs /resolve/ or /raw/ instead of /blob/)"
     if text[:1] in (b"{", b"["):
         return "a JSON file, which holds no weights", _WEIGHTS
     for pattern, what, remedy in _POINTERS:
@@ -209,7 +212,8 @@ def _walk(folder: Path) -> Iterator[Path]:
     for _ in range(_MAX_DEPTH):
         yield from level
         below = (each for parent in level for each in _entries(parent))
-        level = [each for each in below if each.is_dir() and not each.is_symlink()][:_MAX_ENTRIES]
+        folders = (each for each in below if each.is_dir() and not each.is_symlink())
+        level = list(islice(folders, _MAX_FOLDERS))
 
 
 def _entries(folder: Path) -> list[Path]:
