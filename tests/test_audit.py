@@ -71,8 +71,8 @@ def _wrong(node: ast.AST, imported: dict[str, str]) -> Iterator[str]:
 
 def _wrong_call(node: ast.Call, imported: dict[str, str]) -> Iterator[str]:
     name, given = _dotted(node.func, imported), {k.arg: k.value for k in node.keywords}
-    if name == "torch.load" and not _is_constant(given.get("weights_only"), True):
-        yield "torch.load without weights_only=True"
+    if name == "torch.load":  # even with weights_only, a small file can take all memory
+        yield "torch.load"
     if name == "PIL.Image.open" and "formats" not in given:
         yield "Image.open of any format"
     if isinstance(node.func, ast.Attribute) and node.func.attr in UNPACKING:
@@ -113,9 +113,9 @@ def test_the_package_keeps_the_rules(file: Path) -> None:
         ("import marshal\nread = marshal.load", "marshal.load"),
         ("import shelve\nshelve.open('x')", "shelve.open"),
         ("from dill import loads as l", "from dill import"),
-        ("import torch\ntorch.load('x')", "torch.load without weights_only=True"),
-        ("import torch\ntorch.load('x', weights_only=False)", "torch.load without weights_only"),
-        ("from torch import load\nload('x', weights_only=safe)", "torch.load without weights_only"),
+        ("import torch\ntorch.load('x')", "torch.load"),
+        ("import torch\ntorch.load('x', weights_only=True)", "torch.load"),
+        ("from torch import load\nload('x', weights_only=safe)", "torch.load"),
         ("import yaml\nyaml.load('x', Loader=yaml.Loader)", "yaml.load"),
         ("import yaml as y\ny.unsafe_load('x')", "yaml.unsafe_load"),
         ("eval('1')", "eval"),
@@ -141,7 +141,7 @@ def test_what_breaks_them_is_seen(source: str, what: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "import torch\ntorch.load('x', weights_only=True)",
+        "import torch\ntorch.save({}, 'x')",
         "import yaml\nyaml.safe_load('x')",
         "model.eval()",
         "import pickle\npickle.NONE",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -53,6 +55,18 @@ def zipped(program: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
         archive.writestr("x/version", "3\n")
         archive.writestr("x/data/0", b"\0" * 64)
     return out.getvalue()
+
+
+WRAPS = ("pickle", "zip", "compressed", "stream")
+
+
+def contained(program: bytes, wrap: str) -> bytes:
+    """Return a file of one of torch's containers, whose pickle is a program."""
+    if wrap == "stream":
+        numbers = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
+        return numbers + pickle.dumps({"little_endian": True}, 2) + program
+    methods = {"zip": zipfile.ZIP_STORED, "compressed": zipfile.ZIP_DEFLATED}
+    return zipped(program, methods[wrap]) if wrap in methods else program
 
 
 TARGETS = (
@@ -105,17 +119,104 @@ def programs(draw: st.DrawFn, canary: str) -> bytes:
 @given(data=st.data())
 def test_hostile_programs(ground: Ground, data: st.DataObject) -> None:
     program = data.draw(programs(str(ground.canary)))
-    wrap = data.draw(st.sampled_from(("pickle", "zip", "compressed", "stream")))
-    content = {
-        "pickle": lambda: program,
-        "zip": lambda: zipped(program),
-        "compressed": lambda: zipped(program, zipfile.ZIP_DEFLATED),
-        "stream": lambda: pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
-        + pickle.dumps({"little_endian": True}, 2) + program,
-    }[wrap]()  # fmt: skip
+    wrap = data.draw(st.sampled_from(WRAPS))
+    content = contained(program, wrap)
     path = ground.clean() / data.draw(st.sampled_from(("x.pt", "x.bin", "x.safetensors")))
     path.write_bytes(content)
     ground.examine("hostile pickles", lambda: read_checkpoint(path))
+
+
+# --- small programs that ask for much ------------------------------------------------------------
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode()
+    return pickle.BINUNICODE + struct.pack("<I", len(raw)) + raw
+
+
+def _int(value: int) -> bytes:
+    raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return pickle.LONG1 + bytes([len(raw)]) + raw
+
+
+def _repeated_call(name: str, argument: bytes, times: int, *more: bytes) -> bytes:
+    """Return a list of calls, all with one argument from the memo."""
+    store, load = pickle.BINPUT + b"\x00" + pickle.POP, pickle.BINGET + b"\x00"
+    arguments = pickle.MARK + load + b"".join(more) + pickle.TUPLE
+    call = pickle.GLOBAL + f"{name}\n".replace(" ", "\n").encode() + arguments + pickle.REDUCE
+    return argument + store + pickle.EMPTY_LIST + pickle.MARK + call * times + pickle.APPENDS
+
+
+def _nested(opening: bytes, depth: int, closing: bytes = b"") -> bytes:
+    return opening + pickle.TUPLE1 * depth + closing
+
+
+def _ones(count: int) -> bytes:
+    return (pickle.BININT1 + b"\x01") * count
+
+
+def _colliding(count: int, value: bytes = b"") -> bytes:
+    """Return numbers of one hash, each in a tuple, and with a value where it is a key."""
+    return b"".join(_int(k * (2**61 - 1)) + pickle.TUPLE1 + value for k in range(1, count))
+
+
+def _module(name: str, values: int) -> bytes:
+    """Return a module in one with a long name, with parameters that are no tensors."""
+    entries = b"".join(_text(f"p{k}") + pickle.NONE for k in range(values))
+    parameters = pickle.EMPTY_DICT + pickle.MARK + entries + pickle.SETITEMS
+    empty = pickle.GLOBAL + b"src.heads\nX\n" + pickle.EMPTY_TUPLE + pickle.NEWOBJ
+
+    def module(key: str, value: bytes) -> bytes:
+        own = _text("_parameters") + (value if key == "_parameters" else pickle.EMPTY_DICT)
+        other = b"" if key == "_parameters" else _text(key) + value
+        state = pickle.EMPTY_DICT + pickle.MARK + own + other + pickle.SETITEMS
+        return empty + state + pickle.BUILD
+
+    inner = module("_parameters", parameters)
+    return module("_modules", pickle.EMPTY_DICT + _text(name) + inner + pickle.SETITEM)
+
+
+TUPLE, KEY = pickle.EMPTY_TUPLE, pickle.NONE + pickle.SETITEM
+DEMANDS: dict[str, Callable[[int], bytes]] = {
+    "bytearray": lambda n: _repeated_call("builtins bytearray", _int(n * 10**6), 1),
+    "bytes": lambda n: _repeated_call("builtins bytes", _int(n * 10**6), 1),
+    "range": lambda n: _repeated_call("builtins list", _int(n * 10**6), 1),
+    "sizes": lambda n: _repeated_call(
+        "torch Size", pickle.MARK + _ones(20 * n) + pickle.TUPLE, n),
+    "utf-32": lambda n: _repeated_call("_codecs encode", _text("x" * 99 * n), n, _text("utf-32")),
+    "punycode": lambda n: _repeated_call("_codecs encode", _text("é" * n), n, _text("punycode")),
+    "latin1": lambda n: _repeated_call("_codecs encode", _text("x" * 99 * n), n, _text("latin1")),
+    "counter": lambda n: _repeated_call("collections Counter", _text("x" * 99 * n), n),
+    "set of a list": lambda n: _repeated_call(
+        "builtins set", pickle.MARK + _ones(n) + pickle.LIST, n),
+    "frozenset": lambda n: pickle.MARK + _colliding(n) + pickle.FROZENSET,
+    "set": lambda n: pickle.EMPTY_SET + pickle.MARK + _colliding(n) + pickle.ADDITEMS,
+    "dict": lambda n: pickle.MARK + _colliding(n, pickle.NONE) + pickle.DICT,
+    "deep key": lambda n: pickle.EMPTY_DICT + _nested(TUPLE, 40 * n, KEY),
+    "deep item": lambda n: pickle.EMPTY_SET + pickle.MARK + _nested(TUPLE, 40 * n, pickle.ADDITEMS),
+    "deep tuple": lambda n: _nested(TUPLE, 40 * n),
+    "deep list": lambda n: pickle.EMPTY_LIST * 40 * n + pickle.APPEND * (40 * n - 1),
+    "deep argument": lambda n: _repeated_call("torch Size", _nested(TUPLE, 40 * n), 1),
+    "deep id": lambda n: _nested(TUPLE, 40 * n, pickle.BINPERSID),
+    "long name": lambda n: _module("x" * 400 * n, n),
+    "long names": lambda n: (
+        pickle.EMPTY_DICT + (_text("x" * n) + pickle.EMPTY_DICT) * n + pickle.SETITEM * n
+    ),
+}  # fmt: skip
+"""Values that grow with a number, up to 5,000, faster than the programs that ask for them."""
+
+
+@given(
+    kind=st.sampled_from(sorted(DEMANDS)),
+    size=st.sampled_from((1, 10, 100, 1000, 5000)),
+    wrap=st.sampled_from(WRAPS),
+)
+def test_demanding_programs(ground: Ground, kind: str, size: int, wrap: str) -> None:
+    value = DEMANDS[kind](size)
+    program = b"\x80\x04" + pickle.EMPTY_DICT + _text("w") + value + pickle.SETITEM + pickle.STOP
+    path = ground.clean() / "x.pt"
+    path.write_bytes(contained(program, wrap))
+    ground.examine("demanding pickles", lambda: read_checkpoint(path))
 
 
 def test_the_canary_is_detected(ground: Ground) -> None:

@@ -12,6 +12,7 @@ import os
 import resource
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -75,6 +76,16 @@ def is_shape(value: object) -> bool:
         and all(map(is_size, value))
         and is_size(math.prod(max(1, size) for size in value))
     )
+
+
+@lru_cache
+def is_convertible(dtype: torch.dtype) -> bool:
+    """Return whether torch converts numbers of a dtype to others: not float4, bits or qint8."""
+    try:
+        torch.empty(1, dtype=torch.complex64).copy_(torch.empty(1, dtype=dtype))
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return True
 
 
 class Checkpoint(Protocol):

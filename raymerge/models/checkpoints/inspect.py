@@ -126,7 +126,7 @@ def _vit(tower: Mapping[str, TensorSpec]) -> dict[str, int]:
         "width": width,
         "patch": patch,
         "layers": len(blocks),
-        "image_size": patch * math.isqrt(positions.shape[0] - 1),
+        "image_size": patch * math.isqrt(max(0, positions.shape[0] - 1)),
     }
 
 

@@ -14,6 +14,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from threading import Lock
 from typing import Any
 
@@ -37,7 +38,9 @@ _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _TEXT = re.compile(r"(?:^|\.)text_model\.|(?:^|\.)(text_projection|token_embedding)$")
 _VISUAL = re.compile(r"(?:^|\.)(?:vision_model|visual_projection|visual)\.")
 _MAX_PATTERN_LENGTH = 256
+_MAX_PATTERNS = 4096
 _MAX_REPEATS = 3
+_MAX_MATCHING = 3 * 10**10  # of :func:`_matching_work` in an adapter: about three seconds
 # A repeated group, or many repeats, can take for ever to fail; no name of modules needs them.
 _SLOW = re.compile(r"\)[*+?{]|\(\?|\\[1-9]|\[[^\]]*\[")
 _QKV = {"q": 0, "k": 1, "v": 2}
@@ -125,6 +128,7 @@ class LoraCheckpoint:
         if any(".base_layer." in key for key in self.specs):
             self.specs = _changed_or_visual(self.specs)
         self._config = self._read_config()
+        self._matching = 0
         self.changes = self._collect()
 
     @property
@@ -164,6 +168,12 @@ class LoraCheckpoint:
         for key in ("rank_pattern", "alpha_pattern"):
             if not isinstance(config.get(key) or {}, dict):
                 raise self._error(f"{CONFIG_FILE} has {key} {excerpt(config[key])}, not a mapping")
+            if len(config.get(key) or {}) > _MAX_PATTERNS:
+                count = len(config[key])
+                raise self._error(
+                    f"{CONFIG_FILE} has {count:,} patterns in {key}, more than {_MAX_PATTERNS:,}; "
+                    "merge the adapter into its model with PEFT first"
+                )
         return config
 
     def _error(self, text: str) -> CheckpointError:
@@ -233,8 +243,11 @@ class LoraCheckpoint:
             is_long = len(pattern) > _MAX_PATTERN_LENGTH or repeats > _MAX_REPEATS
             if is_long or _SLOW.search(pattern):
                 raise self._error(f"{where} is no plain pattern; write the modules' names")
+            self._matching += _matching_work(pattern, repeats, module)
+            if self._matching > _MAX_MATCHING:
+                raise self._error(f"{where} takes too long to match; write the modules' names")
             try:
-                match = re.match(rf"(.*\.)?({pattern})$", module)
+                match = _compiled(pattern).match(module)
             except (re.error, OverflowError, RecursionError) as error:
                 raise self._error(f"{where}: {error}") from error
             if match:
@@ -349,6 +362,24 @@ class _AdaptedTower(ViewCheckpoint):
                     self._adapter.apply(change, tensor.chunk(change.parts)[change.part])
                 self._cached_key, self._cached_n = key, tensor.reshape(-1)
             return self._cached_n
+
+
+@lru_cache(2 * _MAX_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Return the expression by which PEFT compares a pattern with a module's name."""
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def _matching_work(pattern: str, repeats: int, name: str) -> int:
+    """Return an upper bound of the comparisons that a match of a pattern takes.
+
+    Each repeat, and the one that PEFT puts in front, may end at every letter of the name; each
+    alternative of a group may be combined with every one of the others.
+    """
+    ends = math.comb(len(name) + repeats + 1, repeats + 1)
+    groups = 1 + pattern.count("(")
+    choices = (1 + pattern.count("|") / groups) ** groups
+    return int(ends * choices) * (len(pattern) + 1)
 
 
 def _is_positive(value: object) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from raymerge.models.checkpoints.checkpoint import is_shape, is_size
+from raymerge.models.checkpoints.checkpoint import is_convertible, is_shape, is_size
 from raymerge.models.checkpoints.unpickle import (
     Budget,
     Builder,
@@ -52,6 +52,11 @@ _STORAGE_DTYPES = {
     "UntypedStorage": torch.uint8,
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
+    "QInt8Storage": torch.qint8,
+    "QUInt8Storage": torch.quint8,
+    "QInt32Storage": torch.qint32,
+    "QUInt4x2Storage": torch.quint4x2,
+    "QUInt2x4Storage": torch.quint2x4,
 }
 
 
@@ -92,8 +97,7 @@ class StoredTensor:
 
 
 class UnreadableTensor:
-    """A tensor that is no plain array in the file: sparse, quantized, nested, expanded, on no
-    device."""
+    """A tensor that is no plain array in the file, or one of numbers that torch cannot convert."""
 
 
 Found: TypeAlias = StoredTensor | UnreadableTensor
@@ -305,6 +309,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any = No
     if not is_shape(shape) or not all(map(is_size, (offset, *strides))):
         raise DamagedError("a tensor whose shape, strides or offset are no sizes")
     stored = StoredTensor(storage, offset, shape, strides, dtype or storage.dtype)
+    if not is_convertible(stored.dtype):
+        return UnreadableTensor()
     numbers = math.prod(max(1, size) for size in shape)
     capacity = storage.nbytes // stored.dtype.itemsize
     if offset + stored.span > capacity:
@@ -318,16 +324,16 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any = No
 def _tensor_v2(
     storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, *extra: Any
 ) -> Found:
-    if any(extra):
-        raise DamagedError("a tensor of an uncommon kind")
-    return _tensor(storage, offset, shape, strides)
+    tensor = _tensor(storage, offset, shape, strides)
+    return UnreadableTensor() if any(extra) else tensor  # conjugated, or negative without a copy
 
 
 def _tensor_v3(*arguments: Any) -> Found:
     storage, offset, shape, strides, _, _, dtype, *extra = arguments
-    if any(extra) or not isinstance(dtype, torch.dtype):
-        raise DamagedError("a tensor of an uncommon kind")
-    return _tensor(storage, offset, shape, strides, dtype)
+    if not isinstance(dtype, torch.dtype):
+        raise DamagedError("a tensor of no dtype")
+    tensor = _tensor(storage, offset, shape, strides, dtype)
+    return UnreadableTensor() if any(extra) else tensor
 
 
 def _unreadable(*arguments: Any) -> UnreadableTensor:
@@ -343,8 +349,8 @@ def _parameter(data: Any, _grad: Any, _hooks: Any, _state: Any = None) -> Found:
 def _subclass(function: Any, _kind: Any, arguments: Any, _state: Any) -> Found:
     if not isinstance(function, Name) or function.dotted not in _TENSOR_BUILDERS:
         raise RefusedError(f"a tensor from {getattr(function, 'dotted', 'no function')}")
-    stored: Found = _TENSOR_BUILDERS[function.dotted](*arguments)
-    return stored
+    tensor: Found = _TENSOR_BUILDERS[function.dotted](*arguments)
+    return tensor
 
 
 def _size(sizes: Any = ()) -> tuple[Any, ...]:
@@ -359,13 +365,6 @@ def _ordered_dict(items: Any = ()) -> dict[Any, Any]:
     return {}
 
 
-_TENSOR_BUILDERS: Mapping[str, Builder] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor_v2,
-    "torch._utils._rebuild_tensor_v3": _tensor_v3,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-}
 _UNREADABLE = (
     "sparse_tensor",
     "sparse_csr_tensor",
@@ -376,8 +375,16 @@ _UNREADABLE = (
     "device_tensor_from_cpu_tensor",
     "wrapper_subclass",
 )
-_BUILDERS: Mapping[str, Builder] = {
+_TENSOR_BUILDERS: Mapping[str, Builder] = {
     **{f"torch._utils._rebuild_{kind}": _unreadable for kind in _UNREADABLE},
+    "torch.nested._internal.nested_tensor._rebuild_njt": _unreadable,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+}
+_BUILDERS: Mapping[str, Builder] = {
     **_TENSOR_BUILDERS,
     "torch._tensor._rebuild_from_type_v2": _subclass,
     "torch.Size": _size,

@@ -117,7 +117,8 @@ def _readable(found: Mapping[str, Found], value: Any, path: Path) -> Mapping[str
     if unreadable:
         raise CheckpointError(
             f"checkpoint {path}: {excerpt(unreadable[0])} is sparse, quantized, nested, "
-            "expanded or without numbers; save it dense and contiguous"
+            "conjugated, packed (float4, bits), expanded or without numbers; save it dense and "
+            "contiguous, in float32 or float16"
         )
     return tensors
 

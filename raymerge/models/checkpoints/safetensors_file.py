@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from raymerge.models.checkpoints.checkpoint import (
     read_converted,
 )
 
+_MAX_HEADER_BYTES = 1 << 27  # the library allows 100 MB
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -52,8 +55,7 @@ class SafetensorsCheckpoint:
         self.path = path
         try:
             self._file = open_file(path)
-            with safe_open(path, framework="pt"):  # checks the header against the file's size
-                first, header = _read_header(path)
+            first, header = _read_header(self._file)
             self.specs: Mapping[str, TensorSpec] = {
                 key: _spec(key, entry) for key, entry in header.items()
             }
@@ -79,11 +81,21 @@ def _spec(key: str, entry: Mapping[str, Any]) -> TensorSpec:
     return TensorSpec(tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]])
 
 
-def _read_header(path: Path) -> tuple[int, Mapping[str, Any]]:
-    """Return where the tensors' bytes start, and the header's entries by key, sorted."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+def _read_header(file: FileIO) -> tuple[int, Mapping[str, Any]]:
+    """Return where the tensors' bytes start, and the header's entries by key, sorted.
+
+    The library checks the header against the file's size. It maps what it checks, and a mapped
+    file that is cut meanwhile ends the process; so it is given a copy of the header alone, with as
+    much empty room after it, which takes no memory, as the file has.
+    """
+    fd = file.fileno()
+    size, length = os.fstat(fd).st_size, int.from_bytes(os.pread(fd, 8, 0), "little")
+    head = os.pread(fd, min(8 + length, size, _MAX_HEADER_BYTES), 0)
+    with tempfile.NamedTemporaryFile(prefix="raymerge-") as copy:
+        copy.write(head)
+        copy.truncate(size)
+        with safe_open(copy.name, framework="pt"):
+            header = json.loads(head[8:])
     header.pop("__metadata__", None)
     return 8 + length, dict(sorted(header.items()))
 

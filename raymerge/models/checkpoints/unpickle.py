@@ -348,7 +348,7 @@ def hashable_key(key: Any) -> Hashable:
     for part in parts:
         if isinstance(part, int) and abs(part) >= (_LARGEST_KEY if part is key else _LARGEST_PART):
             raise DamagedError("an enormous number as a key")
-        if not isinstance(part, str | int | Name | torch.dtype | None):
+        if not isinstance(part, str | int | Name | StandIn | torch.dtype | None):
             raise DamagedError(f"a {type(part).__name__} as a key")
     return key  # type: ignore[no-any-return]
 

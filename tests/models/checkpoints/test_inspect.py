@@ -54,6 +54,14 @@ def test_the_prefix_is_detected(tmp_path, vit, prefix):
     assert inspection["visual"]["layers"] == 2
 
 
+def test_a_tower_without_blocks_or_positions(tmp_path, vit):
+    state = {key: each for key, each in vit.items() if "resblocks" not in key}
+    save_file({**state, "visual.positional_embedding": torch.zeros(0, 8)}, tmp_path / "x.pt")
+    inspection = inspect_checkpoint(str(tmp_path / "x.pt"))
+    assert (inspection["visual"]["layers"], inspection["visual"]["image_size"]) == (0, 0)
+    assert "0 layers" in inspection_text(inspection)
+
+
 def test_a_file_without_a_visual_tower(tmp_path):
     save_file({"bert.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
     inspection = inspect_checkpoint(str(tmp_path / "x.safetensors"))

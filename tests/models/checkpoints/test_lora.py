@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -363,12 +364,24 @@ def test_a_text_adapter_is_one_line(tmp_path, capsys) -> None:
         ({"alpha_pattern": {".*.*.*.*x": 8}}, "is no plain pattern"),
         ({"alpha_pattern": {"a" * 300: 8}}, "is no plain pattern"),
         ({"alpha_pattern": {"[": 8}}, "alpha_pattern"),
+        ({"rank_pattern": {"(a|ab)" * 40: 8}}, "takes too long to match"),
+        ({"rank_pattern": {f"x{i}": 8 for i in range(5000)}}, "has 5,000 patterns"),
     ],
 )
 def test_malformed_configs_are_refused(tmp_path, change, message) -> None:
     folder = write_adapter(tmp_path / "x", QUERY, {**PLAIN, **change})
     with pytest.raises(CheckpointError, match=re.escape(message)):
         inspect_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("name", ["a." * 2000, "a" * 16_000, "layers.0.a" * 1000])
+def test_long_names_of_modules_do_not_make_patterns_slow(tmp_path, name) -> None:
+    state = {key.replace("q_proj", f"{name}.q_proj"): each for key, each in QUERY.items()}
+    config = {**PLAIN, "rank_pattern": {".*.*.*b": 8}}
+    began = time.process_time()
+    with pytest.raises(CheckpointError, match="takes too long to match; write the modules' names"):
+        inspect_checkpoint(str(write_adapter(tmp_path / "x", state, config)))
+    assert time.process_time() - began < 10
 
 
 def test_common_patterns_are_accepted(tmp_path) -> None:

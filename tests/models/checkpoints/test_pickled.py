@@ -178,6 +178,50 @@ def test_a_file_cut_after_it_was_opened(tmp_path: Path) -> None:
         read_tensor(checkpoint, "weight")
 
 
+def test_storages_that_no_key_fills_are_never_read(tmp_path: Path) -> None:
+    """torch's reader takes such numbers from memory that nobody has written."""
+    torch.save({"w": torch.ones(50)}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    keys = b"]q\x00X"
+    head, found, tail = (tmp_path / "x.pt").read_bytes().rpartition(keys)
+    assert found
+    (tmp_path / "x.pt").write_bytes(head + b"]q\x00." + tail.partition(b".")[2])
+    refused(tmp_path / "x.pt", "damaged or not a torch file")
+
+
+def _odd_numbers() -> dict[str, torch.Tensor]:
+    names = ("float4_e2m1fn_x2", "bits8", "bits16", "bits1x8", "bits2x4", "bits4x2")
+    numbers = {name: torch.zeros(8, dtype=torch.uint8).view(getattr(torch, name)) for name in names}
+    return {
+        **numbers,
+        "conjugated": torch.ones(3, dtype=torch.complex64).conj(),
+        "negative": torch.ones(3, dtype=torch.complex64).conj().imag,
+        "sparse": torch.ones(3).to_sparse(),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "jagged": torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")  # some kinds are prototypes
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_tensors_of_odd_kinds_are_refused_when_opened(tmp_path: Path, is_zip: bool) -> None:
+    path = tmp_path / "x.pt"
+    odd = _odd_numbers()
+    quantized = (torch.qint8, torch.quint8, torch.qint32)
+    odd |= {str(q): torch.quantize_per_tensor(torch.ones(3), 0.1, 0, q) for q in quantized}
+    for value in odd.values():
+        state = {"visual.x": value, "visual.y": torch.ones(3)}
+        torch.save(state, path, _use_new_zipfile_serialization=is_zip)
+        refused(path, "'visual.x' is sparse, quantized, nested", "in float32 or float16")
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float8_e4m3fn", "complex64", "float8_e4m3fnuz"])
+def test_numbers_that_torch_converts_are_read(tmp_path: Path, dtype: str) -> None:
+    values = torch.ones(3).to(getattr(torch, dtype))
+    torch.save({"x": values}, tmp_path / "x.pt")
+    read = read_tensor(open_checkpoint(tmp_path / "x.pt"), "x")
+    assert torch.equal(read.view(torch.uint8), values.view(torch.uint8))
+
+
 # --- hostile files -------------------------------------------------------------------------------
 
 

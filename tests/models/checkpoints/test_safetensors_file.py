@@ -14,6 +14,8 @@ from commands import python
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from raymerge.errors import CheckpointError
+from raymerge.models.checkpoints import safetensors_file
 from raymerge.models.checkpoints.checkpoint import TensorSpec, read_tensor
 from raymerge.models.checkpoints.opening import open_checkpoint
 from raymerge.models.checkpoints.safetensors_file import SafetensorsWriter
@@ -72,6 +74,27 @@ def test_the_library_reads_what_was_written_in_parts_in_any_order(tmp_path, part
 def test_the_own_reader_agrees(tmp_path):
     checkpoint = open_checkpoint(_write(tmp_path / "x.safetensors", _state()))
     assert _same({key: read_tensor(checkpoint, key) for key in checkpoint.specs}, _state())
+
+
+def test_a_file_cut_while_it_is_open_is_an_error(tmp_path, monkeypatch):
+    """The library maps what it checks, and is given a copy: a missing page ends the process."""
+    path = _write(tmp_path / "x.safetensors", _state())
+    mapped = []
+    original = safetensors_file.safe_open
+
+    def cut_while_mapped(name: str, framework: str) -> object:
+        opened = original(name, framework=framework)
+        mapped.append(Path(name))
+        os.truncate(path, 0)
+        return opened
+
+    monkeypatch.setattr(safetensors_file, "safe_open", cut_while_mapped)
+    checkpoint = open_checkpoint(path)
+    assert path not in mapped
+    assert not mapped[0].exists()
+    assert checkpoint.specs.keys() == _state().keys()
+    with pytest.raises(CheckpointError, match=r"proj cannot be read .*; fetch it again"):
+        read_tensor(checkpoint, "proj")
 
 
 def test_neither_the_order_of_the_parts_nor_of_the_names_changes_a_byte(tmp_path):
