@@ -41,6 +41,15 @@ class MethodOptions(Frozen):
     """True if a step that is not finite may be skipped."""
     name: str
 
+    def problem_with(self, nonfinite: str) -> str:
+        """Return what is wrong with this choice of ``optimizer.nonfinite``, "" if nothing is."""
+        if self.may_skip_steps or nonfinite != "skip":
+            return ""
+        return (
+            f"optimizer.nonfinite: skip is not for {self.name}, whose every iteration counts in "
+            "the next one's step size; remove it"
+        )
+
 
 class ZeroShot(MethodOptions):
     name: Literal["zero_shot"]

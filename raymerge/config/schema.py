@@ -336,11 +336,8 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _steps_may_be_skipped(self) -> Config:
-        if not self.method.may_skip_steps and self.optimizer.nonfinite == "skip":
-            raise ValueError(
-                f"optimizer.nonfinite: skip is not for {self.method.name}, whose every iteration "
-                "counts in the next one's step size; remove it"
-            )
+        if problem := self.method.problem_with(self.optimizer.nonfinite):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from raymerge.report.curves import (
 from raymerge.report.data import Comparison, Metrics, Run
 from raymerge.report.figures import Bar, Chart, bar_chart, heat_map, line_chart
 from raymerge.report.formats import decimal, percent
-from raymerge.report.names import NOT_MERGED, first_lambda, method_title
+from raymerge.report.names import first_lambda, is_merged, method_title
 from raymerge.report.ranking import leaders, mean_top1
 from raymerge.report.records import FindingsCurves
 
@@ -70,7 +70,7 @@ def method_bars(comparison: Comparison) -> Chart | None:
 
 
 def _bar_colour(method: str, is_best: bool) -> str:
-    if method in NOT_MERGED:
+    if not is_merged(method):
         return "reference"
     return "accent" if is_best else "quiet"
 

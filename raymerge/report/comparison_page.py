@@ -10,7 +10,7 @@ from markupsafe import Markup
 from raymerge.report.charts import mean_entropy_chart, method_bars, scan_chart
 from raymerge.report.data import Comparison
 from raymerge.report.formats import percent, short
-from raymerge.report.names import NOT_MERGED, method_title
+from raymerge.report.names import is_merged, method_title
 from raymerge.report.ranking import leaders, mean_top1, task_names
 from raymerge.report.records import Scan
 from raymerge.report.render import render
@@ -67,7 +67,7 @@ def best_models(best: frozenset[str], score: float) -> Markup:
 def best_note(names: Mapping[str, object], references: str, bold: bool = True) -> str:
     """Return the legend of a table by methods: which numbers are bold, which grey."""
     legend = "Bold: the best merged model." if bold else ""
-    grey = f" Grey: {references}." if NOT_MERGED & names.keys() else ""
+    grey = f" Grey: {references}." if not all(map(is_merged, names)) else ""
     return legend + grey
 
 

@@ -8,7 +8,7 @@ from raymerge.report.charts import findings_chart
 from raymerge.report.comparison_page import best_models, best_note
 from raymerge.report.data import Experiment
 from raymerge.report.formats import plural
-from raymerge.report.names import KNOWN_METHODS
+from raymerge.report.names import known_methods
 from raymerge.report.ranking import leaders
 from raymerge.report.records import FindingsTable
 from raymerge.report.render import render
@@ -16,7 +16,7 @@ from raymerge.report.tables import findings_table
 
 
 def experiment_page(experiment: Experiment) -> str:
-    methods = KNOWN_METHODS | experiment.methods
+    methods = known_methods() | experiment.methods
     return render(
         "experiment.html",
         experiment.folder,

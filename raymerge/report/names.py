@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
-from raymerge.config.methods import AdaMerging
-from raymerge.merging.registry import METHODS
 from raymerge.report.data import Run
 
-_TITLES = {name: row.title for name, row in METHODS.items()} | {
+if TYPE_CHECKING:
+    from raymerge.merging.method import Method
+
+_VARIANTS = {
     "adamerging": "AdaMerging (layer-wise)",
     "adamerging_block": "AdaMerging (block-wise)",
     "adamerging_task": "AdaMerging (task-wise)",
@@ -24,15 +26,29 @@ _TITLES = {name: row.title for name, row in METHODS.items()} | {
     "samerging": "SAMerging",
 }
 
-KNOWN_METHODS = frozenset(_TITLES)
 
-NOT_MERGED = frozenset(name for name, row in METHODS.items() if row.reference or not row.merges)
-"""References: one model that saw no task, one model per task, one trained on all the labels."""
+def _rows() -> Mapping[str, Method]:
+    from raymerge.merging.registry import METHODS  # reads YAML: not for importing the report
+
+    return METHODS
+
+
+def known_methods() -> frozenset[str]:
+    """Return the names of raymerge's methods, and of their variants in comparisons."""
+    return frozenset({*_VARIANTS, *_rows()})
+
+
+def is_merged(method: str) -> bool:
+    """Return False for references: one model that saw no task, one model per task, one trained on
+    all the labels."""
+    row = _rows().get(method)
+    return row is None or (row.merges and not row.reference)
 
 
 def method_title(name: str) -> str:
     """Return "AdaMerging++ (layer-wise)" for ``adamerging_pp``; an unknown name stays."""
-    return _TITLES.get(name, name)
+    row = _rows().get(name)
+    return _VARIANTS.get(name) or (row.title if row else name)
 
 
 def run_method(run: Run) -> str:
@@ -48,7 +64,9 @@ def run_method(run: Run) -> str:
 
 def first_lambda(run: Run) -> float | None:
     """Return the λ before the first step; None if the method does not learn λ, or is not known."""
-    row = METHODS.get(run.settings.name)
+    from raymerge.config.methods import AdaMerging
+
+    row = _rows().get(run.settings.name)
     if row is None or row.loop is None or run.lambdas is None:
         return None
     if run.settings.name != "adamerging":

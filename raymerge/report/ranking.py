@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from raymerge.report.names import NOT_MERGED
+from raymerge.report.names import is_merged
 from raymerge.report.records import Results
 
 
@@ -15,7 +15,7 @@ def task_names(methods: Mapping[str, Results]) -> list[str]:
 
 def leaders(values: Mapping[str, float | None], *, smallest: bool = False) -> frozenset[str]:
     """Return the merged methods with the best value, all at a tie; references do not compete."""
-    competing = {m: v for m, v in values.items() if v is not None and m not in NOT_MERGED}
+    competing = {m: v for m, v in values.items() if v is not None and is_merged(m)}
     if not competing:
         return frozenset()
     best = (min if smallest else max)(competing.values())

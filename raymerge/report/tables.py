@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raymerge.report.formats import count, decimal, percent
-from raymerge.report.names import NOT_MERGED, method_title
+from raymerge.report.names import is_merged, method_title
 from raymerge.report.ranking import leaders, task_names
 from raymerge.report.records import FindingsTable, Results, Score
 
@@ -80,7 +80,7 @@ def methods_table(methods: Mapping[str, Results], key: Literal["top1", "loss", "
         kinds = {
             "number": True,
             "best": method in best[task],
-            "reference": method in NOT_MERGED,
+            "reference": not is_merged(method),
             "mean": task is None,
         }
         exact = columns[task][method]
@@ -102,7 +102,7 @@ def methods_table(methods: Mapping[str, Results], key: Literal["top1", "loss", "
 
 
 def _row_kind(method: str) -> str:
-    return "reference" if method in NOT_MERGED else ""
+    return "" if is_merged(method) else "reference"
 
 
 def findings_table(findings: FindingsTable, methods: frozenset[str]) -> Table:
@@ -150,7 +150,7 @@ def _best_cells(findings: FindingsTable, methods: frozenset[str]) -> set[tuple[s
 
 def _winners(values: Mapping[str, float]) -> frozenset[str]:
     """Return the leaders, if there is more than one model to compare."""
-    return leaders(values) if len(values.keys() - NOT_MERGED) > 1 else frozenset()
+    return leaders(values) if sum(map(is_merged, values)) > 1 else frozenset()
 
 
 def _findings_cell(cell: str | float | None, is_best: bool) -> Cell:

@@ -100,11 +100,8 @@ def merge_module(
     row = method_of(options)
     optimizer_options = _validate(_Optimizer, {"optimizer": optimizer or {}}).optimizer
     _require_experts(experts)
-    if optimizer_options.nonfinite == "skip" and not options.may_skip_steps:
-        raise UserError(
-            f"optimizer.nonfinite: skip is not for {options.name}, whose every iteration counts in "
-            "the next one's step size; remove it"
-        )
+    if problem := options.problem_with(optimizer_options.nonfinite):
+        raise UserError(problem)
     # Open the experts and compare them with the model.
     parts = ModuleParts(model, experts, merged, logits)
     files = ModuleFiles.open(parts)

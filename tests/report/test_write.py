@@ -159,7 +159,7 @@ def test_each_chart_of_an_experiment_is_a_png_too(tmp_path: Path) -> None:
 
 
 def test_importing_the_report_loads_no_heavy_module():
-    heavy = ("torch", "ray", "matplotlib", "numpy", "open_clip", "jinja2")
+    heavy = ("torch", "ray", "matplotlib", "numpy", "open_clip", "jinja2", "yaml")
     code = f"import sys, raymerge.report; print([m for m in {heavy} if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"

@@ -20,6 +20,7 @@ from raymerge.apps.peers.methods import (
     Method,
     Tasks,
     WholeTies,
+    finite_number,
     same_everywhere,
 )
 from raymerge.apps.peers.state_dicts import (
@@ -335,12 +336,10 @@ def _static(
 
 
 def _number(value: object, where: str) -> float:
-    try:
-        if not isinstance(value, bool):
-            return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        pass
-    raise ConfigError(f"{where}: {excerpt(value)} is not a number")
+    number = finite_number(value)
+    if number is None:
+        raise ConfigError(f"{where}: {excerpt(value)} is not a number; write a finite one")
+    return number
 
 
 def _weights(values: object, count: int, source: str) -> tuple[float, ...]:

@@ -6,7 +6,6 @@ Written from mergekit's documentation and behaviour; none of its code is used. K
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from raymerge.apps.peers.job import Job
-from raymerge.apps.peers.methods import Coefficients, Linear, Method, Tasks
+from raymerge.apps.peers.methods import Coefficients, Linear, Method, Tasks, finite_number
 from raymerge.apps.peers.state_dicts import Inputs, dtype_named, find, open_state_dict
 from raymerge.config.loading import absolute_path
 from raymerge.errors import ConfigError, did_you_mean, excerpt
@@ -306,13 +305,7 @@ def _plain(value: object, key: str) -> Any:
         if isinstance(value, str):
             return {"true": True, "false": False}.get(value.lower())
         return bool(value) if isinstance(value, bool | int) and value in (0, 1) else None
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+    return finite_number(value)
 
 
 def _evaluate(setting: object, key: str, tensor: str, t: float) -> Any:

@@ -174,3 +174,14 @@ def _vectors(rows_Rn: Tensor) -> Tensor:
 def same_everywhere(names: Sequence[str], own: Coefficients) -> dict[str, Coefficients]:
     """Return the same coefficients for every tensor."""
     return dict.fromkeys(names, own)
+
+
+def finite_number(value: object) -> float | None:
+    """Return a setting as a number, None if it is none; YAML reads 1e-3 as a text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):  # an integer of 400 digits
+        return None
+    return number if math.isfinite(number) else None

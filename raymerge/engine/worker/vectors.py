@@ -58,9 +58,10 @@ def open_task_vector_store(
     device: torch.device,
 ) -> TaskVectorStore:
     """Open the store that ``storage`` names for one shard."""
+    inputs = base, experts, basis, shard, layers
     if storage.location == "files":
-        return StreamedTaskVectorStore(base, experts, basis, shard, layers)
-    return PinnedTaskVectorStore(storage, base, experts, basis, shard, layers, device)
+        return StreamedTaskVectorStore(*inputs)
+    return PinnedTaskVectorStore(storage, *inputs, device)
 
 
 class PinnedTaskVectorStore:

@@ -162,6 +162,8 @@ def test_a_pool_of_clip_vision_models_merges_vision_alone(tmp_path: Path, run: C
         ({"method": {"name": "ties_merging", "remove_keys": ["a"]}}, ["remove_keys"]),
         ({"method": {"name": "weighted_average", "weights": [1]}}, ["expected 2 numbers"]),
         ({"method": {"name": "task_arithmetic", "scaling_factor": "x"}}, ["'x' is not a number"]),
+        ({"method": {"name": "task_arithmetic", "scaling_factor": 10**400}}, ["is not a number"]),
+        ({"method": {"name": "task_arithmetic", "scaling_factor": "nan"}}, ["is not a number"]),
         ({"models": {"one": "one.safetensors"}, "method": "ties_merging"}, ["models._pretrained_"]),
         ({"models": {"_pretrained_": "base.safetensors"}}, ["nothing to merge"]),
         ({"models": {"one": 3}}, ["models.one: expected a path"]),

@@ -359,6 +359,26 @@ def test_the_card_shows_names_literally(tmp_path: Path, run: Commands) -> None:
     assert "&#60;img src=x&#62;&#96;&#124;.safetensors" in card
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"junk", b"[1]", b"3", b"NaN", b'{"a": NaN}', b'{"a": 1e999}', b"[" * 100_000, b"", b"\xff"],
+)
+def test_a_damaged_config_of_a_model_is_named_before_anything_is_written(
+    tmp_path: Path, run: Commands, content: bytes
+) -> None:
+    three(tmp_path)
+    config = mergekit(tmp_path, "task_arithmetic", {"weight": 0.5})
+    text = config.read_text()
+    for name in ("base", "one"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.safetensors").rename(tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_bytes(content)
+        text = text.replace(f"{name}.safetensors", name)
+    config.write_text(text)
+    refused(run("merge", config, "--output", tmp_path / "out"), "base/config.json: ")
+    assert not (tmp_path / "out").exists()
+
+
 def test_plan_prints_the_merge_and_writes_nothing(tmp_path: Path, run: Commands) -> None:
     three(tmp_path)
     config = mergekit(tmp_path, "task_arithmetic", {"weight": 0.5}, {"weight": 1.0})
@@ -389,6 +409,7 @@ _W = {"weight": 1}
         ("ties", [{"density": 1}], {}, ["weight: missing for one.safetensors"]),
         ("linear", [_W], {}, ["weight: missing for the base base.safetensors"]),
         ("ties", [{"weight": "much"}], {}, ["weight: must be a number, got 'much'"]),
+        ("ties", [{"weight": 10**400}], {}, ["weight: must be a number, got 1000"]),
         ("ties", [{"weight": [{"filter": "a"}]}], {}, ["weight[0]: expected value and filter"]),
         (
             "ties",

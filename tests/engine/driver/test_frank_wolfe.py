@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import cache_tokenizer, read_json, read_steps
+from commands import read_json, read_steps
 from direct import Direct, tower
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,13 +34,7 @@ from raymerge.runs.workers import open_group
 WEIGHTS = "open_clip_model.safetensors"
 Run = Callable[..., MergeResult]
 
-
-@pytest.fixture(autouse=True)
-def _only_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache_tokenizer(monkeypatch)
-    monkeypatch.setattr("raymerge.runs.folder.write_plots", lambda folder: None)
-    monkeypatch.setattr("raymerge.runs.folder.write_report", lambda folder: None)
-    monkeypatch.setattr("raymerge.runs.workers._uses_cluster", lambda config: False)
+pytestmark = pytest.mark.usefixtures("only_the_merge")
 
 
 def _tasks(world: World) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import cache_tokenizer
 from direct import Direct, State, tower
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -41,15 +40,9 @@ LINEAR = {
 }
 ALPHA = 0.9
 
+pytestmark = pytest.mark.usefixtures("only_the_merge")
+
 Merge = Callable[..., dict[str, Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def _only_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache_tokenizer(monkeypatch)
-    monkeypatch.setattr("raymerge.runs.folder.write_plots", lambda folder: None)
-    monkeypatch.setattr("raymerge.runs.folder.write_report", lambda folder: None)
-    monkeypatch.setattr("raymerge.runs.workers._uses_cluster", lambda config: False)
 
 
 @pytest.fixture(scope="module")
