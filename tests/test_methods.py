@@ -32,6 +32,8 @@ CARDS = {
     "iso_c": ("Iso-C", "follow from the checkpoints alone; no images were used."),
     "iso_cts": ("Iso-CTS", "constants of the method; no images were used."),
     "wudi": ("WUDI-Merging", "follow from the checkpoints alone; no images were used."),
+    "swudi": ("SWUDI", "constants of the method; no images were used."),
+    "aswudi": ("ASWUDI", "constants of the method; no images were used."),
     "fisher": ("statistics of each model on up to 6 unlabeled images of its own task, seed 1.",),
     "regmean": ("statistics of each model on up to 6 unlabeled images of its own task, seed 1.",),
     "regmean_pp": (
@@ -172,6 +174,7 @@ USES_IMAGES: dict[str, dict[str, Any]] = {
     "dare": {"name": "adamerging", "task_vectors": "dare"},
     "tsv": {"name": "adamerging", "task_vectors": "tsv"},
     "iso": {"name": "adamerging", "task_vectors": "iso"},
+    "aswudi": {"name": "adamerging", "task_vectors": "aswudi"},
     "fw_hard": {"name": "fw_hard", "iterations": 3, "scaling": 1.0, "images": 5},
     "fw_hard cosine": {"name": "fw_hard", "iterations": 3, "oracle": "cosine", "scaling": 1.0},
     "fw_soft": {"name": "fw_soft", "iterations": 2, "images": 5},
@@ -188,7 +191,7 @@ def test_two_workers_do_what_one_process_does(
     monkeypatch.setattr("raymerge.runs.folder.write_plots", lambda folder: None)
     monkeypatch.setattr("raymerge.runs.folder.write_report", lambda folder: None)
     method = USES_IMAGES[kind]
-    shards = 2 if kind in ("tsv", "iso", "dare") or "cosine" in kind else 1
+    shards = 2 if kind in ("tsv", "iso", "dare", "aswudi") or "cosine" in kind else 1
     optimizer = {**OPTIMIZER, "sharpness": 0.07 if kind == "kl" else 0.0}
     results = {}
     for name, cluster in (("one", {"workers": 0}), ("two", {"workers": 2, "shards": shards})):

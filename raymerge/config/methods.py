@@ -117,6 +117,20 @@ class Wudi(MethodOptions):
     lr: float = Field(default=1e-5, gt=0)
 
 
+class Swudi(MethodOptions):
+    name: Literal["swudi"]
+    scaling: float = 1.0
+    time: float = Field(default=300.0, gt=0)
+    """How far the gradient's flow goes; the constants are the paper's for ViT-B/32 and 8 tasks."""
+    fraction: float = Field(default=0.65, gt=0, le=1)
+    """The fraction of the eigenvectors along which it flows, the largest ones."""
+
+
+class Aswudi(MethodOptions):
+    name: Literal["aswudi"]
+    scaling: float = 1.0
+
+
 class Fisher(MethodOptions):
     name: Literal["fisher"]
     images: int = Field(default=256, ge=1)
@@ -148,9 +162,9 @@ class Joint(MethodOptions):
 class AdaMerging(MethodOptions):
     name: Literal["adamerging"]
     granularity: Granularity = "tensor"
-    task_vectors: Literal["raw", "ties", "dare", "tsv", "iso"] = "raw"
-    """``ties`` is AdaMerging++: trimmed, sign-agreeing vectors, one coefficient row each. ``tsv``
-    and ``iso``: bases whose sum is TSV-M and Iso-CTS."""
+    task_vectors: Literal["raw", "ties", "dare", "tsv", "iso", "swudi", "aswudi"] = "raw"
+    """``ties`` is AdaMerging++: trimmed, sign-agreeing vectors, one coefficient row each. ``tsv``,
+    ``iso``, ``swudi`` and ``aswudi``: bases whose sum is that method, Iso-CTS for ``iso``."""
     objective: ObjectiveName = "entropy"
     temperature: float = Field(default=2.0, gt=0)
     """The temperature of ``kl``."""
@@ -159,7 +173,7 @@ class AdaMerging(MethodOptions):
     filter: float | None = Field(default=None, gt=0)
     """Count only images whose entropy is below this fraction of ln C, the lower the more (EATA)."""
     init: float | None = None
-    """Default: 0.3; 1.0 for ``tsv`` and ``iso``, where λ = 1 is the method itself."""
+    """Default: 0.3; 1.0 for the bases of a method, where λ = 1 is the method itself."""
     clamp: Clamp = "projected"
     collapse: Literal["ignore", "warn", "stop", "restore"] = "warn"
     """The reaction when a task's predictions collapse to few classes; ``restore`` resets its λ to
@@ -174,7 +188,7 @@ class AdaMerging(MethodOptions):
     def effective_init(self) -> float:
         if self.init is not None:
             return self.init
-        return 1.0 if self.task_vectors in ("tsv", "iso") else 0.3
+        return 0.3 if self.task_vectors in ("raw", "ties", "dare") else 1.0
 
 
 class _FrankWolfe(MethodOptions):
@@ -214,7 +228,7 @@ class FwSoft(_FrankWolfe):
 MethodConfig = Annotated[
     Union[  # noqa: UP007
         ZeroShot, Individual, Joint, Average, TaskArithmetic, Ties, Dare, Fisher, RegMean,
-        RegMeanPP, Tsv, IsoC, IsoCts, Wudi, AdaMerging, FwHard, FwSoft,
+        RegMeanPP, Tsv, IsoC, IsoCts, Wudi, Swudi, Aswudi, AdaMerging, FwHard, FwSoft,
     ],
     Field(discriminator="name"),
 ]  # fmt: skip

@@ -36,11 +36,12 @@ def dare(options: Dare) -> str:
 
 
 def adamerging(options: AdaMerging) -> str:
-    bases = {"raw": "", "ties": "++", "dare": " on DARE", "tsv": " on TSV", "iso": " on Iso-CTS"}
+    bases = {"raw": "", "ties": "++", "iso": " on Iso-CTS"}
     wise = {"task": "task-wise", "block": "block-wise", "tensor": "layer-wise"}
     names = {"entropy": "", "kl": ", KL", "infomax": ", infomax", "cross_entropy": ", labels"}
     objective = names[options.objective]
-    return f"{bases[options.task_vectors]} ({wise[options.granularity]}{objective})"
+    basis = bases.get(options.task_vectors, f" on {options.task_vectors.upper()}")
+    return f"{basis} ({wise[options.granularity]}{objective})"
 
 
 def frank_wolfe(options: FwHard | FwSoft) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from raymerge.config import Config, MethodConfig, OptimizerConfig
 from raymerge.config.methods import (
     AdaMerging,
+    Aswudi,
     Average,
     Dare,
     Fisher,
@@ -28,6 +29,7 @@ from raymerge.config.methods import (
     Joint,
     RegMean,
     RegMeanPP,
+    Swudi,
     TaskArithmetic,
     Ties,
     Tsv,
@@ -84,18 +86,38 @@ def _wudi(options: Wudi, inputs: BasisInputs) -> Basis:
     return MatrixBasis(solve, separate=False)
 
 
+def _swudi(options: Swudi, inputs: BasisInputs) -> Basis:
+    from raymerge.merging.basis import MatrixBasis
+    from raymerge.merging.wudi import swudi
+
+    return MatrixBasis(partial(swudi, time=options.time, fraction=options.fraction))
+
+
+def _aswudi(options: Any, inputs: BasisInputs) -> Basis:
+    from raymerge.merging.basis import MatrixBasis
+    from raymerge.merging.wudi import aswudi
+
+    return MatrixBasis(aswudi)
+
+
 def _adamerging(options: AdaMerging, inputs: BasisInputs) -> Basis | None:
     """Return the basis that ``task_vectors`` names; Φ of TIES keeps a row for each model."""
-    if options.task_vectors == "ties":
-        scope = options.trim_scope
-        return inputs.ties(density=options.density, scope=scope, count_signs=True)
-    if options.task_vectors == "dare":
-        from raymerge.merging.dare import Dare as DareBasis
-
-        return DareBasis(inputs.names, inputs.seed, options.density)
-    if options.task_vectors == "tsv":
-        return _tsv(options, inputs)
-    return _iso_cts(options, inputs) if options.task_vectors == "iso" else None
+    match options.task_vectors:
+        case "ties":
+            scope = options.trim_scope
+            return inputs.ties(density=options.density, scope=scope, count_signs=True)
+        case "dare":
+            return _dare(Dare(name="dare", density=options.density), inputs)
+        case "tsv":
+            return _tsv(options, inputs)
+        case "iso":
+            return _iso_cts(options, inputs)
+        case "swudi":
+            return _swudi(Swudi(name="swudi"), inputs)
+        case "aswudi":
+            return _aswudi(options, inputs)
+        case "raw":
+            return None
 
 
 # --- what a method needs, and how it learns ----------------------------------------------------
@@ -241,6 +263,8 @@ METHODS: dict[str, Method] = {
         rows=False,
         account=words.checkpoints_account,
     ),
+    "swudi": Method("SWUDI", "arXiv 2606.07289", Swudi, basis=_swudi),
+    "aswudi": Method("ASWUDI", "arXiv 2606.07289", Aswudi, basis=_aswudi),
     "adamerging": Method(
         "AdaMerging",
         "Yang et al., ICLR 2024",

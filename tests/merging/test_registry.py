@@ -43,6 +43,7 @@ def test_the_table_and_the_config_name_the_same_methods():
         (AdaMerging(name="adamerging", task_vectors="dare"), 0.3),
         (AdaMerging(name="adamerging", task_vectors="tsv"), 1.0),
         (AdaMerging(name="adamerging", task_vectors="iso", init=0.1), 0.1),
+        (AdaMerging(name="adamerging", task_vectors="aswudi"), 1.0),
         (Dare(name="dare"), 0.3),
         (Tsv(name="tsv"), 1.0),
         (IsoC(name="iso_c"), 1.3),

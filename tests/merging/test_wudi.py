@@ -1,4 +1,4 @@
-"""WUDI-Merging: its objective, its minima and its first step."""
+"""WUDI-Merging: its objective, its minima, its first step and the flow in closed form."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raymerge.merging.wudi import quadratic, wudi
+from raymerge.merging.wudi import aswudi, quadratic, swudi, wudi
 
 
 def _matrices(tasks: int = 4, shape: tuple[int, int] = (9, 14), seed: int = 0) -> Tensor:
@@ -140,3 +140,92 @@ def test_float32_in_float32_out_and_the_input_is_left_alone():
     before_KMN = matrices_KMN.clone()
     assert wudi(matrices_KMN, iterations=5).dtype == torch.float32
     assert torch.equal(matrices_KMN, before_KMN)
+
+
+# --- the flow in closed form ---------------------------------------------------------------------
+
+
+def _flow(matrices_KMN: Tensor, time: float, steps: int) -> Tensor:
+    """The gradient's flow dm/dt = Σ_k T_k·C_k − m·C from Σ_k T_k, by steps of Runge and Kutta."""
+    merged_MN = matrices_KMN.sum(0)
+    rate = time / steps
+    slope = lambda at_MN: -0.5 * _autograd(at_MN, matrices_KMN)  # noqa: E731
+    for _ in range(steps):
+        first_MN = slope(merged_MN)
+        second_MN = slope(merged_MN + rate / 2 * first_MN)
+        third_MN = slope(merged_MN + rate / 2 * second_MN)
+        fourth_MN = slope(merged_MN + rate * third_MN)
+        merged_MN = merged_MN + rate / 6 * (first_MN + 2 * second_MN + 2 * third_MN + fourth_MN)
+    return merged_MN
+
+
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
+def test_swudi_is_the_gradients_flow_stopped_in_time(shape):
+    matrices_KMN = _matrices(3, shape)
+    merged_MN = swudi(matrices_KMN, time=4.0, fraction=1.0).sum(0)
+    torch.testing.assert_close(merged_MN, _flow(matrices_KMN, 4.0, 400), rtol=1e-6, atol=1e-8)
+
+
+def test_swudi_without_a_stop_is_the_minimum_that_wudi_approaches():
+    matrices_KMN = _matrices(3, (6, 8))
+    merged_MN = swudi(matrices_KMN, time=1e9, fraction=1.0).sum(0)
+    assert _autograd(merged_MN, matrices_KMN).abs().max() < 1e-12
+    iterated_MN = wudi(matrices_KMN, iterations=3000, lr=1e-2)
+    torch.testing.assert_close(merged_MN, iterated_MN, rtol=0, atol=1e-3)
+
+
+def test_swudi_leaves_the_sum_where_it_does_not_flow():
+    """The part of ΣT_k outside the largest eigenvectors stays; inside it is the minimum's."""
+    matrices_KMN = _matrices(3, (9, 10))
+    curvature_NN, _ = quadratic(matrices_KMN)
+    vectors_NN = torch.linalg.eigh(curvature_NN)[1]
+    small_N4, large_N6 = vectors_NN.split([4, 6], 1)
+    merged_MN = swudi(matrices_KMN, time=1e9, fraction=0.6).sum(0)
+    minimum_MN = swudi(matrices_KMN, time=1e9, fraction=1.0).sum(0)
+    torch.testing.assert_close(merged_MN @ small_N4, matrices_KMN.sum(0) @ small_N4)
+    torch.testing.assert_close(merged_MN @ large_N6, minimum_MN @ large_N6)
+
+
+def test_aswudi_solves_along_the_effective_number_of_directions():
+    """Two tasks with one direction each, of eigenvalue 1: r = (1 + 1)²/2 = 2, so both."""
+    matrices_KMN = torch.zeros(2, 3, 5, dtype=torch.float64)
+    matrices_KMN[0, 0, 1] = matrices_KMN[1, 2, 4] = 3
+    assert torch.equal(aswudi(matrices_KMN).sum(0), matrices_KMN.sum(0))
+    one_direction_KMN = matrices_KMN.clone()
+    one_direction_KMN[1] = 0
+    one_direction_KMN[1, 2, 1] = 1  # both read input 1: the minimum is the tasks' mean there
+    merged_MN = aswudi(one_direction_KMN).sum(0)
+    assert merged_MN[:, 1].tolist() == pytest.approx([1.5, 0, 0.5])
+
+
+@pytest.mark.parametrize("method", [swudi, aswudi])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_spectral_basis_of_one_task_is_the_task(method, dtype):
+    matrices_1MN = _matrices(1).to(dtype)
+    torch.testing.assert_close(method(matrices_1MN), matrices_1MN, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [swudi, aswudi])
+def test_spectral_rows_go_with_their_tasks_and_leave_out_those_that_did_not_move(method):
+    matrices_KMN = _matrices(3)
+    rows_KMN = method(matrices_KMN)
+    torch.testing.assert_close(method(matrices_KMN[[2, 0, 1]]), rows_KMN[[2, 0, 1]])
+    with_zero_KMN = torch.cat([matrices_KMN, torch.zeros(1, 9, 14, dtype=torch.float64)])
+    torch.testing.assert_close(method(with_zero_KMN)[:3], rows_KMN)
+    assert not method(with_zero_KMN)[3].any()
+    assert not method(torch.zeros(3, 4, 5)).any()
+
+
+@pytest.mark.parametrize("method", [swudi, aswudi])
+def test_rounding_along_empty_directions_is_not_blown_up(method):
+    """Adapters of rank 2 that read separate inputs: their sum, though r = 7 of 6 directions."""
+    left_KMr = torch.linalg.qr(_matrices(3, (40, 2)))[0]
+    right_NR = torch.linalg.qr(_matrices(1, (30, 6))[0])[0]
+    matrices_KMN = torch.stack(
+        [
+            left_Mr @ right_rN
+            for left_Mr, right_rN in zip(left_KMr, right_NR.T.split(2), strict=True)
+        ]
+    ).float()
+    merged_MN = method(matrices_KMN).sum(0)
+    torch.testing.assert_close(merged_MN, matrices_KMN.sum(0), rtol=0, atol=1e-5)

@@ -123,7 +123,7 @@ def test_an_expert_in_training_code_is_found_and_the_choice_is_said(
     assert "x.pt the model under net._orig_mod.* is taken; it also holds ema.*" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["average", "dare", "tsv", "iso_c", "iso_cts", "wudi"])
+@pytest.mark.parametrize("name", ["average", "dare", "tsv", "iso_c", "iso_cts", "wudi", "swudi"])
 def test_every_method_without_data_changes_every_matrix(models, name: str) -> None:
     model, experts = models
     method = {"name": "wudi", "iterations": 3} if name == "wudi" else name
