@@ -20,7 +20,7 @@ from raymerge.files.urls import redact_url
 from raymerge.merging.registry import describe, merged_checkpoints, method_of
 from raymerge.runs.plan.plan import Plan
 
-_HUB_MODEL = re.compile(r"(?:hf-hub:|hf://(?!datasets/|spaces/|buckets/))([^/@]+/[^/@]+)")
+_HUB_MODEL = re.compile(r"(?:hf-hub:|hf://(?!datasets/|spaces/|buckets/))([^/@#]+/[^/@#]+)")
 
 _CARD = """---
 {front}---

@@ -22,6 +22,7 @@ from raymerge.distributed.placement import Placement, Resources
 from raymerge.errors import CheckpointError, DataError, UserError
 from raymerge.files.output_folder import nearest_folder
 from raymerge.merging.registry import merged_checkpoints, method_of, needed_images
+from raymerge.models.checkpoints.locate import split_part
 from raymerge.models.checkpoints.opening import open_checkpoint
 from raymerge.models.checkpoints.visual_tower import VisualCheckpoint, open_visual
 from raymerge.models.heads import saved_head
@@ -191,7 +192,9 @@ def check_separate_output(config: Config, resolved: ResolvedModel) -> None:
     if config.output is None:
         return
     output = (Path(config.output) / WEIGHTS_FILE).resolve()
-    for path in (resolved.weights, *map(Path, merged_checkpoints(config))):
+    places = [split_part(reference)[0] for reference in merged_checkpoints(config)]
+    paths = [Path(place.removeprefix("local-dir:")) for place in places]
+    for path in (resolved.weights, *paths):
         if output in (path.resolve(), (path / WEIGHTS_FILE).resolve()):
             raise UserError(
                 f"output {config.output}: holds {output.name}, which this merge reads; choose "

@@ -16,7 +16,11 @@ from safetensors.torch import load_file, save_file
 from world import World
 
 from raymerge.config import ModelConfig
+from raymerge.errors import UserError
 from raymerge.models.convert import convert as convert_checkpoint
+from raymerge.models.resolve import resolve_model
+from raymerge.runs.model_card import _HUB_MODEL
+from raymerge.runs.plan.checks import check_separate_output
 from raymerge.runs.plan.expert_warnings import OpenedCheckpoint
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -220,3 +224,22 @@ def test_eval_of_a_whole_model_takes_its_own_text_tower(
 def test_other_weights_reach_the_workers() -> None:
     config = ModelConfig(arch="local-dir:base").with_weights("x.pt#ema")
     assert pickle.loads(pickle.dumps(config)).other_weights == "x.pt#ema"
+
+
+@pytest.mark.parametrize("reference", ["{}", "local-dir:{}", "{}#net", "{}/" + WEIGHTS + "#net"])
+def test_a_merge_never_replaces_an_expert_however_it_is_named(
+    world: World, tmp_path: Path, reference: str
+) -> None:
+    config = world.parse(output=tmp_path / "out")
+    tasks = (config.tasks[0].model_copy(update={"checkpoint": reference.format(config.output)}),)
+    resolved = resolve_model(config.model)
+    with pytest.raises(UserError, match=f"holds {WEIGHTS}, which this merge reads"):
+        check_separate_output(config.model_copy(update={"tasks": tasks}), resolved)
+    check_separate_output(config, resolved)
+
+
+def test_the_card_names_a_hub_model_without_its_part() -> None:
+    for reference in ("hf-hub:ORG/NAME#net", "hf://ORG/NAME#net", "hf-hub:ORG/NAME"):
+        match = _HUB_MODEL.match(reference)
+        assert match is not None
+        assert match[1] == "ORG/NAME"
