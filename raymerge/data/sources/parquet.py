@@ -37,6 +37,8 @@ _CACHE_BYTES = 1 << 27
 _MOST_GROUP_BYTES = 1 << 31
 _MOST_LABEL_BYTES = 1 << 29
 _ROWS_AT_ONCE, _LABELS_AT_ONCE = 16, 1024
+_ANY_BYTES, _MOST_RATIO = 1 << 28, 256
+"""A column of a row group may not unpack to more than the greater of these bytes and this ratio."""
 _BATCH_BYTES = 1 << 27
 """Bytes to which a batch may unpack if each of its values is as large as its page."""
 _ERRORS = (OSError, ValueError, EOFError, RuntimeError, LookupError, TypeError, ArithmeticError,
@@ -430,9 +432,17 @@ def _batches(file: FileStamp, group: int, column: str, rows: int, limit: int) ->
             "row_group_size=100"
         )
     rows = max(1, min(rows, _BATCH_BYTES // max(1, pages.largest)))
-    yield from _opened(file).iter_batches(
+    size, most = 0, max(_ANY_BYTES, _MOST_RATIO * pages.packed)
+    for batch in _opened(file).iter_batches(
         rows, row_groups=[group], columns=[column], use_threads=False
-    )
+    ):
+        size += batch.nbytes
+        if size > most:  # a value that stands for many rows
+            raise DataError(
+                f"{file.path}: column {column!r} of row group {group} unpacks from "
+                f"{pages.packed:,} to over {most:,} bytes; write each image once"
+            )
+        yield batch
 
 
 def _require_rows(file: FileStamp, rows: int, header_rows: int, where: str) -> None:

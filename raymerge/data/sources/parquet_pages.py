@@ -26,10 +26,11 @@ _DATA_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = 0, 2, 3
 
 
 class Pages(NamedTuple):
-    """The sizes of a column's pages in one row group, unpacked."""
+    """The sizes of a column's pages in one row group: unpacked, and together in the file."""
 
     largest: int
     total: int
+    packed: int
 
 
 class _Chunk(NamedTuple):
@@ -49,11 +50,12 @@ def column_pages(file: FileStamp, group: int, column: str) -> Pages:
     chunks = _chunks(file)[group]
     named = [chunk for chunk in chunks if chunk.column == column] or chunks
     largest = total = 0
+    packed = sum(chunk.end - chunk.start for chunk in named)
     with file.path.open("rb") as stream:
         for chunk in named:
             for size in _page_sizes(stream, chunk):
                 largest, total = max(largest, size), total + size
-    return Pages(largest, total)
+    return Pages(largest, total, min(packed, file.size))
 
 
 def _page_sizes(stream: BinaryIO, chunk: _Chunk) -> list[int]:
