@@ -70,6 +70,10 @@ HOSTILE = [
     b"x: 0b",
     b"x: !!float -",
     b"x: !!binary '*'",
+    b"1: 2\nmethod: {1: 2, 2.5: x, null: y, [a]: z}",
+    b"method: {name: ties, 1: 0.3}",
+    b"a: &a [x, x, x, x, x, x, x, x, x, x]\nb: &b {k: *a, l: *a, m: *a, n: *a, o: *a, p: *a}\n"
+    b"tasks: [" + b"*b, " * 500 + b"*b]",
     b"[" * 3000,
     b"x: 1" + b"0" * 5000,
     b"<<: 3",
@@ -121,7 +125,24 @@ def test_foreign_configs(ground: Ground, content: bytes) -> None:
 
 
 KEYS = st.sampled_from(
-    ["model", "tasks", "0", "9", "name", "method", "suite", "x", "", "optimizer", "steps", "seed"]
+    [
+        "model",
+        "tasks",
+        "0",
+        "9",
+        "²",
+        "٣",
+        "-1",
+        "9" * 5000,
+        "name",
+        "method",
+        "suite",
+        "x",
+        "",
+        "optimizer",
+        "steps",
+        "seed",
+    ]
 )
 PATHS = st.lists(KEYS, max_size=4) | st.sampled_from(
     [["optimizer", "steps"], ["tasks", "0", "name"], ["method"], ["seed"], ["card", "authors"]]

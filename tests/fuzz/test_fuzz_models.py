@@ -24,7 +24,7 @@ from raymerge.models.checkpoints.visual_tower import VisualCheckpoint, open_visu
 from raymerge.models.heads import saved_head
 from raymerge.models.pretrained import open_pretrained
 from raymerge.models.resolve import resolve_model
-from raymerge.models.skeleton import build_skeleton
+from raymerge.models.skeleton import build_skeleton, make_tokenizer
 
 FEW = settings(max_examples=max(10, settings().max_examples // 10))
 """Building a model takes longer than reading a file."""
@@ -43,7 +43,8 @@ OPEN_CLIP = {
     "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
                        "resize_mode": "shortest", "mode": "RGB", "fill_color": 0},
 }  # fmt: skip
-MODEL_ODD = (*ODD, {"trust_remote_code": True}, {"layers": 10**9}, [10**9], "hf-hub:a/b", "timm")
+MODEL_ODD = (*ODD, {"trust_remote_code": True}, {"layers": 10**9}, [10**9], "hf-hub:a/b", "timm",
+             3000, [700] * 4, [3] * 1000, {"depths": 10**5}, [[[10**4]] * 9] * 9)  # fmt: skip
 with tempfile.TemporaryDirectory() as _folder:
     _saved = save(clip_model(), Path(_folder) / "clip")
     HF_CONFIG = json.loads((_saved / "config.json").read_text())
@@ -70,6 +71,43 @@ def test_open_clip_configs(ground: Ground, world: World, content: bytes) -> None
     weights.symlink_to(world.root / "pretrained" / weights.name)
     (folder / "open_clip_config.json").write_bytes(content)
     ground.examine("open_clip configs", lambda: build(folder))
+
+
+OWN_CODE = "own"
+"""The folder of a tokenizer and a text tower with code of their own, beside the model."""
+HUGGING_FACE_KEYS = ("hf_tokenizer_name", "hf_model_name", "tokenizer_kwargs", "hf_model_config")
+HUGGING_FACE_VALUES = (OWN_CODE, OWN_CODE, {"trust_remote_code": True}, {"code": 1}, None, True)
+
+
+def write_own_code(folder: Path, canary: Path) -> None:
+    """Write a folder that transformers would ask to run."""
+    auto_map = {name: ["code.T", "code.T"] for name in ("AutoTokenizer", "AutoConfig", "AutoModel")}
+    folder.mkdir()
+    for name in ("config.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps({"model_type": "own", "auto_map": auto_map}))
+    (folder / "code.py").write_text(f"open({str(canary)!r}, 'w')\nclass T: pass\n")
+
+
+@FEW
+@given(
+    extra=st.dictionaries(
+        st.sampled_from(HUGGING_FACE_KEYS), st.sampled_from(HUGGING_FACE_VALUES), min_size=1
+    )
+)
+def test_text_towers_of_hugging_face(ground: Ground, world: World, extra: dict[str, Any]) -> None:
+    folder = ground.clean()
+    weights = folder / "open_clip_model.safetensors"
+    weights.symlink_to(world.root / "pretrained" / weights.name)
+    write_own_code(folder / OWN_CODE, ground.canary)
+    named = {key: str(folder / OWN_CODE) if v == OWN_CODE else v for key, v in extra.items()}
+    model_cfg = {**MODEL_CFG, "text_cfg": {**MODEL_CFG["text_cfg"], **named}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
+
+    def read() -> None:
+        make_tokenizer(resolve_model(ModelConfig(arch=f"local-dir:{folder}")))(["a photo"])
+        build(folder)
+
+    ground.examine("open_clip configs", read)
 
 
 @FEW
@@ -116,6 +154,27 @@ def test_adapters(ground: Ground, base: VisualCheckpoint, data: st.DataObject) -
         open_visual(str(folder), base.layout, base).flat()
 
     ground.examine("LoRA adapters", read)
+
+
+SLOW_PARTS = (".*", "a*", "(a|ab)", "(.|a.)", "a?", r"\d+", "a{0,9}", "b", ".")
+
+
+@given(
+    parts=st.lists(st.sampled_from(SLOW_PARTS), min_size=1, max_size=40),
+    letters=st.sampled_from(("a", "a.", "ab", "0.a")),
+    times=st.sampled_from((1, 30, 300, 3000)),
+    section=st.sampled_from(("rank_pattern", "alpha_pattern")),
+)
+def test_patterns_over_long_names(
+    ground: Ground, parts: list[str], letters: str, times: int, section: str
+) -> None:
+    folder = ground.clean()
+    layer = f"base_model.model.{letters * times}.{LAYER.removeprefix('base_model.model.')}"
+    state = {key.replace(LAYER, layer): each for key, each in ADAPTER.items()}
+    (folder / "adapter_model.safetensors").write_bytes(packed(state))
+    config = json_bytes({**ADAPTER_CONFIG, section: {"".join(parts): 4}})
+    (folder / "adapter_config.json").write_bytes(config)
+    ground.examine("LoRA adapters", lambda: inspect_checkpoint(str(folder)))
 
 
 # --- heads ---------------------------------------------------------------------------------------
