@@ -32,7 +32,7 @@ _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
 _TEXT = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
 _SCALES = ("logit_scale", "logit_bias")
 _POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
-_MAX_POSITIONS = 1 << 16
+_MAX_NUMBERS = 1 << 26  # of interpolated positions; 4096 px in patches of 16 and width 1024
 
 
 def as_open_clip(
@@ -111,8 +111,9 @@ def _mended(
 
 
 def _is_resizable(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    is_table = len(shape) == 2 and shape[1:] == wanted[1:]
-    return is_table and 1 < shape[0] < _MAX_POSITIONS
+    """Return whether positions can be interpolated; a config may ask for more than any memory."""
+    is_table = len(shape) == 2 and shape[1:] == wanted[1:] and shape[0] > 1
+    return is_table and max(math.prod(shape), math.prod(wanted)) <= _MAX_NUMBERS
 
 
 def _resized_grid(

@@ -43,8 +43,10 @@ OPEN_CLIP = {
     "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
                        "resize_mode": "shortest", "mode": "RGB", "fill_color": 0},
 }  # fmt: skip
-MODEL_ODD = (*ODD, {"trust_remote_code": True}, {"layers": 10**9}, [10**9], "hf-hub:a/b", "timm",
-             3000, [700] * 4, [3] * 1000, {"depths": 10**5}, [[[10**4]] * 9] * 9)  # fmt: skip
+MODEL_ODD = (
+    *ODD, {"trust_remote_code": True}, {"layers": 10**9}, [10**9], "hf-hub:a/b", "timm", 3000,
+    1 << 20, [700] * 4, [3] * 1000, {"depths": 10**5}, [[[10**4]] * 9] * 9,
+)  # fmt: skip
 with tempfile.TemporaryDirectory() as _folder:
     _saved = save(clip_model(), Path(_folder) / "clip")
     HF_CONFIG = json.loads((_saved / "config.json").read_text())

@@ -143,6 +143,17 @@ def test_positions_that_are_no_square_are_refused(world: World, tmp_path: Path) 
         _ours(state, tmp_path / "ours")
 
 
+@pytest.mark.parametrize("image_size", [1 << 24, 1 << 16, [16, 1 << 24]])
+def test_positions_for_enormous_images_are_refused(
+    world: World, tmp_path: Path, image_size: object
+) -> None:
+    """A small file would ask for gigabytes, or more than any memory."""
+    state = load_file(world.root / "pretrained" / "open_clip_model.safetensors")
+    vision = {**MODEL_CFG["vision_cfg"], "image_size": image_size}
+    with pytest.raises(CheckpointError, match="positional_embedding has shape"):
+        _ours(state, tmp_path / "x", {**MODEL_CFG, "vision_cfg": vision})
+
+
 @pytest.mark.parametrize("dtype", [torch.complex128, torch.uint16, torch.float8_e4m3fnuz])
 def test_a_number_type_that_cannot_be_written_is_refused_at_once(
     world: World, tmp_path: Path, dtype: torch.dtype
