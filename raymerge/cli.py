@@ -371,7 +371,9 @@ def _require_target(config: Config, repository: str) -> None:
     from raymerge.runs.publish import require_target
 
     if not method_of(config.method).merges:
-        raise UserError(f"--push-to-hub: method {config.method.name} writes no model to publish")
+        raise UserError(
+            f"--push-to-hub: method {config.method.name} writes no model to publish; drop it"
+        )
     require_target(repository)
 
 

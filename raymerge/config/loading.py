@@ -73,11 +73,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"config {path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"config {path}: not UTF-8 text, so not YAML") from error
+        raise ConfigError(
+            f"config {path}: not UTF-8 text, so not YAML; save it as UTF-8"
+        ) from error
     try:
         data = _safe_yaml(text)
     except YAML_ERRORS as error:
-        raise ConfigError(f"config {path}: not valid YAML: {one_line(error, 300)}") from error
+        raise ConfigError(
+            f"config {path}: not valid YAML: {one_line(error, 300)}; correct it"
+        ) from error
     if not isinstance(data, dict):
         raise ConfigError(
             f"config {path}: expected keys such as model, tasks, method; found {excerpt(data)}"
@@ -297,7 +301,9 @@ def _read_lines(path: Path, where: str) -> list[str]:
         raise ConfigError(f"{where}: {path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # not UTF-8, or an impossible file name
         reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "not a valid path"
-        raise ConfigError(f"{where}: {path}: cannot be read: {reason}") from error
+        raise ConfigError(
+            f"{where}: {path}: cannot be read: {reason}; save it as UTF-8 text"
+        ) from error
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise ConfigError(f"{where}: {path}: has no lines; write one name per line")

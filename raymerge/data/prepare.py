@@ -90,11 +90,12 @@ def _prepare(data_set: DataSet, split: Split, root: Path, fetch: FetchSplit) -> 
 def _require_whole(counts: Sequence[int], data_set: DataSet, split: Split) -> None:
     expected = data_set.sizes.get(split)
     if expected is not None and sum(counts) != expected:
-        raise DataError(f"{sum(counts)} images, not {expected}")
+        raise DataError(f"{sum(counts)} images, not {expected}; delete them and prepare them again")
     empty = [data_set.classnames[c] for c, count in enumerate(counts) if not count]
     if empty:
         raise DataError(
-            f"{len(empty)} of {len(counts)} classes have no image, such as {empty[0]!r}"
+            f"{len(empty)} of {len(counts)} classes have no image, such as {empty[0]!r}; "
+            "delete the folder and prepare it again"
         )
 
 
@@ -118,7 +119,10 @@ def _write(data_set: DataSet, split: Split, path: Path, fetch: FetchSplit) -> No
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"{path.parent}: cannot be made: {error.strerror or error}") from error
+        raise RunError(
+            f"{path.parent}: cannot be made: {error.strerror or error}; "
+            "free space, or choose another folder"
+        ) from error
     with stage_file(path, path.parent) as (partial, commit):
         _rewrite(files, where, data_set, partial)
         commit()
@@ -164,7 +168,7 @@ def _sources(files: Sequence[Path], where: HuggingFace) -> Iterator[Source]:
 def _content(source: Source, row: int) -> bytes:
     content = source.encoded(row)
     if content is None:
-        raise DataError(f"{source.name(row)}: an image's bytes are not in the file")
+        raise DataError(f"{source.name(row)}: an image's bytes are not in the file; fetch it again")
     return content
 
 
@@ -174,7 +178,10 @@ def _class_places(source: Source, data_set: DataSet) -> list[int]:
     place_of = np.array(_places(stored.names, data_set), dtype=np.int64)
     wrong = stored.numbers[(stored.numbers < 0) | (stored.numbers >= len(place_of))]
     if len(wrong):
-        raise DataError(f"{source.name(0)}: label {wrong[0]} is not in 0 to {len(place_of) - 1}")
+        raise DataError(
+            f"{source.name(0)}: label {wrong[0]} is not in 0 to {len(place_of) - 1}; "
+            "delete the file and fetch it again"
+        )
     places: list[int] = place_of[stored.numbers].tolist()
     return places
 
@@ -198,7 +205,8 @@ def _places(stored: Sequence[str] | None, data_set: DataSet) -> list[int]:
         what = f"such as {excerpt(unknown[0])}" if unknown else "some twice"
         raise DataError(
             f"the published copy has {len(stored)} classes for {data_set.classes} in its spec, "
-            f"{len(unknown)} that it does not know, {what}"
+            f"{len(unknown)} that it does not know, {what}; "
+            "see docs/data.md to arrange the images yourself"
         )
     return indices
 

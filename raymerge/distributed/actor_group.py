@@ -137,7 +137,8 @@ class ActorGroup:
             if result.generation != generation:
                 raise RunError(
                     f"{what}: worker {result.rank} of {self.workers} sent a result of generation "
-                    f"{result.generation}, but the current one is {generation}"
+                    f"{result.generation}, but the current one is {generation}: "
+                    "run again with --resume"
                 )
         self._step_limits.record(time.monotonic() - began)
         return ordered

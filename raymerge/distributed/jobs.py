@@ -183,8 +183,8 @@ def _follow(client: Any, job: str, address: str) -> Any:
             if time.monotonic() - lost_at > _RECONNECT_TIMEOUT_S:
                 raise RunError(
                     f"lost the cluster at {address} for {_RECONNECT_TIMEOUT_S:.0f} s "
-                    f"({_sentence(error)}); job {job} may still be running, and the same command "
-                    "follows it again"
+                    f"({_sentence(error)}); job {job} may still be running: run the same command "
+                    "to follow it again"
                 ) from None
         time.sleep(_RETRY_S)
 

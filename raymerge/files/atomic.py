@@ -61,7 +61,10 @@ def stage_file(path: Path, folder: Path) -> Iterator[tuple[Path, Callable[[], No
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise RunError(
+            f"{path}: cannot be written: {error.strerror or error}; "
+            "free space, or choose another folder"
+        ) from error
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
@@ -116,7 +119,10 @@ def stage_folder(target: Path, *, exist_ok: bool = False) -> Iterator[Path]:
         finally:
             shutil.rmtree(name, ignore_errors=True)
     except OSError as error:
-        raise RunError(f"{target}: cannot be written: {error.strerror or error}") from error
+        raise RunError(
+            f"{target}: cannot be written: {error.strerror or error}; "
+            "free space, or choose another folder"
+        ) from error
 
 
 def reserve_space(handle: int, size: int) -> None:

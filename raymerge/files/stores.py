@@ -102,7 +102,7 @@ def find_files(
                 raise RemoteError(f"{redact_url(url)}: {name}: leads out of the folder; rename it")
             files[name] = (str(path), info)
     if not files:
-        raise RemoteError(f"{redact_url(url)}: no such folder, or it is empty")
+        raise RemoteError(f"{redact_url(url)}: no such folder, or it is empty; check the address")
     names = sorted(files) if choose is None else choose(sorted(files))
     return {name: _describe(f"{url.rstrip('/')}/{name}", fs, *files[name]) for name in names}
 

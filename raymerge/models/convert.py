@@ -153,7 +153,8 @@ class HuggingFaceView:
             stored = stored_keys(name)
             if stored is None:
                 raise CheckpointError(
-                    f"checkpoint {model.path}: Hugging Face's CLIPModel has no tensor for {name}"
+                    f"checkpoint {model.path}: Hugging Face's CLIPModel has no tensor for {name}; "
+                    "keep it as an open_clip folder"
                 )
             shape = spec.shape[::-1] if stored.is_transposed else spec.shape
             if len(stored.keys) > 1:
@@ -289,7 +290,7 @@ def _compare(resolved: ResolvedModel, folder: Path, to: Format) -> float | None:
     if not difference <= _MAX_DIFFERENCE:
         raise RunError(
             f"convert: the cosines of open_clip and transformers differ by {difference:.2g}, more "
-            f"than {_MAX_DIFFERENCE:g}; nothing is written"
+            f"than {_MAX_DIFFERENCE:g}; nothing is written: check the model in open_clip"
         )
     return difference
 

@@ -106,12 +106,14 @@ def _require_fit(checkpoint: Checkpoint, classes: int, features: int) -> str:
             f"classnames and the model {features} features{hint}"
         )
     if not dtype.is_floating_point:
-        raise CheckpointError(f"checkpoint {path}: weight is {dtype}, not floating point")
+        raise CheckpointError(
+            f"checkpoint {path}: weight is {dtype}, not floating point; save it as float32"
+        )
     # A bias is accepted only if it has no effect.
     if "bias" in specs and specs["bias"].shape != (classes,):
         raise CheckpointError(
             f"checkpoint {path}: bias has shape {list(specs['bias'].shape)}, but the task has "
-            f"{classes} classnames"
+            f"{classes} classnames; name the head of these classes"
         )
     if "bias" in specs and bool(read_tensor(checkpoint, f"{prefix}bias").any()):
         raise CheckpointError(

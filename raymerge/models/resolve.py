@@ -144,7 +144,8 @@ def _resolve_builtin(arch: str, pretrained: str) -> ResolvedModel:
         if not exists(Path(pretrained)) and "/" not in pretrained:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
             raise ConfigError(
-                f"model.pretrained: {pretrained!r} is neither a file nor a tag of {arch} ({tags})"
+                f"model.pretrained: {pretrained!r} is neither a file nor a tag of {arch} ({tags}); "
+                "name one of these"
             )
         return _resolved(arch, {"model_cfg": model_cfg}, locate(pretrained), tokenizer=arch)
     _require_same_activation(arch, pretrained, model_cfg, tag)
@@ -183,14 +184,17 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     """Return ``model_cfg`` and ``preprocess_cfg`` of an ``open_clip_config.json``, of a bare
     model_cfg as open_clip ships them, or of Hugging Face's ``config.json``."""
     if not exists(path) or not path.is_file():
-        raise CheckpointError(f"model: {path}: no such file")
+        raise CheckpointError(f"model: {path}: no such file; check the path")
     cfg = read_json(path)
     if isinstance(cfg, dict) and "vision_cfg" in cfg:
         cfg = {"model_cfg": cfg}
     if isinstance(cfg, dict) and "model_type" in cfg:
         return huggingface_config.read_huggingface(path.parent)
     if not isinstance(cfg, dict) or not isinstance(cfg.get("model_cfg"), dict):
-        raise CheckpointError(f"model: {path}: holds neither a model_cfg nor a vision_cfg")
+        raise CheckpointError(
+            f"model: {path}: holds neither a model_cfg nor a vision_cfg; "
+            "name an open_clip_config.json"
+        )
     return cfg
 
 

@@ -54,7 +54,9 @@ def write_merged(
             t = piece.tensor
             theta_n = combine(base_n, rows_Jn, lambdas_JT[:, t])
             if not all_finite(theta_n):
-                raise UserError("the merged weights overflow: the coefficients are too large")
+                raise UserError(
+                    "the merged weights overflow: the coefficients are too large; use smaller ones"
+                )
             writer.write(f"visual.{layout.names[t]}", piece.start - layout.offsets[t], theta_n)
 
         # The merged tensors; TIES counts its signs while it merges, to read every file once.

@@ -290,7 +290,10 @@ def mean(values: Sequence[float | None]) -> float | None:
 def validate(kind: type[AnyRecord], data: object, source: str | Path) -> AnyRecord:
     """Return ``data`` as a record; a mismatch is a ``UserError`` that begins with ``source``."""
     if not isinstance(data, dict):
-        raise UserError(f"{source}: the content must be an object, got {excerpt(data)}")
+        raise UserError(
+            f"{source}: the content must be an object, got {excerpt(data)}; "
+            "restore it, or merge again"
+        )
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -340,7 +343,9 @@ def read_config(file: Path) -> tuple[str, MethodSettings]:
     try:
         data = yaml.safe_load(text)
     except YAML_ERRORS as error:
-        raise UserError(f"{file}: not valid YAML ({one_line(error, 300)})") from error
+        raise UserError(
+            f"{file}: not valid YAML ({one_line(error, 300)}); restore it, or merge again"
+        ) from error
     return text, validate(RunConfig, {} if data is None else data, file).method
 
 
@@ -351,9 +356,11 @@ def read_text(file: Path) -> str | None:
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
+        raise UserError(
+            f"{file}: not UTF-8 text (byte {error.start}); restore it, or merge again"
+        ) from error
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{file}: cannot be read ({error.strerror}); make it readable") from error
 
 
 def _parse(text: str, file: Path, line: int | None = None) -> object:
@@ -361,6 +368,10 @@ def _parse(text: str, file: Path, line: int | None = None) -> object:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = line or error.lineno
-        raise UserError(f"{file}: line {where} is not valid JSON ({error.msg})") from error
+        raise UserError(
+            f"{file}: line {where} is not valid JSON ({error.msg}); restore it, or merge again"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from error
+        raise UserError(
+            f"{file}: not readable as JSON ({error}); restore it, or merge again"
+        ) from error

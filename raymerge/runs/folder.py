@@ -207,7 +207,10 @@ class Recorder:
             self._metrics.write(json.dumps(asdict(record)) + "\n")
             self._metrics.flush()
         except OSError as error:
-            raise RunError(f"metrics.jsonl: cannot be written: {error.strerror}") from error
+            raise RunError(
+                f"metrics.jsonl: cannot be written: {error.strerror}; "
+                "free space, or choose another folder"
+            ) from error
         self._state = state  # after its line: an interrupt in between repeats a step
         if state.step % self._every == 0 or self._urgent():
             self._save()

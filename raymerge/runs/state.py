@@ -96,14 +96,17 @@ class StateStore(Generic[S]):
         if newest > self._attempt:
             raise RunError(
                 f"{self.folder}: attempt {newest} has taken over this run from attempt "
-                f"{self._attempt}; only one driver may write it"
+                f"{self._attempt}; only one driver may write it: give each a folder"
             )
+        # The new state is whole before older ones are removed.
         step, tensors = self._encode(state)
         try:
             self._write(step, tensors)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise RunError(f"{self.folder}: state not saved: {reason}") from error
+            raise RunError(
+                f"{self.folder}: state not saved: {reason}; free space, or choose another folder"
+            ) from error
         steps = self.steps()
         last_steps = [each for each in steps if each <= step][-self._keep :]
         for each in set(steps).difference(last_steps):

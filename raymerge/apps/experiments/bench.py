@@ -58,7 +58,7 @@ class Bench:
         for name in names:
             if name not in task_of:
                 raise UserError(
-                    f"experiment: task {name!r} is not in the base config; it has "
+                    f"experiment: task {name!r} is not in the base config; choose among "
                     f"{', '.join(task_of)}"
                 )
         return tuple(task_of[name] for name in names)
@@ -71,7 +71,10 @@ class Bench:
         With a preset the base's optimizer is left out, for it would override the preset.
         """
         if not _RUN.fullmatch(run):
-            raise UserError(f"experiment: methods: {run!r} is not a valid name of a row and folder")
+            raise UserError(
+                f"experiment: methods: {run!r} is not a valid name of a row and folder; "
+                "use letters, digits and _"
+            )
         exclude = {"optimizer"} if "preset" in changes else set()
         data = self._base(tasks).model_dump(mode="json", exclude_none=True, exclude=exclude)
         data = {**data, **changes, "output": str(self.output / "runs" / run)}

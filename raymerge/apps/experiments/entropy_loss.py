@@ -96,7 +96,7 @@ def relations(by_task: Mapping[str, Samples], name: str = "") -> dict[str, Relat
             for task, each in {**by_task, ALL: everything}.items()
         }
     except ValueError as error:
-        raise RunError(f"experiment: {name}: {error}; its λ may be too large") from error
+        raise RunError(f"experiment: {name}: {error}; its λ may be too large; lower it") from error
 
 
 def _correlations(by_method: Mapping[str, Mapping[str, Relation]], tasks: list[str]) -> Table:

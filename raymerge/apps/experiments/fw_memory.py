@@ -94,7 +94,7 @@ def peak_anonymous_bytes(command: Sequence[str]) -> int:
     errors = process.communicate()[1]
     if process.returncode:
         last = (errors.strip().splitlines() or ["no message"])[-1]
-        raise RunError(f"experiment: {' '.join(command[1:])}: {last}")
+        raise RunError(f"experiment: {' '.join(command[1:])}: {last}; run it alone to see more")
     return peak
 
 

@@ -42,13 +42,17 @@ def split(bench: Bench, unseen: Sequence[str]) -> tuple[TaskConfig, ...]:
     """
     for task in bench.tasks(unseen):
         if task.test is None:
-            raise UserError(f"experiment.unseen: task {task.name!r} has no test images")
+            raise UserError(
+                f"experiment.unseen: task {task.name!r} has no test images; name its test"
+            )
     hidden = {"checkpoint": None, "adapt": None}
     tasks = tuple(
         task.model_copy(update=hidden) if task.name in unseen else task for task in bench.base.tasks
     )
     if all(task.checkpoint is None for task in tasks):
-        raise UserError(f"experiment.unseen: {', '.join(unseen)}: no task is left to merge")
+        raise UserError(
+            f"experiment.unseen: {', '.join(unseen)}: no task is left to merge; name fewer tasks"
+        )
     return tasks
 
 

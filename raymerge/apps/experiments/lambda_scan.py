@@ -88,7 +88,9 @@ def _check(configs: Mapping[str, Config], options: LambdaScan) -> None:
                 "task_arithmetic, ties, dare or another that needs no images"
             )
         if all(task.test is None for task in config.tasks):
-            raise UserError("experiment: no task of the base config has test images")
+            raise UserError(
+                "experiment: no task of the base config has test images; name a tasks[].test"
+            )
 
 
 def means(results: Scan) -> list[float]:

@@ -63,9 +63,15 @@ def _check(tasks: Sequence[TaskConfig], options: Robustness) -> None:
         if name not in CORRUPTIONS:
             raise UserError(f"experiment.corruptions: {unknown_name(name, CORRUPTIONS)}")
     if all(task.test is None for task in tasks):
-        raise UserError("experiment.tasks: none of them has test images, so nothing can be scored")
+        raise UserError(
+            "experiment.tasks: none of them has test images, so nothing can be scored; "
+            "name one of tasks[].test"
+        )
     if all(task.checkpoint is None for task in tasks):
-        raise UserError("experiment.tasks: none of them has a checkpoint, so nothing can be merged")
+        raise UserError(
+            "experiment.tasks: none of them has a checkpoint, so nothing can be merged; "
+            "name one of tasks[].checkpoint"
+        )
 
 
 def _corrupt_tasks(

@@ -38,7 +38,10 @@ SCALINGS = tuple(round(0.1 * step, 1) for step in range(1, 11))
 
 def run(bench: Bench, options: Seeds) -> Findings:
     if all(task.test is None for task in bench.base.tasks):
-        raise UserError("experiment seeds: no task of the base config has test images to score")
+        raise UserError(
+            "experiment seeds: no task of the base config has test images to score; "
+            "name a tasks[].test"
+        )
     methods = bench.methods or METHODS
     by_method: dict[str, list[float]] = {name: [] for name in (UNIFORM, *methods)}
     best_of: list[str] = []

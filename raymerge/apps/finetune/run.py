@@ -140,7 +140,10 @@ def _prepare(config: Config, output: Path) -> int:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output {output}: cannot be created: {error.strerror}") from error
+        raise UserError(
+            f"output {output}: cannot be created: {error.strerror}; "
+            "free space, or choose another folder"
+        ) from error
     write_text(output / _CONFIG, dump_config(config))
     return claim_attempt(output / "state")
 

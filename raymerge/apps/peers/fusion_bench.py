@@ -113,7 +113,9 @@ def read_fusion_bench(data: Mapping[str, Any], path: Path, text: str | None) -> 
     try:
         data = _resolved(data, data, (), source)
     except RecursionError:
-        raise ConfigError(f"{source}: a value refers to itself through ${{…}}") from None
+        raise ConfigError(
+            f"{source}: a value refers to itself through ${{…}}; write the value itself"
+        ) from None
     pool = _pool(data, source)
     name, options = _method(data.get("method"), source)
     if name.endswith("adamerging"):
@@ -168,7 +170,10 @@ def _pool(data: Mapping[str, Any], source: str) -> _Pool:
     paths = {str(k): _reference(v, f"{where}: models.{k}") for k, v in entries.items()}
     models = {k: v for k, v in paths.items() if not (k.startswith("_") and k.endswith("_"))}
     if not models:
-        raise ConfigError(f"{where}: models: has only {', '.join(paths)}; nothing to merge")
+        raise ConfigError(
+            f"{where}: models: has only {', '.join(paths)}; nothing to merge; "
+            "add a fine-tuned model"
+        )
 
     # The dtype, one for all, and the kind of pool.
     dtypes = {_dtype(v) for v in entries.values()} | {_dtype(pool.get("model_kwargs"))}
@@ -304,7 +309,10 @@ def _static(
         return Linear(same_everywhere(names, mean)), f"weight 1/{count} each"
     if name == "linear_interpolation":
         if count != 2:
-            raise ConfigError(f"{source}: method: {name} merges 2 models; the pool has {count}")
+            raise ConfigError(
+                f"{source}: method: {name} merges 2 models; the pool has {count}; "
+                "leave the others out"
+            )
         t = number("t")
         return Linear(same_everywhere(names, Coefficients((1 - t, t)))), f"t {t:g}"
     if name == "weighted_average":
@@ -401,7 +409,8 @@ def _tasks(entries: object, pool: _Pool, root: Path, source: str) -> list[dict[s
         if pool.bases.get(name, pool.pretrained) != pool.pretrained:
             raise ConfigError(
                 f"{source}: models.{name}.base_model_name: {excerpt(pool.bases[name])} is not the "
-                f"{_PRETRAINED} model {excerpt(pool.pretrained)}; an adapter is merged onto its own"
+                f"{_PRETRAINED} model {excerpt(pool.pretrained)}; "
+                "an adapter is merged onto its own; write the same in both"
             )
         tasks[name].setdefault("checkpoint", _checkpoint(reference, root))
     return list(tasks.values())

@@ -114,7 +114,7 @@ class _Config:
         models = _models(data.get("models"), source)
         base = data.get("base_model")
         if base is not None and not isinstance(base, str):
-            raise ConfigError(f"{source}: base_model: {excerpt(base)} is not a path")
+            raise ConfigError(f"{source}: base_model: {excerpt(base)} is not a path; write one")
         if base is None and kind.needs_base:
             raise ConfigError(f"{source}: base_model: missing; {data['merge_method']} needs it")
         general = _parameters(data.get("parameters"), kind, f"{source}: parameters")
@@ -156,7 +156,10 @@ class _Config:
             for name in dict.fromkeys([*self.models, *([self.base] if self.base else [])])
         }
         if not self.merged:
-            raise ConfigError(f"{self.source}: models: lists only the base; nothing to merge")
+            raise ConfigError(
+                f"{self.source}: models: lists only the base; nothing to merge; "
+                "add a fine-tuned model"
+            )
         is_model = self.base in self.models and not self.kind.needs_base
         return Inputs(
             [opened[name] for name in self.merged],
@@ -180,7 +183,7 @@ class _Config:
             whose = f"the base {model}, which linear counts as a model"
             whose = whose if model == self.base else str(model)
             raise ConfigError(
-                f"{self.source}: parameters.{key}: missing for {whose} (tensor {tensor})"
+                f"{self.source}: parameters.{key}: missing for {whose} (tensor {tensor}); add it"
             )
 
         # linear has weights only; the others also densities and options of the whole merge.

@@ -65,7 +65,9 @@ def find(reference: str, root: Path) -> str:
         ".safetensors", ".pt", ".pth", ".bin", ".ckpt",
     ):  # fmt: skip
         return str(_download(name))
-    raise CheckpointError(f"checkpoint {reference}: no such file or folder, here or in {root}")
+    raise CheckpointError(
+        f"checkpoint {reference}: no such file or folder, here or in {root}; check the path"
+    )
 
 
 def find_local(name: str, root: Path) -> str | None:
@@ -84,7 +86,7 @@ def _download(repository: str) -> Path:
     except Exception as error:
         raise CheckpointError(
             f"checkpoint {repository}: no such file or folder, and it cannot be fetched from the "
-            f"hub ({one_line(error)})"
+            f"hub ({one_line(error)}); check the name"
         ) from error
     return folder
 
@@ -202,7 +204,8 @@ class Inputs:
         ]
         if not self.entries:
             raise CheckpointError(
-                f"checkpoint {self.rows[0].path}: holds no floating-point tensor to merge"
+                f"checkpoint {self.rows[0].path}: holds no floating-point tensor to merge; "
+                "name a model's weights"
             )
         merged_names = set(names)
         self.left_out = (
@@ -225,7 +228,8 @@ class Inputs:
                 if row.specs[name].shape != first.specs[name].shape:
                     raise CheckpointError(
                         f"checkpoint {row.path}: {name} has shape {list(row.specs[name].shape)}, "
-                        f"but {list(first.specs[name].shape)} in {first.path}"
+                        f"but {list(first.specs[name].shape)} in {first.path}; "
+                        "merge models of one architecture"
                     )
 
     def _floating(self, name: str) -> bool:
@@ -240,7 +244,7 @@ class Inputs:
                 ):
                     raise CheckpointError(
                         f"checkpoint {row.path}: {name} is not floating point and differs from "
-                        f"that of {self.rows[0].path}; it cannot be merged"
+                        f"that of {self.rows[0].path}; it cannot be merged; leave this model out"
                     )
 
     def _entry(self, name: str, dtype: torch.dtype | None, out: torch.dtype | str | None) -> Entry:
@@ -248,7 +252,9 @@ class Inputs:
         work = dtype or stored[0]
         for other in stored if dtype is None else ():
             if other != work and 1 in (other.itemsize, work.itemsize):
-                raise CheckpointError(f"{name} is {other} in one model and {work} in another")
+                raise CheckpointError(
+                    f"{name} is {other} in one model and {work} in another; convert one of them"
+                )
             work = torch.promote_types(work, other)
         if work.itemsize < 2 or work not in SAFETENSORS_DTYPES.values():
             raise CheckpointError(

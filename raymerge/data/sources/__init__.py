@@ -62,7 +62,9 @@ def labels_in_order(reference: str, classnames: Sequence[str], where: str) -> tu
         return labelled.labels
     label_of = dict(zip(labelled.items, labelled.labels, strict=True))
     if label_of.keys() != set(images.items):
-        raise DataError(f"{where}: {reference}: some images lie in no class folder")
+        raise DataError(
+            f"{where}: {reference}: some images lie in no class folder; move them into one"
+        )
     return tuple(label_of[item] for item in images.items)
 
 
@@ -81,7 +83,10 @@ def _find(reference: str, where: str) -> tuple[Source, NDArray[np.int64]] | None
         limit = parsed.number("limit") or len(source)
     count = len(source)
     if count > _MOST_IMAGES:
-        raise DataError(f"{where}: {reference}: says that it has {count} images; none has so many")
+        raise DataError(
+            f"{where}: {reference}: says that it has {count} images; none has so many; "
+            "write it again"
+        )
     if limit >= count:
         return source, np.arange(count)
     return source, np.arange(limit) * count // limit  # evenly: data sets are often sorted by class

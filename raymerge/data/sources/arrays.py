@@ -130,7 +130,10 @@ class NpzArrays:
         if labels.dtype.kind == "U":
             return text_labels([str(value) for value in values])
         if labels.dtype.kind == "u" and len(values) and values.max() > np.iinfo(np.int64).max:
-            raise DataError(f"{self.file.path}: label {values.max()} is too large")
+            raise DataError(
+                f"{self.file.path}: label {values.max()} is too large; "
+                "write labels below the number of classes"
+            )
         return Labels(values.astype(np.int64))
 
 

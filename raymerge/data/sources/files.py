@@ -36,11 +36,12 @@ def stamps_of(paths: Sequence[Path]) -> tuple[FileStamp, ...]:
             else:
                 missing.append(path)
     if missing and len(paths) == 1:
-        raise DataError(f"{missing[0]}: no such file")
+        raise DataError(f"{missing[0]}: no such file; check the path")
     if missing:
         names = quote_names([path.name for path in missing])
         raise DataError(
-            f"{missing[0].parent}: {len(missing)} of {len(paths)} files are missing: {names}"
+            f"{missing[0].parent}: {len(missing)} of {len(paths)} files are missing: {names}; "
+            "copy them there"
         )
     return tuple(stamps)
 

@@ -122,10 +122,13 @@ def open_parquet(
     image = _image_column(schema, reference)
     for stamp in stamps[1:]:
         if _schema(stamp).get(image) != schema[image]:
-            raise DataError(f"{stamp.path}: has no column {image!r} like that of {paths[0].name}")
+            raise DataError(
+                f"{stamp.path}: has no column {image!r} like that of {paths[0].name}; "
+                "name files of one data set"
+            )
     rows = ParquetRows(stamps, image, reference.options.get("label"), place)
     if not len(rows):
-        raise DataError(f"{reference.text}: holds no row")
+        raise DataError(f"{reference.text}: holds no row; name another file or split")
     return rows
 
 
@@ -194,7 +197,8 @@ class ParquetRows:
         names = {json.dumps(_class_names(_features(file).get(name))) for file in self.files}
         if len(names) > 1:
             raise DataError(
-                f"{self.files[0].path.parent}: its files name the classes of {name!r} differently"
+                f"{self.files[0].path.parent}: its files name the classes of {name!r} differently; "
+                "name files of one data set"
             )
         return Labels(np.concatenate(values), _class_names(_features(self.files[0]).get(name)))
 
@@ -342,7 +346,9 @@ def _features(file: FileStamp) -> dict[str, Any]:
 def _read_labels(file: FileStamp, column: str) -> NDArray[np.int64] | list[str]:
     kind = _schema(file).get(column)
     if kind not in _LABEL_KINDS:
-        raise DataError(f"{file.path}: has no column {column!r} of numbers or names")
+        raise DataError(
+            f"{file.path}: has no column {column!r} of numbers or names; name one with ?label="
+        )
     with _reading(file), _LOCK:
         # A few values in the file may unpack to any size, so it is checked batch by batch.
         values: list[Any] = []

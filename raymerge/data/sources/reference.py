@@ -43,7 +43,9 @@ class DataReference:
         if value is None:
             return None
         if not re.fullmatch(r"[1-9][0-9]{0,17}", value):
-            raise DataError(f"{self.text}: {option}={value!r} is no whole number from 1 on")
+            raise DataError(
+                f"{self.text}: {option}={value!r} is no whole number from 1 on; write one"
+            )
         return int(value)
 
     def require_options(self, *names: str) -> None:
@@ -74,5 +76,5 @@ def parse_reference(text: str) -> DataReference:
             f"{text}: {query!r} is not a list of options; write option=value&option=value"
         ) from error
     if len(dict(pairs)) != len(pairs):
-        raise DataError(f"{text}: an option is given twice")
+        raise DataError(f"{text}: an option is given twice; drop one")
     return DataReference(text, place, dict(pairs))

@@ -56,7 +56,7 @@ def expand(pattern: str) -> list[Path]:
         return [Path(pattern)]
     first, last = map(int, match.groups())
     if not first <= last < first + _MOST_SHARDS:
-        raise DataError(f"{pattern}: {match.group()} names no shard, or over {_MOST_SHARDS}")
+        raise DataError(f"{pattern}: {match.group()} must name 1 to {_MOST_SHARDS} shards")
     width = len(match.group(1))
     texts = [f"{number:0{width}}" for number in range(first, last + 1)]
     heads = [pattern[: match.start()] + text + pattern[match.end() :] for text in texts]
@@ -144,7 +144,10 @@ def _label_texts(file: FileStamp, index: _Index) -> Iterator[str]:
                     f"{printable_name(key)}.cls with its class"
                 )
             if size > _MOST_LABEL_BYTES:
-                raise DataError(f"{name}.{index.kinds[place]}: {size} bytes are no label")
+                raise DataError(
+                    f"{name}.{index.kinds[place]}: {size} bytes are no label; "
+                    "write a number or a class name"
+                )
             shard.seek(offset)
             yield _label_text(shard.read(size), index.kinds[place], name)
 
@@ -155,7 +158,9 @@ def _label_text(content: bytes, kind: str, name: str) -> str:
         if kind == "json":
             text = _from_json(json.loads(text))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}.{kind}: no label can be read from it") from error
+        raise DataError(
+            f"{name}.{kind}: no label can be read from it; write a number or a class name"
+        ) from error
     if not text or "\n" in text:
         raise DataError(
             f"{name}.{kind}: holds no label; write a number or a class name"
@@ -231,10 +236,12 @@ def _add(sample: _Sample, member: tarfile.TarInfo, suffix: str, file: FileStamp)
     place = (member.offset_data, member.size)
     if suffix in _LABELS:
         if suffix in sample.labels:
-            raise DataError(f"{name}: is there twice; a sample has one label of a kind")
+            raise DataError(f"{name}: is there twice; a sample has one label of a kind; rename one")
         sample.labels[suffix] = place
     elif sample.image is not None:
-        raise DataError(f"{name}: the sample has another image; a sample has one")
+        raise DataError(
+            f"{name}: the sample has another image; a sample has one; rename one of them"
+        )
     else:
         sample.image = place
 

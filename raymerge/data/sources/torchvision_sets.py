@@ -58,7 +58,7 @@ def open_vision(reference: DataReference) -> VisionImages:
         (*_split(reference, splits, split), *extras),
     )
     if not len(images):
-        raise DataError(f"{reference.text}: holds no image")
+        raise DataError(f"{reference.text}: holds no image; name another split")
     return images
 
 
@@ -154,7 +154,7 @@ class VisionImages:
                 "again"
             ) from error
         if not isinstance(image, Image.Image):
-            raise DataError(f"image {self.name(row)}: is no image but {type(image).__name__}")
+            raise DataError(f"image {self.name(row)}: must be an image, got {type(image).__name__}")
         return image
 
     def labels(self) -> Labels:

@@ -38,7 +38,7 @@ def _local(url: str) -> str:
         def shards(names: Sequence[str]) -> list[str]:
             for shard in paths:
                 if shard not in names:
-                    raise DataError(f"{url}: {shard}: no such file")
+                    raise DataError(f"{url}: {shard}: no such file; check the address")
             return paths
 
         return str(PurePosixPath(remote.fetch_folder(folder, shards)) / name)

@@ -194,7 +194,10 @@ def _map_file(folder: str | None, count: int, dtype: torch.dtype) -> Tensor:
     try:
         handle, name = tempfile.mkstemp(prefix="raymerge-vectors-", dir=folder)
     except OSError as error:
-        raise RunError(f"vectors.folder {folder}: cannot be written: {error.strerror}") from error
+        raise RunError(
+            f"vectors.folder {folder}: cannot be written: {error.strerror}; "
+            "free space, or choose another folder"
+        ) from error
     try:
         # Reserved now: a mapping that later finds the disk full kills the process.
         reserve_space(handle, count * dtype.itemsize)

@@ -121,7 +121,7 @@ class MergeWorker:
         if request.generation < self._generation:
             raise RunError(
                 f"step {request.step + 1}: the request is of generation {request.generation}, "
-                f"this worker is in generation {self._generation}"
+                f"this worker is in generation {self._generation}: run again with --resume"
             )
         if self._shard is None or self._model is None:
             raise RuntimeError("step() before load()")

@@ -184,7 +184,7 @@ class HuggingFaceCheckpoint:
             if missing:
                 raise CheckpointError(
                     f"checkpoint {self.path}: {', '.join(missing)} missing; q, k and v belong "
-                    "together"
+                    "together: export it again"
                 )
             self._stored[name] = StoredKeys(keys, stored.is_transposed)
 
@@ -198,7 +198,9 @@ class HuggingFaceCheckpoint:
             if any(not spec.shape or spec.shape[1:] != shape[1:] for spec in specs):
                 shapes = zip(stored.keys, specs, strict=True)
                 sizes = ", ".join(f"{key} {list(spec.shape)}" for key, spec in shapes)
-                raise CheckpointError(f"checkpoint {self.path}: cannot be packed: {sizes}")
+                raise CheckpointError(
+                    f"checkpoint {self.path}: cannot be packed: {sizes}; export it again"
+                )
             shape = (sum(spec.shape[0] for spec in specs), *shape[1:])
         return TensorSpec(shape, dtype)
 

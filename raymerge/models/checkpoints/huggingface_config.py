@@ -36,7 +36,7 @@ def validated(schema: type[_SchemaT], values: object, where: str, section: str =
     (``where``) and the key."""
     if not isinstance(values, Mapping):
         name = f"{where}: {section}" if section else where
-        raise CheckpointError(f"{name} is {excerpt(values)}, not a mapping")
+        raise CheckpointError(f"{name} must be a mapping, got {excerpt(values)}")
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -156,13 +156,13 @@ def _open_clip_config(content: Any, where: str) -> dict[str, Any]:
     if vision.hidden_act != text.hidden_act:
         raise CheckpointError(
             f"{where}: text_config.hidden_act is {text.hidden_act!r}, that of the image tower "
-            f"{vision.hidden_act!r}; open_clip has one for both"
+            f"{vision.hidden_act!r}; open_clip has one for both; use a model with one"
         )
     heads, width = vision.num_attention_heads, vision.hidden_size
     if width % heads:
         raise CheckpointError(
             f"{where}: vision_config.num_attention_heads is {heads}, which does not divide the "
-            f"width {width}"
+            f"width {width}; correct it"
         )
     model_cfg: dict[str, Any] = {
         "embed_dim": config.projection_dim,
@@ -209,7 +209,8 @@ def _preprocess_cfg(values: object, image_size: int, where: str) -> dict[str, An
     preprocessor = validated(_Preprocessor, values, where)
     if abs(preprocessor.rescale_factor - 1 / 255) > 1e-9:
         raise CheckpointError(
-            f"{where}: rescale_factor is {preprocessor.rescale_factor}: open_clip divides by 255"
+            f"{where}: rescale_factor is {preprocessor.rescale_factor}: open_clip divides by 255; "
+            "write 1/255"
         )
     is_normalised = preprocessor.do_normalize
     return {
@@ -235,7 +236,8 @@ def _resize_mode(preprocessor: _Preprocessor, image_size: int, where: str) -> st
     if not (is_shortest and is_whole_crop and preprocessor.do_center_crop):
         raise CheckpointError(
             f"{where}: size is {excerpt(size)} and crop_size {excerpt(crop_size)} (do_center_crop: "
-            f"{preprocessor.do_center_crop}): the model's images have {image_size} pixels a side"
+            f"{preprocessor.do_center_crop}): the model's images have {image_size} pixels a side; "
+            "correct preprocessor_config.json"
         )
     return "shortest"
 
@@ -260,14 +262,16 @@ def huggingface_config(model_cfg: Mapping[str, Any], where: str, dtype: str) -> 
     """Return Hugging Face's ``config.json`` for open_clip's ``model_cfg``."""
     vision, text = model_cfg.get("vision_cfg"), model_cfg.get("text_cfg")
     if not isinstance(vision, Mapping) or not isinstance(text, Mapping):
-        raise CheckpointError(f"{where}: has no vision_cfg or no text_cfg; it cannot be converted")
+        raise CheckpointError(
+            f"{where}: has no vision_cfg or no text_cfg; it cannot be converted; name a whole CLIP"
+        )
     # What Hugging Face's CLIP does not have.
     _require_plain(model_cfg, _MODEL_KEYS, f"{where}: ")
     _require_plain(vision, _VISION_KEYS, f"{where}: vision_cfg.")
     _require_plain(text, _TEXT_KEYS, f"{where}: text_cfg.")
     if isinstance(vision.get("layers"), list | tuple):
         raise CheckpointError(
-            f"{where}: vision_cfg.layers is a ResNet's, and Hugging Face has none"
+            f"{where}: vision_cfg.layers is a ResNet's, and Hugging Face has none; convert a ViT"
         )
     # open_clip's defaults.
     vision = {"layers": 12, "width": 768, "head_width": 64, **vision}
@@ -331,7 +335,8 @@ def _require_plain(cfg: Mapping[str, Any], keys: set[str], where: str) -> None:
             continue
         if value not in _NEUTRAL.get(key, (None, False, 0)):
             raise CheckpointError(
-                f"{where}{key} is {value!r}, which Hugging Face's CLIP does not have"
+                f"{where}{key} is {value!r}, which Hugging Face's CLIP does not have; only models "
+                "without it can be converted"
             )
 
 
@@ -340,7 +345,8 @@ def preprocessor_config(preprocess_cfg: Mapping[str, Any], image_size: int) -> d
     mode = preprocess_cfg.get("resize_mode", "shortest")
     if mode not in ("shortest", "squash"):
         raise CheckpointError(
-            f"preprocess_cfg: resize_mode is {mode!r}, which Hugging Face's CLIP does not have"
+            f"preprocess_cfg: resize_mode is {mode!r}, which Hugging Face's CLIP does not have; "
+            "use shortest or squash"
         )
     square = {"height": image_size, "width": image_size}
     interpolation = preprocess_cfg.get("interpolation", "bicubic")

@@ -130,13 +130,14 @@ def weight_map(index: Path) -> dict[str, str]:
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names:
         raise CheckpointError(
-            f"checkpoint {index}: has no weight_map (tensor → file), so it is not an index"
+            f"checkpoint {index}: has no weight_map (tensor → file), so it is not an index; "
+            "name the weights"
         )
     for name in names.values():
         if not isinstance(name, str) or not _is_plain_name(name) or is_index(Path(name)):
             raise CheckpointError(
                 f"checkpoint {index}: refused: its weight_map names {str(name)[:80]!r}, which is "
-                "not a weights file beside it"
+                "not a weights file beside it; name one that is"
             )
     return names
 
@@ -212,7 +213,7 @@ def hub_folder(repository: str, names: Sequence[str] = ("*.json", "*.txt")) -> P
         return Path(snapshot_download(repository, allow_patterns=list(names)))
     except Exception as error:  # offline, an unknown id, a gated repository
         raise CheckpointError(
-            f"checkpoint hf-hub:{repository}: cannot be fetched ({one_line(error)})"
+            f"checkpoint hf-hub:{repository}: cannot be fetched ({one_line(error)}); check the name"
         ) from error
 
 

@@ -84,7 +84,7 @@ def require_finite(values: Tensor, checkpoint: Checkpoint, key: str) -> None:
         count = int((~torch.isfinite(values)).sum())
         raise CheckpointError(
             f"checkpoint {checkpoint.path}: {key} holds {count} NaN or Inf "
-            f"value{'s' if count > 1 else ''}; it cannot be merged: fine-tune it again"
+            f"value{'s' if count > 1 else ''}; merge without it, or fine-tune it again"
         )
 
 
@@ -187,7 +187,9 @@ def require_shapes(shapes: Shapes, expected: Shapes, where: str, owner: str) -> 
     unexpected = _listing("unexpected", sorted(shapes.keys() - expected.keys()))
     if missing or unexpected:
         difference = "; ".join(part for part in (missing, unexpected) if part)
-        raise CheckpointError(f"{where}: does not fit {owner}: {difference}")
+        raise CheckpointError(
+            f"{where}: does not fit {owner}: {difference}; is it of another model?"
+        )
     for key, shape in expected.items():
         if shapes[key] != shape:
             raise CheckpointError(

@@ -80,7 +80,9 @@ def check_method(config: Config) -> None:
     """Raise :class:`UserError` if the tasks lack checkpoints or images that the method needs."""
     method, needed = method_of(config.method), needed_images(config)
     if not config.models and not method.reference:
-        raise UserError("no task has a checkpoint; merging needs at least one")
+        raise UserError(
+            "no task has a checkpoint; merging needs at least one; name a tasks[].checkpoint"
+        )
     missing = [task.name for task in config.models if task.adapt is None]
     if not method.every_model_needs_images and any(task.adapt for task in config.tasks):
         missing = []
