@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from commands import config_data, write_config
-from hosts import Hosts, hosts, why_not
+from hosts import Hosts, hosts, stop, why_not
 from ray_nodes import finished, wait_for
 from world import World
 
@@ -81,6 +80,8 @@ def _merge_with_a_cut(
         done = finished(process)
     finally:
         host.mend()
+        stop(host)  # Ray ends a node that it has given up, once it is heard again
+        net.start_ray(host, cpus=1)
     assert done.returncode == 0, done.stderr
     results = json.loads((output / "results.json").read_text())
     return results, done
@@ -126,9 +127,10 @@ def test_a_link_that_comes_back_costs_no_bit(
 def test_a_slow_and_lossy_link_is_no_failure(
     net: Hosts, world: World, tmp_path: Path, undisturbed: torch.Tensor
 ) -> None:
-    if shutil.which("tc") is None:
-        pytest.skip("needs iproute2's tc")
-    net.hosts[1].impair("delay", "5ms", "loss", "1%")
+    try:
+        net.hosts[1].impair("delay", "5ms", "loss", "1%")
+    except (AssertionError, FileNotFoundError) as error:
+        pytest.skip(f"this kernel has no netem: {error}")
     try:
         output = tmp_path / "merged"
         done = net.run("raymerge", "merge", _config(net, world, output))

@@ -76,7 +76,10 @@ class Host:
         _run("ip", "link", "set", self.link, "up")
 
     def impair(self, *netem: str) -> None:
-        """Delay or lose packets that go to the host, as tc's netem writes it; none: as before."""
+        """Delay or lose packets that go to the host, as tc's netem writes it; none: as before.
+
+        Not every kernel has netem.
+        """
         _run("tc", "qdisc", "replace" if netem else "del", "dev", self.link, "root",
              *(("netem", *netem) if netem else ()))  # fmt: skip
 
@@ -167,8 +170,8 @@ def hosts(count: int) -> Iterator[Hosts]:
         shutil.rmtree(folder.parent, ignore_errors=True)
 
 
-def _end(host: Host) -> None:
-    """Kill all processes in a host, then remove it."""
+def stop(host: Host) -> None:
+    """Kill all processes in a host."""
     inside = subprocess.run(["ip", "netns", "pids", host.name], capture_output=True, text=True)
     for number in inside.stdout.split():
         with suppress(psutil.NoSuchProcess):
@@ -176,6 +179,10 @@ def _end(host: Host) -> None:
     if host.process is not None:
         host.process.kill()
         host.process.wait(timeout=30)
+
+
+def _end(host: Host) -> None:
+    stop(host)
     subprocess.run(["ip", "netns", "del", host.name], capture_output=True)
     subprocess.run(["ip", "link", "del", host.link], capture_output=True)
 
