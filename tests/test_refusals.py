@@ -18,7 +18,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "raymerge"
 _ERRORS = ("UserError", "ConfigError", "CheckpointError", "RemoteError", "DataError", "RunError")
 _VERBS = (
-    "add|ask|check|choose|convert|copy|correct|delete|describe|download|draw|drop|export|fetch|"
+    "add|ask|check|choose|convert|copy|correct|delete|describe|download|draw|drop|export|fetch|fine-tune|"
     "free|give|increase|install|keep|leave|list|load|log in|lower|make|merge|move|name|omit|open|"
     "pip|pass|pick|push|put|raise|reduce|remove|rename|repair|replace|restore|resume|run|save|see|"
     "select|set|shorten|sort|start|store|submit|take|turn|unpack|update|upgrade|use|wait|write"

@@ -435,3 +435,23 @@ def test_lambdas_are_rows_of_tasks(folder: RunFolder) -> None:
         "layers": ["x", "y", "z"],
         "values": [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]],
     }
+
+
+def test_a_disk_that_is_full_at_a_further_format_loses_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    merge(_local(world, out, method={"name": "average"}))
+    old = (out / WEIGHTS).read_bytes()
+
+    def save(state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", save)
+    config = _local(world, out, method={"name": "task_arithmetic"})
+    with pytest.raises(RunError, match=r"state_dict\.pt: cannot be written: .*free space"):
+        merge(config, overwrite=True, also=["state_dict"])
+    assert (out / ".previous" / WEIGHTS).read_bytes() == old
+    assert load_file(out / WEIGHTS)
+    assert not list(out.glob("*.tmp")) + list(out.glob(".*.tmp"))

@@ -58,8 +58,8 @@ class Bench:
         for name in names:
             if name not in task_of:
                 raise UserError(
-                    f"experiment: task {name!r} is not in the base config; choose among "
-                    f"{', '.join(task_of)}"
+                    f"experiment: task {name!r} is not in the base config; it has "
+                    f"{', '.join(task_of)}; choose among them"
                 )
         return tuple(task_of[name] for name in names)
 

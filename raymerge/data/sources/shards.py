@@ -56,7 +56,9 @@ def expand(pattern: str) -> list[Path]:
         return [Path(pattern)]
     first, last = map(int, match.groups())
     if not first <= last < first + _MOST_SHARDS:
-        raise DataError(f"{pattern}: {match.group()} must name 1 to {_MOST_SHARDS} shards")
+        raise DataError(
+            f"{pattern}: {match.group()} names no shard, or over {_MOST_SHARDS}; name fewer"
+        )
     width = len(match.group(1))
     texts = [f"{number:0{width}}" for number in range(first, last + 1)]
     heads = [pattern[: match.start()] + text + pattern[match.end() :] for text in texts]

@@ -154,7 +154,9 @@ class VisionImages:
                 "again"
             ) from error
         if not isinstance(image, Image.Image):
-            raise DataError(f"image {self.name(row)}: must be an image, got {type(image).__name__}")
+            raise DataError(
+                f"image {self.name(row)}: is no image but {type(image).__name__}; name another set"
+            )
         return image
 
     def labels(self) -> Labels:

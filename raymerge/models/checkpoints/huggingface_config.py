@@ -36,7 +36,7 @@ def validated(schema: type[_SchemaT], values: object, where: str, section: str =
     (``where``) and the key."""
     if not isinstance(values, Mapping):
         name = f"{where}: {section}" if section else where
-        raise CheckpointError(f"{name} must be a mapping, got {excerpt(values)}")
+        raise CheckpointError(f"{name} is {excerpt(values)}, not a mapping; correct it")
     try:
         return schema.model_validate(values)
     except ValidationError as error:

@@ -84,7 +84,7 @@ def require_finite(values: Tensor, checkpoint: Checkpoint, key: str) -> None:
         count = int((~torch.isfinite(values)).sum())
         raise CheckpointError(
             f"checkpoint {checkpoint.path}: {key} holds {count} NaN or Inf "
-            f"value{'s' if count > 1 else ''}; merge without it, or fine-tune it again"
+            f"value{'s' if count > 1 else ''}; it cannot be merged: fine-tune it again"
         )
 
 
