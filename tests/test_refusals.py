@@ -33,7 +33,9 @@ _HELPER = re.compile(
     r"foreign\[1\]|\bform$|mismatch|_index|choose",
     re.IGNORECASE,
 )
-_PASSED_ON = re.compile(r"\b(?:\w*error|problems?|message|text|reason)\b(?:\[0\])?\)*$|^_reason\(")
+_PASSED_ON = re.compile(
+    r"(?<!\.)\b(?:\w*error|problems?|message|text|reason)\b(?:\[0\])?\)*$|^_reason\("
+)
 
 
 def has_remedy(message: str) -> bool:
@@ -83,6 +85,7 @@ def refusals(source: str) -> Iterator[tuple[int, str]]:
         ("{key} ({task.name}): {error}", True),
         ("checkpoint {path}: is damaged", False),
         ("checkpoint {path}: cannot be used", False),
+        ("config {path}: cannot be read: {error.strerror}", False),
         ("{url}: no such folder, or it is empty", False),
         ("{sum(counts)} images, not {expected}", False),
     ],

@@ -71,7 +71,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"config {path}: cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"config {path}: cannot be read: {error.strerror}; check the path"
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"config {path}: not UTF-8 text, so not YAML; save it as UTF-8"
@@ -298,7 +300,9 @@ def _read_lines(path: Path, where: str) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ConfigError(f"{where}: {path}: cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"{where}: {path}: cannot be read: {error.strerror}; check the path"
+        ) from error
     except ValueError as error:  # not UTF-8, or an impossible file name
         reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "not a valid path"
         raise ConfigError(

@@ -100,7 +100,7 @@ def _prefix_errors(where: str) -> Iterator[None]:
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     except OSError as error:  # no permission on the way, or too long a name
-        raise DataError(f"{where}: {error.filename}: {error.strerror}") from error
+        raise DataError(f"{where}: {error.filename}: {error.strerror}; check the path") from error
 
 
 # --- which format ------------------------------------------------------------------------------

@@ -48,7 +48,9 @@ def locate(reference: str) -> Path:
     try:
         return _weights_at(path)
     except OSError as error:  # no permission for a folder above it, or too long a name
-        raise CheckpointError(f"checkpoint {path}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(
+            f"checkpoint {path}: cannot be read: {error.strerror}; check the path"
+        ) from error
 
 
 def split_part(reference: str) -> tuple[str, str]:

@@ -82,7 +82,9 @@ def _open_container(path: Path) -> Checkpoint:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
     except OSError as error:
-        raise CheckpointError(f"checkpoint {path}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(
+            f"checkpoint {path}: cannot be read: {error.strerror}; check the path"
+        ) from error
     if not head:
         raise CheckpointError(f"checkpoint {path}: the file is empty; fetch it again")
     if not is_index(path):
