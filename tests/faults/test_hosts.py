@@ -110,7 +110,7 @@ def test_a_link_that_is_cut_for_good_is_noticed_within_seconds(
     (incident,) = results["incidents"]
     assert (incident["kind"], len(incident["ranks"])) == ("worker", 1)
     assert "cannot be reached" in incident["reason"]
-    assert incident["detect_s"] < 20  # 10 s on an idle machine
+    assert incident["detect_s"] < 40  # 8.5 s when measured; a minute before
     assert torch.equal(_lambdas(tmp_path / "merged"), undisturbed)
 
 
