@@ -5,6 +5,7 @@ These are pure decisions: nothing here talks to a cluster.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ def classify(error: RayError) -> WorkerFailure:
         return WorkerFailure("worker", "was killed because its node ran out of memory")
     if isinstance(error, RayActorError):
         if error.actor_init_failed:
-            message = f"a worker did not start: {_last_line(error)}; {_VERSION_HINT}"
-            raise RunError(message) from None
+            what = f"a worker{_on_node(error)} did not start: {_last_line(error)}"
+            raise RunError(f"{what}; {_VERSION_HINT}") from None
         return PREEMPTED if error.preempted else WorkerFailure("worker", "died")
     if isinstance(error, NodeDiedError | WorkerCrashedError):
         return WorkerFailure("worker", "died")
@@ -82,7 +83,13 @@ def _classify_worker_error(error: RayTaskError) -> WorkerFailure:
         return WorkerFailure("interruption", f"lost its peers ({cause})", needs_restart=False)
     if isinstance(cause, RaymergeError):
         raise cause from None
-    raise RunError(f"a worker failed: {_last_line(error)}") from None
+    raise RunError(f"a worker{_on_node(error)} failed: {_last_line(error)}") from None
+
+
+def _on_node(error: Exception) -> str:
+    """Return `` on node ADDRESS`` where Ray's text names the worker's address, else nothing."""
+    match = re.search(r"\bip=([0-9A-Fa-f.:]+)", str(error))
+    return f" on node {match[1]}" if match else ""
 
 
 def _last_line(error: Exception) -> str:

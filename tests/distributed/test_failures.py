@@ -40,6 +40,9 @@ def test_a_failure_that_any_other_worker_would_repeat_is_raised():
         classify(_raised_by_worker(UserError("bad file")))
     with pytest.raises(RunError, match="a worker failed: "):
         classify(_raised_by_worker(ZeroDivisionError("x")))
+    trace = "ray::MergeWorker.load() (pid=7, ip=10.0.0.2, actor_id=a)\nModuleNotFoundError: pyarrow"
+    with pytest.raises(RunError, match=r"a worker on node 10\.0\.0\.2 failed: ModuleNotFound"):
+        classify(RayTaskError("load", trace, ModuleNotFoundError("pyarrow")))
     with pytest.raises(RunError, match="Ray failed: "):
         classify(RaySystemError("gone"))
 
