@@ -419,7 +419,7 @@ def test_a_cluster_that_does_not_come_back_is_an_error(
     from raymerge.distributed import jobs
 
     monkeypatch.setattr(jobs, "_RECONNECT_TIMEOUT_S", 0.0)
-    with pytest.raises(RunError, match=r"lost the cluster .* may still be running, and the same"):
+    with pytest.raises(RunError, match=r"lost the cluster .* may still be running: run the same"):
         run(_Client(tails=[[OSError("no route")]]))
 
 
