@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raymerge.engine.worker.identity import Identity, own_identity
+from raymerge.engine.worker.worker import MergeWorker
 from raymerge.errors import RunError, excerpt
 
 
@@ -53,8 +54,8 @@ def agreement_check(inputs: Callable[[], Any]) -> Callable[[str, Identity], None
     return check
 
 
-def sees(path: str) -> bool:
-    """Return whether this node has a file."""
+def sees(worker: MergeWorker, path: str) -> bool:
+    """Return whether a worker's node has a file."""
     return Path(path).is_file()
 
 

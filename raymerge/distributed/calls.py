@@ -163,14 +163,12 @@ class _HeartbeatMonitor(Generic[W]):
 
     def frozen(self, pending: Collection[W]) -> dict[W, WorkerFailure]:
         """Return the workers that have left a ping unanswered for ``hang_s``."""
-        now = time.monotonic()
+        now, every_s = time.monotonic(), min(self.hang_s / 4, _PING_EVERY_S)
         failures = {}
         for worker in pending:
             if worker in self._pings:
                 self._take_heartbeat(worker)
-            elif now - self._last_heartbeats.get(worker, -inf) > min(
-                self.hang_s / 4, _PING_EVERY_S
-            ):
+            elif now - self._last_heartbeats.get(worker, -inf) > every_s:
                 self._pings[worker] = (ping(self.calls[worker].actor), now)
             if worker in self._pings and now - self._pings[worker][1] > self.hang_s:
                 reason = f"answered no ping for {self.hang_s:g} s (cluster.hang_timeout_s)"
@@ -183,20 +181,15 @@ class _HeartbeatMonitor(Generic[W]):
         The kernel answers a connection however busy its processes are, so this tells a cut link
         from a slow worker, and long before a heartbeat is given up.
         """
-        late = {
-            node: [w for w in pending if self.calls[w].node == node]
-            for worker in pending
-            if (node := self.calls[worker].node) is not None
-            and worker in self._pings
-            and now - self._pings[worker][1] > _PROBE_AFTER_S
-        }
+        late = [w for w, (_, since) in self._pings.items() if now - since > _PROBE_AFTER_S]
+        nodes = {node for w in late if w in pending and (node := self.calls[w].node) is not None}
         failures: dict[W, WorkerFailure] = {}
-        for node, workers in late.items():
+        for node in nodes:
             missed = 0 if answers(node) else self._missed.get(node, 0) + 1
             self._missed[node] = missed
             if missed >= _PROBES:
                 failure = WorkerFailure("worker", f"is on {node[0]}, which cannot be reached")
-                failures |= dict.fromkeys(workers, failure)
+                failures |= {w: failure for w in pending if self.calls[w].node == node}
         return failures
 
     def _take_heartbeat(self, worker: W) -> None:

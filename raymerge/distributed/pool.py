@@ -254,7 +254,7 @@ class WorkerPool:
     def require_visible(self, file: Path) -> None:
         """Raise :class:`RunError` unless every node of a worker sees a file of the driver's."""
         nodes = {w.location.address: w for w in self.ready if w.location and w.location.identity}
-        answers = {w: w.actor.__ray_call__.remote(_sees, str(file)) for w in nodes.values()}
+        answers = {w: w.actor.__ray_call__.remote(sees, str(file)) for w in nodes.values()}
         blind: list[str] = []
 
         def note(worker: PoolWorker, is_seen: bool) -> None:
@@ -270,10 +270,6 @@ class WorkerPool:
         node = None if worker.location is None else worker.location.node
         is_announced = node in self._preemption.announced_nodes
         return PREEMPTED if is_announced and failure.needs_restart else failure
-
-
-def _sees(worker: MergeWorker, path: str) -> bool:
-    return sees(path)
 
 
 def _by_location(worker: PoolWorker) -> tuple[int, str, tuple[str, ...], int]:
